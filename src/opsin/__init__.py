@@ -1,0 +1,1 @@
+"""Opsin: optogenetics for training dynamics."""

@@ -1,0 +1,21 @@
+"""Errors that a user can act on: one line that names the field, the value and what was expected."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The command line prints it as one line and exits with code 2.
+
+    Args:
+        field: what the user wrote it under, for example ``Clamp.heads``.
+        value: what was given.
+        expected: what would have been accepted.
+    """
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"{field}: got {value!r}, expected {expected}")
+        self.field, self.value, self.expected = field, value, expected
+
+
+class DivergedError(RuntimeError):
+    """The loss of a member stopped being a number; raised at the step, after the run has been written."""

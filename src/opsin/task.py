@@ -1,0 +1,180 @@
+"""What a task hands to the instrument: sequences, targets, and the truth about where to look.
+
+Legend: M members, B batch, L positions (query side), K positions (key side), F features of a
+continuous input, V outputs, Q scored positions, S steps drawn together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Draw = dict[str, Tensor]
+"""The random choices behind some batches, small integers and floats; every tensor is ``[S, M, B, ...]``."""
+
+Bank = dict[str, Tensor]
+"""The constant tensors a task's batches are gathered from (for example the exemplars)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which position holds what, the same for every sequence of a task.
+
+    Args:
+        features: positions that carry a continuous vector, ascending.
+        tokens: positions that carry a token (for few-shot: a label), ascending.
+        labels: the token positions a label-only clamp applies to.
+        scored: positions whose prediction enters the loss.
+    """
+
+    features: tuple[int, ...]
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    scored: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """L, the length of a sequence."""
+        return len(self.features) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where induction should look in one batch.
+
+    Args:
+        previous: position of the token before each position; position 0 names itself.
+        labels: positions that hold a label.
+        query: rows that are queries: their prediction can be copied from the context.
+        match: for each query row, the label positions that hold the right answer.
+        other: for each query row, the other label positions it could be confused with.
+    """
+
+    previous: Int[Tensor, "L"]
+    labels: Bool[Tensor, "L"]
+    query: Bool[Tensor, "M B L"]
+    match: Bool[Tensor, "M B L K"]
+    other: Bool[Tensor, "M B L K"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of every member, ready for the model.
+
+    Args:
+        features: continuous inputs in the order of ``layout.features``; None for token tasks.
+        tokens: tokens in the order of ``layout.tokens``.
+        targets: right answers at ``layout.scored``.
+        plausible: outputs that occur in the context, for the accuracy restricted to them; None if
+            the task has no such restriction.
+        truth: where induction should look.
+        layout: which position holds what.
+    """
+
+    features: Float[Tensor, "M B Nf F"] | None
+    tokens: Int[Tensor, "M B Nt"]
+    targets: Int[Tensor, "M B Q"]
+    plausible: Bool[Tensor, "M B V"] | None
+    truth: Truth
+    layout: Layout
+
+    def similarity(self) -> Float[Tensor, "M B L K"]:
+        """How alike are the input at row l and the input that precedes key k.
+
+        Cosine of the raw feature vectors where the task has them, else 1 for equal tokens and 0
+        for different ones. Entries that compare nothing (a row without a feature vector, a key
+        that no feature vector precedes) are -inf. No gradient flows: inputs are constants.
+        """
+        n = self.layout.positions
+        rows, keys = self._comparable()
+        if self.features is not None:
+            unit = self.features / self.features.norm(dim=-1, keepdim=True)
+            # multiply-and-sum keeps equal vectors exactly equal, which the hard maximum relies on
+            compared = (unit[:, :, :, None] * unit[:, :, None]).sum(-1)
+        else:
+            compared = (self.tokens[:, :, :, None] == self.tokens[:, :, None]).to(torch.get_default_dtype())
+        full = compared.new_full((*compared.shape[:2], n, n), -torch.inf)
+        at = list(self.layout.features if self.features is not None else self.layout.tokens)
+        row_index = torch.tensor([at.index(r) for r in rows], device=compared.device)
+        key_index = torch.tensor([at.index(k - 1) for k in keys], device=compared.device)
+        picked = compared[:, :, row_index[:, None], key_index[None]]
+        row_at = torch.tensor(rows, device=compared.device)
+        key_at = torch.tensor(keys, device=compared.device)
+        full[:, :, row_at[:, None], key_at[None]] = picked
+        return full
+
+    def _comparable(self) -> tuple[list[int], list[int]]:
+        if self.features is None:
+            n = self.layout.positions
+            return list(range(n)), list(range(1, n))
+        has = set(self.layout.features)
+        return list(self.layout.features), [k for k in self.layout.labels if k - 1 in has]
+
+
+class Task(ABC):
+    """A synthetic sequence task.
+
+    A batch is a pure function of (seed, step): ``draw`` makes the random choices from a
+    counter-based generator on the CPU, ``assemble`` turns them into tensors and is traced into the
+    compiled step, so it must be free of Python branches on values.
+
+    Attributes:
+        layout: which position holds what.
+        batch_size: B.
+        n_features: F, or None when the input is tokens only.
+        n_tokens: size of the input vocabulary.
+        n_outputs: V, number of classes predicted.
+        evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
+            draws) first.
+    """
+
+    layout: Layout
+    batch_size: int
+    n_features: int | None
+    n_tokens: int
+    n_outputs: int
+    evaluations: tuple[str, ...]
+
+    @abstractmethod
+    def bank(self) -> Bank:
+        """The constants that ``assemble`` gathers from, on the CPU, float32."""
+
+    @abstractmethod
+    def draw(
+        self, seeds: Sequence[int], first: int, count: int, split: str = "train", batch_size: int | None = None
+    ) -> Draw:
+        """The choices behind batches ``first .. first + count - 1``, one member per seed.
+
+        Args:
+            seeds: one per member; the same seed gives the same data in every member.
+            first: index of the first batch.
+            count: S, how many batches.
+            split: ``"train"`` for the training stream, ``"eval/NAME"`` for an evaluation set,
+                whose draws never coincide with the training stream's.
+            batch_size: B, the task's own when None.
+
+        Returns:
+            Tensors ``[S, M, B, ...]``; row s is a pure function of (seed, first + s, split).
+        """
+
+    @abstractmethod
+    def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:
+        """One step's draw (tensors ``[M, B, ...]``, no S) as a batch."""
+
+    @abstractmethod
+    def baselines(self) -> dict[str, float]:
+        """Losses (nats) of simple strategies, highest first.
+
+        The last entry is the plateau that the phase change leaves: the best loss without looking
+        up the answer (for few-shot: guessing among the labels of the context).
+        """
+
+    def batch(self, seed: int, step: int, split: str = "train", batch_size: int | None = None) -> Batch:
+        """Batch ``step`` of one member, on the CPU (M = 1)."""
+        draw = self.draw([seed], step, 1, split, batch_size)
+        return self.assemble(self.bank(), {name: tensor[0] for name, tensor in draw.items()})
