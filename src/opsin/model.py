@@ -167,33 +167,49 @@ class Members(nn.Module):
             node.register_parameter(leaf, nn.Parameter(value))
 
 
+def position_table(model: Transformer, length: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "2 L half"]:
+    """Cosines and sines of the position angles: of a head's channel pairs (rotary) or of the width's (sinusoidal).
+
+    A table given to the graph, because a compiler that sees the trigonometry recomputes it for every activation.
+    """
+    width = model.head_width if model.positions == "rope" else model.width
+    channel = torch.arange(0, width, 2, dtype=torch.float64)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * model.position_base ** (-channel / width)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
 def forward(
-    parameters: Parameters, batch: Batch, model: Transformer, tap: Tap = identity_tap
+    parameters: Parameters,
+    table: Float[Tensor, "2 L half"],
+    batch: Batch,
+    model: Transformer,
+    tap: Tap = identity_tap,
 ) -> Float[Tensor, "M B L V"]:
     """Logits at every position.
 
     Args:
         parameters: as ``init_parameters`` names them.
+        table: ``position_table`` of the model for sequences of this length.
         batch: features and tokens of every member.
         model: the shape that ``parameters`` were made with.
         tap: is handed every activation under its site name and returns what goes on.
     """
     resid = tap("hook_embed", _embed(parameters, batch))  # M B L D
-    length = batch.layout.positions
     if model.positions != "rope":
-        resid = resid + tap("hook_pos_embed", _position_vectors(parameters, model, length, resid))[:, None]
+        resid = resid + tap("hook_pos_embed", _position_vectors(parameters, table, model, resid))[:, None]
     for layer in range(model.layers):
-        resid = _block(_Scope(parameters, tap, f"blocks.{layer}."), resid, model)
-    final = _norm(_Scope(parameters, tap, ""), "ln_final", resid, model)
+        resid = _block(_Scope(parameters, table, tap, f"blocks.{layer}."), resid, model)
+    final = _norm(_Scope(parameters, table, tap, ""), "ln_final", resid, model)
     logits = _linear(final, parameters["unembed.W_U"], parameters["unembed.b_U"])
     return tap("hook_logits", logits)
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """Parameters and tap under the name of one block."""
+    """Parameters, position table and tap under the name of one block."""
 
     parameters: Parameters
+    table: Tensor
     tap_all: Tap
     prefix: str
 
@@ -229,17 +245,14 @@ def _interleave(layout: Layout) -> list[int]:
     return [stacked.index(position) for position in range(layout.positions)]
 
 
-def _position_vectors(parameters: Parameters, model: Transformer, length: int, like: Tensor) -> Float[Tensor, "M L D"]:
+def _position_vectors(
+    parameters: Parameters, table: Tensor, model: Transformer, like: Float[Tensor, "M B L D"]
+) -> Float[Tensor, "M L D"]:
+    members, _, length, width = like.shape
     if model.positions == "learned":
         return parameters["pos_embed.W_pos"][:, :length]
-    angle = _angles(length, model.width, model.position_base, like)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).expand(like.shape[0], -1, -1)
-
-
-def _angles(length: int, width: int, base: float, like: Tensor) -> Float[Tensor, "L half"]:
-    channel = torch.arange(0, width, 2, device=like.device, dtype=like.dtype)
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    return position[:, None] * base ** (-channel / width)
+    cos, sin = table
+    return torch.stack([sin, cos], dim=-1).reshape(length, width).expand(members, -1, -1)
 
 
 def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
@@ -264,7 +277,7 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
     qkv = _linear(x, scope["attn.W_QKV"]).view(members, batch, length, 3, model.heads, model.head_width)
     q, k, v = (scope.tap(f"attn.hook_{name}", part) for name, part in zip("qkv", qkv.unbind(3), strict=True))
     if model.positions == "rope":
-        q, k = _rotate(q, model), _rotate(k, model)
+        q, k = _rotate(q, scope.table), _rotate(k, scope.table)
     q, k = scope.tap("attn.hook_rot_q", q), scope.tap("attn.hook_rot_k", k)  # M B L H E
     scores = _scores(q, k) / math.sqrt(model.head_width)  # M B H L K
     if model.causal:
@@ -276,11 +289,11 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
     return scope.tap("hook_attn_out", _linear(z.reshape(members, batch, length, width), scope["attn.W_O"]))
 
 
-def _rotate(x: Float[Tensor, "M B L H E"], model: Transformer) -> Float[Tensor, "M B L H E"]:
+def _rotate(x: Float[Tensor, "M B L H E"], table: Float[Tensor, "2 L half"]) -> Float[Tensor, "M B L H E"]:
     """Rotary positions over adjacent channel pairs (2j, 2j+1)."""
-    angle = _angles(x.shape[2], model.head_width, model.position_base, x)[:, None]  # L 1 E/2
+    cos, sin = table[:, :, None]  # L 1 E/2
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).flatten(-2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
 def _scores(q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"]) -> Float[Tensor, "M B H L K"]:

@@ -1,0 +1,152 @@
+"""The only writers: callbacks that overwrite activations while the model learns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import Callback
+
+from opsin.errors import ConfigError
+from opsin.interventions import BatchMean, Constant, Induction, Match, PreviousToken, Value, check_share
+from opsin.plan import Intervention, Selection, parse_pairs
+from opsin.schedules import Schedule
+from opsin.sites import SiteTable
+
+
+def _chosen(items: list[int] | None) -> tuple[int, ...] | None:
+    return None if items is None else tuple(items)
+
+
+class Ablate(Callback):
+    """Silence heads, neurons or whole sites, by zero or by their mean over the batch.
+
+    Gradient: stopped at what is silenced, and nothing flows through the mean.
+
+    Args:
+        heads: ``"layer:head"``. Zero ablation clears the head's values (``hook_v``), mean ablation
+            replaces what it read (``hook_z``).
+        neurons: ``"layer:neuron"`` after the nonlinearity (``mlp.hook_post``).
+        sites: whole sites, for example ``blocks.0.hook_attn_out`` or ``hook_embed``.
+        value: ``zero`` or ``mean`` (over the batch, at each position and member).
+        positions: positions it is silenced at; all when None.
+        members: members it is silenced in; all when None.
+        schedule: when, and how strongly.
+        order: rank among writers that touch the same entries; the later wins.
+    """
+
+    def __init__(
+        self,
+        heads: list[str] | None = None,
+        neurons: list[str] | None = None,
+        sites: list[str] | None = None,
+        value: Literal["zero", "mean"] = "zero",
+        positions: list[int] | None = None,
+        members: list[int] | None = None,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        order: int | None = None,
+    ) -> None:
+        if not (heads or neurons or sites):
+            raise ConfigError("Ablate", None, "heads, neurons or sites")
+        if value not in ("zero", "mean"):
+            raise ConfigError("Ablate.value", value, "'zero' or 'mean'")
+        self.heads, self.neurons, self.sites, self.value = heads, neurons, sites, value
+        self.positions, self.members = _chosen(positions), _chosen(members)
+        self.schedule, self.order = schedule, order
+
+    def interventions(self, sites: SiteTable) -> list[Intervention]:
+        """What it silences on a model with these sites."""
+        at_head = "attn.hook_v" if self.value == "zero" else "attn.hook_z"
+        found = []
+        if self.heads:
+            pairs = parse_pairs("Ablate.heads", self.heads, sites.layers, sites.size("H"), "head")
+            found += [self._at(f"blocks.{layer}.{at_head}", heads=tuple(h)) for layer, h in pairs.items()]
+        if self.neurons:
+            if not sites.size("N"):
+                raise ConfigError("Ablate.neurons", self.neurons, "nothing: this model has no MLP")
+            pairs = parse_pairs("Ablate.neurons", self.neurons, sites.layers, sites.size("N"), "neuron")
+            found += [self._at(f"blocks.{layer}.mlp.hook_post", neurons=tuple(n)) for layer, n in pairs.items()]
+        return found + [self._at(sites.find(name, "Ablate.sites").name) for name in self.sites or ()]
+
+    def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
+        value: Value = Constant(0.0) if self.value == "zero" else BatchMean()
+        selection = Selection(positions=self.positions, members=self.members, **selected)
+        return Intervention("Ablate", site, selection, value, self.schedule, self.order)
+
+
+class Clamp(Callback):
+    """Hold the attention pattern of heads to one the task knows, or any site to a number.
+
+    Gradient: stopped; every value is a constant of the batch.
+
+    Args:
+        heads: ``"layer:head"``; with ``pattern`` their attention is clamped, with ``site`` it narrows
+            that site down to heads of its layer.
+        pattern: ``previous_token``, ``induction`` or ``match``.
+        strength: attention on the previous token (rest on oneself), or on the matching label (rest
+            on each other label).
+        temperature: of the match pattern; 0 is the hard maximum.
+        labels_only: previous-token pattern only in rows that hold a label.
+        site: a site to hold at ``value`` instead of a pattern.
+        value: the number.
+        neurons: neurons of that site; all when None.
+        positions: positions (rows of a pattern) it acts at; all when None.
+        members: members it acts in; all when None.
+        schedule: when, and how strongly.
+        order: rank among writers that touch the same entries; the later wins.
+    """
+
+    def __init__(
+        self,
+        heads: list[str] | None = None,
+        pattern: Literal["previous_token", "induction", "match"] | None = None,
+        strength: float = 1.0,
+        temperature: float = 0.0,
+        labels_only: bool = False,
+        site: str | None = None,
+        value: float | None = None,
+        neurons: list[int] | None = None,
+        positions: list[int] | None = None,
+        members: list[int] | None = None,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        order: int | None = None,
+    ) -> None:
+        if (pattern is None) == (site is None):
+            raise ConfigError("Clamp", {"pattern": pattern, "site": site}, "a pattern or a site, and not both")
+        if pattern is not None and not heads:
+            raise ConfigError("Clamp.heads", heads, "the heads whose attention is clamped, as layer:head")
+        if site is not None and value is None:
+            raise ConfigError("Clamp.value", value, f"the number to hold {site} at")
+        self.heads, self.site, self.neurons = heads, site, _chosen(neurons)
+        self.positions, self.members = _chosen(positions), _chosen(members)
+        self.schedule, self.order = schedule, order
+        self.value = Constant(value) if value is not None else _pattern(pattern, strength, temperature, labels_only)
+
+    def interventions(self, sites: SiteTable) -> list[Intervention]:
+        """What it holds on a model with these sites."""
+        if self.site is None:
+            pairs = parse_pairs("Clamp.heads", self.heads or [], sites.layers, sites.size("H"), "head")
+            return [self._at(f"blocks.{layer}.attn.hook_pattern", tuple(heads)) for layer, heads in pairs.items()]
+        site = sites.find(self.site, "Clamp.site")
+        if self.heads is None:
+            return [self._at(site.name, None)]
+        pairs = parse_pairs("Clamp.heads", self.heads, sites.layers, sites.size("H"), "head")
+        if set(pairs) != {site.layer}:
+            raise ConfigError("Clamp.heads", self.heads, f"heads of the layer of {site.name}")
+        return [self._at(site.name, tuple(pairs[site.layer]))]
+
+    def _at(self, site: str, heads: tuple[int, ...] | None) -> Intervention:
+        selection = Selection(heads=heads, neurons=self.neurons, positions=self.positions, members=self.members)
+        return Intervention("Clamp", site, selection, self.value, self.schedule, self.order)
+
+
+def _pattern(name: str | None, strength: float, temperature: float, labels_only: bool) -> Value:
+    check_share("Clamp.strength", strength)
+    if temperature < 0:
+        raise ConfigError("Clamp.temperature", temperature, "0 (hard maximum) or more")
+    if name == "previous_token":
+        return PreviousToken(strength, labels_only)
+    if name == "induction":
+        return Induction(strength)
+    if name == "match":
+        return Match(temperature)
+    raise ConfigError("Clamp.pattern", name, "'previous_token', 'induction' or 'match'")

@@ -1,0 +1,90 @@
+"""Keeps the run on disk: metrics as they come, a checkpoint to resume from, and the summary at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.errors import ConfigError
+from opsin.module import opsin_module
+from opsin.plots import save_summary
+from opsin.runs import RunFolder, write_atomically
+
+
+class KeepRun(Callback):
+    """Writes everything a run leaves behind into one folder.
+
+    What was logged is on disk before the checkpoint that counts on it, so a run killed at any
+    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder.
+
+    Args:
+        folder: of this run; made if it does not exist.
+        config: the resolved configuration as YAML.
+        checkpoint_every: optimizer steps between checkpoints.
+    """
+
+    def __init__(self, folder: str | Path, config: str | None = None, checkpoint_every: int = 1_000) -> None:
+        if checkpoint_every < 1:
+            raise ConfigError("KeepRun.checkpoint_every", checkpoint_every, "at least 1 optimizer step")
+        self.files = RunFolder(Path(folder))
+        self.config, self.checkpoint_every = config, checkpoint_every
+        self._seconds_before, self._last_saved = 0.0, 0
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a resume starts from."""
+        return self.files.path / "checkpoints" / "last.ckpt"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._module, self._started = opsin_module(pl_module), time.monotonic()
+        if self.config is not None:
+            write_atomically(self.files.path / "config.yaml", self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.start_metrics()
+        self._last_saved = trainer.global_step
+        self._write()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._write()
+        if trainer.global_step - self._last_saved >= self.checkpoint_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write()
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_module"):
+            self._write()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = self._module
+        module.summary["steps"] = trainer.global_step
+        module.summary["sequences"] = trainer.global_step * module.task.batch_size
+        module.summary["wall_time_seconds"] = round(self._seconds(), 1)
+        module.summary["plan"] = module.plan.describe()
+        self.files.write_json("summary.json", module.summary)
+        save_summary(module.history, module.summary, self.files.path / "summary.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _write(self) -> None:
+        self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.checkpoint)
+        self._last_saved = trainer.global_step

@@ -1,0 +1,153 @@
+"""The command line: ``opsin fit``, ``opsin resume`` and ``opsin sites``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from opsin.callbacks import KeepRun, Progress
+from opsin.errors import ConfigError, DivergedError
+from opsin.module import OpsinModule
+from opsin.plan import Writer, build_plan
+from opsin.report import final_report, sites_report
+from opsin.task import Task
+
+USAGE = """usage: opsin VERB ...
+
+  opsin fit --config RECIPE.yaml [--trainer.max_steps N] [--trainer.callbacks+=CLASS ...]
+                             train; every setting of the recipe can be given on the line
+  opsin resume RUN           continue a killed run from its last checkpoint
+  opsin sites --config RECIPE.yaml
+                             every site, its shape, what may be done to it, and the recipe's plan
+  opsin fit --help           all settings
+"""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    # validation counts Lightning batches across epochs
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 20,
+    "log_every_n_steps": 1,
+}
+
+
+class OpsinCLI(LightningCLI):
+    """LightningCLI with the task and the seed at the top level of a recipe, and a run folder."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            OpsinModule,
+            save_config_callback=None,
+            seed_everything_default=False,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            args=list(args),
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(Task, "task", help="what is learned", required=True)
+        parser.link_arguments("task", "model.task", apply_on="instantiate")
+        parser.add_argument("--run_folder", type=str | None, default=None, help="default: runs/RECIPE-DATE-TIME")
+        parser.add_argument("--checkpoint_every", type=int, default=1_000, help="optimizer steps between checkpoints")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init.get("trainer")
+        callbacks = settings.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks = [*callbacks, Progress()]
+        settings.callbacks = [*callbacks, KeepRun(self._folder(), self._resolved(), self.config_init.checkpoint_every)]
+        if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
+            settings.enable_checkpointing = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _folder(self) -> Path:
+        given = self.config.run_folder
+        if given is None:
+            recipe = Path(str(self.config.config[0])).stem if self.config.config else "run"
+            return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (Path(given) / "metrics.csv").exists() and self.config.ckpt_path is None:
+            raise ConfigError("run_folder", given, f"a new folder, or `opsin resume {given}` to continue it")
+        return Path(given)
+
+    def _resolved(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+
+def fit(args: Sequence[str]) -> None:
+    """Train as the recipe says, and say where the phase change happened."""
+    cli = OpsinCLI(args)
+    cli.trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    folder = next(c for c in cli.trainer.callbacks if isinstance(c, KeepRun)).files.path
+    print(final_report(cli.model.summary, folder))
+
+
+def resume(args: Sequence[str]) -> None:
+    """Continue a killed run."""
+    if len(args) != 1:
+        raise ConfigError("opsin resume", " ".join(args), "one run folder")
+    folder = Path(args[0])
+    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not config.exists():
+        raise ConfigError("opsin resume", str(folder), "a run folder with a config.yaml")
+    again = ["--config", str(config), "--run_folder", str(folder)]
+    if checkpoint.exists():
+        again += ["--ckpt_path", str(checkpoint)]
+    else:
+        (folder / "metrics.csv").unlink(missing_ok=True)
+    fit(again)
+
+
+def sites(args: Sequence[str]) -> None:
+    """Print every site of the recipe's model and what the recipe does to them."""
+    cli = OpsinCLI([*args, "--run_folder", ""]) if False else OpsinCLI(args)
+    module = cli.model
+    writers = [callback for callback in cli.trainer.callbacks if isinstance(callback, Writer)]
+    steps = max(cli.trainer.max_steps, 1)
+    plan = build_plan(writers, module.sites, module.n_members, steps, module.task.batch_size)
+    print(sites_report(module.sites, module.n_members, module.task.batch_size, plan))
+
+
+VERBS = {"fit": fit, "resume": resume, "sites": sites}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started)."""
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if verb not in VERBS:
+        print(USAGE, file=sys.stdout if verb in ("-h", "--help") else sys.stderr)
+        return 0 if verb in ("-h", "--help") else 2
+    _quieten()
+    try:
+        VERBS[verb](rest)
+    except ConfigError as error:
+        print(f"opsin: {error}", file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"opsin: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quieten() -> None:
+    """Hide the libraries' advice that does not apply to models of this size."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)

@@ -1,0 +1,145 @@
+"""What a clamp does: pure functions of tensors, and the values an activation can be overwritten by.
+
+Legend: M members, B batch, L positions (query side), K positions (key side), H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opsin.errors import ConfigError
+from opsin.task import Batch, Truth
+
+
+def overwrite(x: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    """``x`` moved toward ``value`` by ``weight`` in [0, 1].
+
+    Weight 0 returns ``x`` and weight 1 returns ``value``, to the last bit; at weight 1 the gradient
+    into ``x`` is exactly zero. All three broadcast; both tensors must be finite.
+    """
+    return torch.lerp(x, value, weight)
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """A value and, where it does not apply everywhere, the entries it applies to (broadcast to the site)."""
+
+    value: Tensor
+    where: Tensor | None = None
+
+
+class Value(Protocol):
+    """What an activation is overwritten by. Values are small frozen dataclasses, so that plans can be hashed."""
+
+    gradient: str
+    """``"stops"`` or ``"flows"``: whether gradient passes through the value."""
+
+    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
+        """The value for activation ``x`` of this batch."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number everywhere; gradient stops."""
+
+    constant: float = 0.0
+    gradient: str = "stops"
+
+    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
+        return Overwrite(x.new_full((), self.constant).expand_as(x))
+
+
+@dataclass(frozen=True)
+class BatchMean:
+    """The activation's own mean over the batch, per member and entry; gradient stops."""
+
+    gradient: str = "stops"
+
+    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
+        return Overwrite(x.detach().mean(1, keepdim=True).expand_as(x))
+
+
+@dataclass(frozen=True)
+class PreviousToken:
+    """Attention ``strength`` on the previous token and the rest on oneself; the first row attends to itself.
+
+    Reference option ``prev_token_heads`` (Singh et al. 2024, figure 5 and appendix).
+
+    Args:
+        strength: attention paid to the previous token.
+        labels_only: only rows that hold a label.
+    """
+
+    strength: float = 1.0
+    labels_only: bool = False
+    gradient: str = "stops"
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+        pattern = previous_token_pattern(batch.truth, self.strength, x)
+        rows = batch.truth.labels[:, None] if self.labels_only else None
+        return Overwrite(pattern.expand_as(x), rows)
+
+
+@dataclass(frozen=True)
+class Induction:
+    """At each query, attention ``strength`` on every matching label and the rest on each other label.
+
+    Reference option ``induction_heads``. Rows are not renormalised: they sum to 1 for one match and
+    one other label.
+    """
+
+    strength: float = 1.0
+    gradient: str = "stops"
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+        truth = batch.truth
+        pattern = self.strength * truth.match.to(x.dtype) + (1 - self.strength) * truth.other.to(x.dtype)
+        return Overwrite(pattern[:, :, None].expand_as(x), truth.query[:, :, None, :, None])
+
+
+@dataclass(frozen=True)
+class Match:
+    """At each query, attention by similarity of the raw inputs that precede the labels.
+
+    Reference option ``match_heads``: at temperature 0 the weight is 1 on every label whose input is
+    the most similar (ties all get 1), above 0 a softmax of cosine over temperature.
+    """
+
+    temperature: float = 0.0
+    gradient: str = "stops"
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+        pattern = match_pattern(batch, self.temperature).to(x.dtype)
+        return Overwrite(pattern[:, :, None].expand_as(x), batch.truth.query[:, :, None, :, None])
+
+
+def previous_token_pattern(truth: Truth, strength: float, like: Tensor) -> Float[Tensor, "L K"]:
+    """``strength`` on the previous token, the rest on oneself."""
+    length = truth.previous.shape[0]
+    own = torch.eye(length, dtype=like.dtype, device=like.device)
+    return own + strength * (own[truth.previous] - own)
+
+
+def match_pattern(batch: Batch, temperature: float) -> Float[Tensor, "M B L K"]:
+    """Attention of a perfect match head; zero at keys that are no label and in rows that are no query."""
+    candidate = batch.truth.match | batch.truth.other
+    similarity = batch.similarity().masked_fill(~candidate, -torch.inf)
+    if temperature == 0:
+        best = similarity == similarity.amax(-1, keepdim=True)
+        return (best & candidate).to(similarity.dtype)
+    return (similarity / temperature).softmax(-1).masked_fill(~candidate, 0.0)
+
+
+def check_share(field: str, value: float) -> None:
+    """A strength must lie in [0, 1].
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not 0 <= value <= 1:
+        raise ConfigError(field, value, "a number from 0 to 1")

@@ -1,0 +1,368 @@
+"""When something formed: a transition of a curve, located with an uncertainty.
+
+Curves are pairs (x, y): x counts the training sequences seen, y is a loss or the strength of a
+head. Everything works on the *progress* z = (y - before) / (after - before), 0 on the level before
+the change and 1 on the level after it, so a fall and a rise are one case.
+
+**Crossing.** A curve crosses the way ``a`` (0.1 onset, 0.5 midpoint, 0.9 end) where the sum of
+``clip((a - z) / h, -1, 1)`` over the samples so far is greatest, h = min(a, 1 - a): the split with the
+least time on the wrong side. That is exactly where the monotone regression of z under Huber's loss
+passes ``a`` (the switch relation of P. Groeneboom, "Estimating a monotone density", 1985), so no
+smoothing window smears a sharp onset and a spike weighs no more than any other sample.
+
+**Last lasting.** Time is counted in samples; a stay on one side lasts when it outweighs ``LASTING`` of the
+record. Of several crossings of the midpoint the last that separates two lasting stays counts; the onset
+is the last such crossing of its way before it, the end the last after it.
+
+Legend: N samples, W samples or bins in the window, P pools, R bootstrap replicates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int, Real
+
+Direction = Literal["fall", "rise"]
+
+WAYS = (0.1, 0.5, 0.9)  # shares of the way from before to after: onset, midpoint, end
+LASTING = 0.05  # share of the record that a stay must outweigh to count as lasting
+FEWEST = 8  # fewer samples than this say nothing
+BINS = 400  # longer series are averaged into so many bins: once the record, again the window of the change
+CREDIBLE = 5.0  # a change must exceed so many standard errors of the difference of its levels
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number of sequences, ``low <= value <= high``."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain floats."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One lasting change: where 10, 50 and 90 % of the way between two levels (units of y) are crossed."""
+
+    onset: Estimate
+    midpoint: Estimate
+    end: Estimate
+    before: float
+    after: float
+
+    def to_dict(self) -> dict[str, float | dict[str, float]]:
+        """As nested dictionaries of plain Python floats."""
+        return asdict(self)
+
+
+def find_transition(
+    x: Real[np.ndarray, "N"],
+    y: Real[np.ndarray, "_"],
+    *,
+    before: float | None = None,
+    after: float | None = None,
+    minimum_change: float,
+    direction: Direction | None = None,
+    n_bootstrap: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Transition | None:
+    """The last lasting change of a curve, or None where there is no credible one.
+
+    Args:
+        x: sequences seen ``[N]``, strictly ascending, any spacing.
+        y: the curve ``[N]``; samples that are not finite are ignored.
+        before: level before the change (a task's plateau), exact. None estimates it. A plateau is a level near
+            which the curve spent ``LASTING`` of the record, and twice as long as near some level between
+            it and the final one; that of the greatest time x distance from the final level is taken, and
+            without any the level at which the curve starts (median of the first ``LASTING``).
+        after: level of a complete change. None, or one towards which the curve made less than 90 %
+            of the way, means the curve's own final level: the median of the last 2 ``LASTING``.
+        minimum_change: smallest ``|after - before|`` that counts, in units of y, > 0.
+        direction: the sign of change that counts; None accepts both.
+        n_bootstrap: R, of the moving-block bootstrap (H. Kuensch, "The jackknife and the bootstrap for
+            general stationary observations", 1989); 0 leaves the sampling resolution alone.
+        level: coverage of the intervals, in (0, 1).
+        seed: of the bootstrap, >= 0; the same seed gives the same intervals.
+
+    Returns:
+        onset <= midpoint <= end, no interval narrower than the gap between the samples (or bins) around it. None:
+        fewer than ``FEWEST`` finite samples, or the change is below ``minimum_change`` or ``CREDIBLE``
+        standard errors, of the wrong sign, or did not last.
+
+    Raises:
+        ValueError: x and y differ in length, x does not ascend, or an argument is out of range.
+    """
+    if minimum_change <= 0 or n_bootstrap < 0 or seed < 0 or not 0 < level < 1:
+        raise ValueError("onset: expected minimum_change > 0, n_bootstrap >= 0, seed >= 0 and 0 < level < 1")
+    x, y = _finite(x, y)
+    levels = _levels(_binned(x, y)[1], before, after, minimum_change, direction) if len(x) >= FEWEST else None
+    if levels is None:
+        return None
+    (start, final), errors = levels
+    rng = np.random.Generator(np.random.Philox(seed))
+    drawn = rng.standard_normal((n_bootstrap, 2)) * errors / (final - start)
+    estimates = _locate(x, (y - start) / (final - start), drawn, rng, level)
+    return None if estimates is None else Transition(*estimates, start, final)
+
+
+def _locate(
+    x: np.ndarray, z: np.ndarray, drawn: Float[np.ndarray, "R 2"], rng: np.random.Generator, level: float
+) -> tuple[Estimate, Estimate, Estimate] | None:
+    """The three crossings, given replicated errors of the two levels; None if the change did not last."""
+    coarse = _binned(x, z)[1]
+    window = _window(coarse)
+    if window is None:
+        return None
+    first, last, end_from = (i * len(x) // len(coarse) for i in window)  # from bins to samples
+    earliest = x[end_from]
+    x, z = _binned(x[first:last], z[first:last])
+    low = int(np.searchsorted(x, earliest))
+    values, gaps = _crossings(x, z[None], np.zeros((1, 3)), low)
+    shifts = drawn @ np.array([[1 - way for way in WAYS], WAYS])  # an error of a level moves a way by its share
+    replicates, _ = _crossings(x, _replicates(z, len(drawn), rng), shifts, low)
+    onset, midpoint, end = (_estimate(x, values[0, i], int(gaps[0, i]), replicates[:, i], level) for i in range(3))
+    return onset, midpoint, end
+
+
+def monotone(y: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "P"], Int[np.ndarray, "P"]]:
+    """The non-decreasing sequence nearest to y in squares, as means (strictly ascending) and sizes of its pools.
+
+    Pools adjacent violators, O(N): R. Barlow et al., "Statistical Inference under Order Restrictions", 1972.
+    """
+    means: list[float] = []
+    sizes: list[int] = []
+    for value, size in zip(y.tolist(), [1] * len(y), strict=True):
+        while means and means[-1] >= value:
+            left = sizes.pop()
+            value = (value * size + means.pop() * left) / (size + left)
+            size += left
+        means.append(value)
+        sizes.append(size)
+    return np.array(means), np.array(sizes)
+
+
+def _binned(x: Float[np.ndarray, "N"], y: Float[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over at most ``BINS`` runs of neighbouring samples, equally long to within one."""
+    if len(x) <= BINS:
+        return x, y
+    edges = np.linspace(0, len(x), BINS + 1).astype(int)
+    counts = np.diff(edges)
+    return np.add.reduceat(x, edges[:-1]) / counts, np.add.reduceat(y, edges[:-1]) / counts
+
+
+def _finite(x: Real[np.ndarray, "N"], y: Real[np.ndarray, "_"]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"onset: x has shape {x.shape}, y {y.shape}, expected one length")
+    if not (np.isfinite(x).all() and (np.diff(x) > 0).all()):
+        raise ValueError("onset: x does not ascend strictly")
+    kept = np.isfinite(y)
+    return x[kept], y[kept]
+
+
+def _levels(
+    y: np.ndarray, before: float | None, after: float | None, minimum_change: float, direction: Direction | None
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The two levels of a credible change and their standard errors (0 if given); None without one."""
+    final, final_error = _level(y[-2 * _lasting(len(y)) :])
+    start, start_error = (before, 0.0) if before is not None else _plateau(y, final, minimum_change, direction)
+    change = final - start
+    if abs(change) < max(minimum_change, CREDIBLE * math.hypot(start_error, final_error)):
+        return None
+    if direction is not None and (change > 0) != (direction == "rise"):
+        return None
+    if after is not None and after != start and change / (after - start) >= WAYS[-1]:
+        return (start, after), (start_error, 0.0)
+    return (start, final), (start_error, final_error)
+
+
+def _lasting(n: int) -> int:
+    """How many of n samples make a lasting stay."""
+    return max(3, math.ceil(LASTING * n))
+
+
+def _level(y: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Median and its standard error, widened for noise that is correlated from sample to sample."""
+    centred = y - y.mean()
+    power = float(centred @ centred)
+    correlation = min(max(float(centred[1:] @ centred[:-1]) / power, 0.0), 0.9) if power > 0 else 0.0
+    variance = power / max(len(y) - 1, 1) / len(y) * (1 + correlation) / (1 - correlation)
+    return float(np.median(y)), 1.25 * math.sqrt(variance)  # 1.25: median against mean
+
+
+def _plateau(
+    y: Float[np.ndarray, "N"], final: float, minimum_change: float, direction: Direction | None
+) -> tuple[float, float]:
+    """Level and standard error of the plateau that was left for the final level."""
+    grid = np.linspace(y.min(), y.max(), 65)
+    noise = 1.4826 * float(np.median(np.abs(np.diff(y)))) / math.sqrt(2)
+    width = max(noise, 0.02 * float(grid[-1] - grid[0]), 1e-12)
+    time = np.exp(-0.5 * ((grid[:, None] - y) / width) ** 2).sum(1)  # samples spent near each level
+    at = int(np.abs(grid - final).argmin())
+    valley = np.concatenate([np.minimum.accumulate(time[at::-1])[::-1], np.minimum.accumulate(time[at:])[1:]])
+    # a mere slow spot of a decay towards the final level has no emptier level between: not a plateau
+    stays = (time >= _lasting(len(y))) & (valley <= 0.5 * time) & (np.abs(grid - final) >= minimum_change)
+    stays &= (direction != "fall") | (grid > final)
+    stays &= (direction != "rise") | (grid < final)
+    if not stays.any():
+        return _level(y[: _lasting(len(y))])
+    # time x distance: neither the brief untrained level nor a late, lower shelf hides the main plateau
+    best = grid[np.where(stays, time * np.abs(grid - final), -1.0).argmax()]
+    best = y[np.abs(y - best).argmin()]
+    return _level(y[np.abs(y - best) <= 2 * width])
+
+
+def _window(z: Float[np.ndarray, "N"]) -> tuple[int, int, int] | None:
+    """Samples from and up to which the change happens, generously, and from which it can end; None if none lasted."""
+    stay = _lasting(len(z))
+    from_middle, middle, lasted = _last_full(z, WAYS[1], stay)
+    if not lasted:
+        return None
+    from_onset, onset, _ = _last_full(z[: middle + 1], WAYS[0], stay)
+    from_end, end, _ = _last_full(z[middle + 1 :], WAYS[2], stay)
+    end += middle + 1
+    margin = 2 * (end - onset) + 2 * stay
+    first, last = max(onset - margin, from_onset, from_middle), min(end + margin + 1, len(z))
+    return first, last, (from_end + middle + 1 if from_end else 0)
+
+
+def _last_full(z: Float[np.ndarray, "N"], way: float, capacity: int) -> tuple[int, int, bool]:
+    """Where the stay before the lasting crossing starts and ends (-1: crossed from the start); whether it lasted.
+
+    A bucket, full at first, drains by up to one a sample beyond ``way`` and fills before it; overflowing, it
+    forgets older stays. The crossing follows its last full moment; it lasted if it has run empty since.
+    """
+    fill, empty, start, last, lasted = float(capacity), 0, 0, -1, False
+    for i, step in enumerate(_pull(z, way).tolist()):
+        fill = min(max(fill + step, 0.0), float(capacity))
+        if fill == capacity:
+            start, last, lasted = empty, i, False
+        elif fill == 0.0:
+            empty, lasted = i + 1, True
+    return start, last, lasted
+
+
+def _pull(z: Float[np.ndarray, "*R N"], way: float, shift: Float[np.ndarray, "R 1"] | float = 0.0) -> np.ndarray:
+    """Huber's score of every sample against the way: positive before it, negative beyond it."""
+    return np.clip((way + shift - z) / min(way, 1 - way), -1.0, 1.0)
+
+
+def _estimate(x: Float[np.ndarray, "W"], value: float, gap: int, replicates: np.ndarray, level: float) -> Estimate:
+    """A crossing and its interval: at least the gap it lies in, at most the window."""
+    left, right = float(x[max(gap - 1, 0)]), float(x[min(max(gap, 1), len(x) - 1)])
+    low = high = value = float(value)
+    if len(replicates):
+        low, middle, high = np.quantile(replicates, [(1 - level) / 2, 0.5, (1 + level) / 2]).tolist()
+        # the replicates' own bias repeats that of the value, so the interval is moved, not added to it
+        low, high = max(value + low - middle, float(x[0])), min(value + high - middle, float(x[-1]))
+    return Estimate(value, min(low, left, value), max(high, right, value))
+
+
+def _crossings(
+    x: Float[np.ndarray, "W"], z: Float[np.ndarray, "R W"], shifts: Float[np.ndarray, "R 3"], end_from: int
+) -> tuple[Float[np.ndarray, "R 3"], Int[np.ndarray, "R 3"]]:
+    """x of the three crossings in order, and the index of the first sample beyond each."""
+    n = z.shape[1]
+    middle = _split(z, WAYS[1], shifts[:, 1:2], 0, n)
+    onset = _split(z, WAYS[0], shifts[:, 0:1], 0, middle[:, None])
+    end = _split(z, WAYS[2], shifts[:, 2:3], np.maximum(middle, end_from)[:, None], n)
+    gaps = np.stack([onset, middle, end], 1)
+    left, right = np.clip(gaps - 1, 0, n - 1), np.clip(gaps, 0, n - 1)
+    z_left, z_right = np.take_along_axis(z, left, 1), np.take_along_axis(z, right, 1)
+    rise = np.where(z_right > z_left, z_right - z_left, 1.0)
+    share = np.clip((np.array(WAYS) + shifts - z_left) / rise, 0.0, 1.0)
+    return x[left] + share * (x[right] - x[left]), gaps
+
+
+def _split(z: np.ndarray, way: float, shift: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+    """How many samples lie before the crossing, from ``low`` to ``high``; the last of equals."""
+    n = z.shape[1]
+    total = np.pad(np.cumsum(_pull(z, way, shift), axis=1), ((0, 0), (1, 0)))
+    at = np.arange(n + 1)
+    total = np.where((at >= low) & (at <= high), total, -np.inf)
+    return n - total[:, ::-1].argmax(1)
+
+
+def _replicates(z: Float[np.ndarray, "W"], count: int, rng: np.random.Generator) -> Float[np.ndarray, "R W"]:
+    """The monotone fit plus blocks of its residuals, moved about and scaled to the noise of the place."""
+    n = len(z)
+    means, sizes = monotone(z)
+    block = math.ceil(n ** (1 / 3))
+    # the steps between long pools are ramped over a few blocks: bare, they would catch every replicate
+    last = np.cumsum(sizes) - 0.5
+    ramp = np.minimum(sizes / 2, 4 * block)
+    knots = np.stack([last - sizes + ramp, last - ramp + 1e-6], 1).ravel()
+    fit = np.interp(np.arange(n), knots, np.repeat(means, 2))
+    residual = z - np.repeat(means, sizes)
+    # noise differs from place to place; a pool of s samples has used up one of its s degrees of freedom
+    reach = max(3, n // 8)
+    near = np.ones(2 * reach + 1)
+    power = np.convolve(residual**2, near)[reach : reach + n]
+    freedom = np.convolve(np.repeat(1 - 1 / sizes, sizes), near)[reach : reach + n]
+    scale = np.sqrt(power / np.maximum(freedom, 1.0)) + 1e-12
+    unit = residual / scale
+    unit /= max(math.sqrt(float((unit**2).mean())), 1e-9)
+    starts = rng.integers(0, n - block + 1, size=(count, math.ceil(n / block)))
+    return fit + scale * unit[(starts[..., None] + np.arange(block)).reshape(count, starts.shape[1] * block)[:, :n]]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What ``watch`` remembers, floats and None only."""
+
+    last: float | None = None  # x of the last update
+    excess: float = 0.0  # net number of updates beyond the level, from 0 to the patience
+    since: float | None = None  # x of the first update of the present excess
+    announced: float | None = None  # x that was announced
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For a checkpoint; ``Watch(**state)`` reads it back."""
+        return asdict(self)
+
+
+def watch(
+    state: Watch, x: float, y: float, *, before: float, after: float, way: float = 0.5, patience: float = 10.0
+) -> tuple[Watch, bool]:
+    """One update of the online test for a change: causal, pure, a few floating-point operations.
+
+    E. Page's cumulative sum ("Continuous inspection schemes", 1954): an update adds its distance beyond
+    ``before + way * (after - before)``, between -1 and 1; the sum stops at 0 and announces at ``patience``.
+    On the plateau every update pulls back, so a false alarm needs almost ``patience`` contrary samples in
+    a row, and no spike weighs more than one; the delay after a sharp change is ``patience`` updates.
+
+    Args:
+        state: what the last update returned; ``Watch()`` at the start.
+        x: sequences seen, more than at the last update.
+        y: the curve at x; a value that is not finite is skipped.
+        before, after: levels of the plateau and of a complete change.
+        way: share of the way that counts as changed, in (0, 1).
+        patience: net updates beyond it before the announcement, > 0.
+
+    Returns:
+        The new state, and True at the one update that announces. ``announced`` is then the x of the first
+        update of the excess, for way = 0.5 the online estimate of ``Transition.midpoint``.
+
+    Raises:
+        ValueError: x does not ascend, before equals after, or way or patience is out of range.
+    """
+    if before == after or not 0 < way < 1 or patience <= 0:
+        raise ValueError("watch: expected before != after, 0 < way < 1 and patience > 0")
+    if state.last is not None and not x > state.last:
+        raise ValueError(f"watch: x went from {state.last} to {x}, expected it to ascend")
+    x, y = float(x), float(y)
+    if not math.isfinite(y):
+        return Watch(x, state.excess, state.since, state.announced), False
+    pull = (way - (y - before) / (after - before)) / min(way, 1 - way)
+    excess = min(max(state.excess - min(max(pull, -1.0), 1.0), 0.0), patience)
+    since = None if excess == 0.0 else x if state.since is None else state.since
+    fires = state.announced is None and excess >= patience
+    return Watch(x, excess, since, since if fires else state.announced), fires

@@ -1,0 +1,398 @@
+"""The LightningModule: loss, optimizer, logging. It knows nothing of interpretability.
+
+Legend: M members, S optimizer steps of one Lightning batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from opsin.errors import ConfigError, DivergedError
+from opsin.model import Members, Transformer, init_parameters, position_table
+from opsin.optim import MemberAdam
+from opsin.plan import Writer, build_plan
+from opsin.runs import History
+from opsin.step import (
+    Constants,
+    Step,
+    accuracy,
+    compile_step,
+    cross_entropy,
+    has_compiler,
+    keep_compiled,
+    observe,
+    restrict,
+    scored_logits,
+)
+from opsin.task import Batch, Task
+
+COMPILE_FROM_STEPS = 5_000
+"""Runs of at least this many optimizer steps repay the compiler's half minute."""
+
+PROBE_SEED = 0
+STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling: written to the run, shown in the terminal, sent as an alert.
+
+    Args:
+        kind: a word, for example ``"phase change"``.
+        step: optimizer steps finished when it was noticed.
+        member: whose.
+        message: one line for people.
+    """
+
+    kind: str
+    step: int
+    member: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the probe showed after some step.
+
+    Args:
+        step: optimizer steps finished.
+        batch: the probe.
+        activations: the sites that were asked for, ``[M, B, ...]``.
+    """
+
+    step: int
+    batch: Batch
+    activations: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Listener:
+    every: int
+    sites: tuple[str, ...]
+    notify: Callable[[Observation], None]
+
+
+class OpsinModule(pl.LightningModule):
+    """Trains M transformers on one task, with whatever interventions the callbacks ask for.
+
+    Args:
+        task: what is learned.
+        transformer: shape of the model.
+        seed: seeds initialisation and data; a list trains one member per seed.
+        learning_rate: of Adam.
+        weight_decay: decoupled (AdamW).
+        gradient_clip: largest gradient norm of a member; None for none.
+        betas: of Adam.
+        eps: of Adam, added outside the square root.
+        lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
+            plateau scheduler once a Lightning batch with the mean training loss.
+        steps_per_batch: optimizer steps that one Lightning batch carries.
+        log_every: optimizer steps over which one logged training value is averaged; divides
+            ``steps_per_batch``.
+        probe_size: sequences of the probe that trackers measure on.
+        evaluation_size: sequences of each evaluation set.
+        compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
+            present and the run has at least 5,000 optimizer steps.
+        threads: of this process; small models want one.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        transformer: Transformer = Transformer(),  # noqa: B008 - frozen
+        seed: int | list[int] = 0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        gradient_clip: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        steps_per_batch: int = 50,
+        log_every: int = 10,
+        probe_size: int = 256,
+        evaluation_size: int = 512,
+        compile: Literal["auto"] | bool = "auto",
+        threads: int = 1,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.task, self.transformer = task, transformer
+        self.seeds = [seed] if isinstance(seed, int) else list(seed)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.gradient_clip, self.betas, self.eps = gradient_clip, betas, eps
+        self.lr_scheduler = lr_scheduler
+        self.steps_per_batch, self.log_every = steps_per_batch, log_every
+        self.probe_size, self.evaluation_size = probe_size, evaluation_size
+        self.compile_setting, self.threads = compile, threads
+        self._check_settings()
+        self.sites = transformer.sites(task)
+        self.members = Members(init_parameters(transformer, task, self.seeds))
+        self.history = History(task.batch_size)
+        self.events: list[Event] = []
+        self.summary: dict[str, Any] = {}
+        self._listeners: list[_Listener] = []
+        self._event_handlers: list[Callable[[Event], None]] = []
+        self._evaluation_batches: dict[tuple[str, int], Batch] = {}
+
+    def _check_settings(self) -> None:
+        positive = ("learning_rate", "steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name}", getattr(self, name), "more than 0")
+        if self.steps_per_batch % self.log_every:
+            raise ConfigError("model.log_every", self.log_every, f"a divisor of steps_per_batch {self.steps_per_batch}")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ConfigError("model.seed", self.seeds, "one or more seeds of 0 or more")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise ConfigError("model.gradient_clip", self.gradient_clip, "more than 0, or null")
+
+    # ---- what callbacks use -------------------------------------------------------------------
+
+    @property
+    def n_members(self) -> int:
+        """M."""
+        return len(self.seeds)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps finished; equals the Trainer's ``global_step``."""
+        return self.trainer.global_step
+
+    def listen(self, every: int, notify: Callable[[Observation], None], sites: Sequence[str] = ()) -> None:
+        """Call ``notify`` after every ``every`` optimizer steps, before the first and after the last.
+
+        Args:
+            sites: activations to show it on the probe; listeners of one step share one forward pass.
+
+        Raises:
+            ConfigError: an unknown site.
+        """
+        names = tuple(self.sites.find(site, "sites").name for site in sites)
+        self._listeners.append(_Listener(every, names, notify))
+
+    def on_event(self, handler: Callable[[Event], None]) -> None:
+        """Call ``handler`` with every event announced from now on."""
+        self._event_handlers.append(handler)
+
+    def announce(self, event: Event) -> None:
+        """Tell everybody."""
+        self.events.append(event)
+        for handler in self._event_handlers:
+            handler(event)
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """Parameters ``[M, ...]`` under their names."""
+        return dict(self.members.named_parameters())
+
+    # ---- set-up -------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer = self.trainer
+        if trainer.max_steps < 1:
+            raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
+        self._refuse_uneven_checkpoints()
+        torch.set_num_threads(self.threads)
+        self._listeners, self._event_handlers = [], []
+        writers = [callback for callback in trainer.callbacks if isinstance(callback, Writer)]
+        self.plan = build_plan(writers, self.sites, self.n_members, trainer.max_steps, self.task.batch_size)
+        self.step = Step(self.transformer, self.task, self.plan, tuple(self.betas), self.eps)
+
+    def _refuse_uneven_checkpoints(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            every = getattr(callback, "_every_n_train_steps", 0)
+            if every and every % self.steps_per_batch:
+                expected = f"a multiple of model.steps_per_batch = {self.steps_per_batch}"
+                raise ConfigError("ModelCheckpoint.every_n_train_steps", every, expected)
+
+    def configure_optimizers(self):
+        optimizer = MemberAdam(
+            self.members.named_parameters(), self.learning_rate, self.weight_decay, self.gradient_clip, self.betas
+        )
+        if self.lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    def train_dataloader(self) -> DataLoader:
+        """Numbers of Lightning batches; the data of a step is made from (seed, step) when it is needed."""
+        return DataLoader(range(-(-self.trainer.max_steps // self.steps_per_batch) + 1), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """Numbers of the task's evaluation sets."""
+        return DataLoader(range(len(self.task.evaluations)), batch_size=None)
+
+    def on_fit_start(self) -> None:
+        dtype = next(self.members.parameters()).dtype
+        bank = {name: tensor.to(self.device) for name, tensor in self.task.bank().items()}
+        table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
+        self.constants = Constants(bank, table, [mask.to(self.device, dtype) for mask in self.plan.masks])
+        self.probe = self._evaluation_batch("train", self.probe_size)
+        self._run_step = self._choose_step()
+
+    def _choose_step(self) -> Callable[..., Tensor]:
+        steps = self.trainer.max_steps
+        if self.compile_setting is True and not has_compiler():
+            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
+        wanted = steps >= COMPILE_FROM_STEPS if self.compile_setting == "auto" else self.compile_setting
+        if not (wanted and has_compiler()):
+            reason = "no C++ compiler on the path" if wanted else f"{steps:,} steps do not repay compiling"
+            rank_zero_info(f"opsin: the step runs eagerly ({reason if self.compile_setting == 'auto' else 'as set'})")
+            return self.step
+        reason = f"{steps:,} steps repay it" if self.compile_setting == "auto" else "as set"
+        rank_zero_info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
+        keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
+        return compile_step(self.step)
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self.steps_done == 0:
+            self._notify(0, final=False)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        first = self.steps_done
+        count = min(self.steps_per_batch, self.trainer.max_steps - first)
+        draws = self.task.draw(self.seeds, first, count)
+        draws = {name: tensor.to(self.device) for name, tensor in draws.items()}
+        gates = self._gates(first, count)
+        optimizer = self.optimizers()
+        results = []
+        for index in range(count):
+            optimizer.step(lambda index=index: results.append(self._update(draws, gates, index)))
+            self._step_schedulers()
+            done = first + index + 1
+            self._log_steps(done, results)
+            self._notify(done, final=done == self.trainer.max_steps)
+        self._finish_batch(first, torch.stack(results))
+
+    def _update(self, draws: dict[str, Tensor], gates: Tensor, index: int) -> Float[Tensor, "3 M"]:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        draw = {name: tensor[index] for name, tensor in draws.items()}
+        return self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, gates[index])
+
+    def _gates(self, first: int, count: int) -> Float[Tensor, "S I M"]:
+        gates = self.plan.gates(first, count, self.n_members, self.task.batch_size)
+        return torch.from_numpy(gates).to(self.device, self.constants.table.dtype)
+
+    def _step_schedulers(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if not config.reduce_on_plateau:
+                config.scheduler.step()
+
+    def _log_steps(self, done: int, results: list[Tensor]) -> None:
+        if done % self.log_every and done != self.trainer.max_steps:
+            return
+        window = (done - 1) % self.log_every + 1
+        means = torch.stack(results[-window:]).mean(0)
+        for name, values in zip(STEP_METRICS, means, strict=True):
+            self.history.record(name, done, values)
+        self.log_everywhere({name: values for name, values in zip(STEP_METRICS, means, strict=True)}, done)
+
+    def log_everywhere(self, metrics: dict[str, Float[Tensor, "M"]], step: int) -> None:
+        """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
+        if not self.trainer.loggers:
+            return
+        suffixes = [""] if self.n_members == 1 else [f"/member_{seed}" for seed in range(self.n_members)]
+        flat = {name + s: float(v) for name, values in metrics.items() for s, v in zip(suffixes, values, strict=True)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
+
+    def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
+        finite = results[:, 0].isfinite()
+        if not finite.all():
+            index, member = (~finite).nonzero()[0].tolist()
+            raise DivergedError(
+                f"train/loss: got {results[index, 0, member].item()} at step {first + index} of member {member}, "
+                "expected a finite loss; the run up to there is kept (try a lower model.learning_rate)"
+            )
+        means = results.mean((0, 2))
+        for name, value in zip(STEP_METRICS, means, strict=True):
+            self.log(name, value, logger=False, batch_size=1)
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau:
+                config.scheduler.step(means[0])
+        # Lightning counts one optimizer step a batch where it labels what it logs itself
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(results) - 1
+
+    # ---- looking --------------------------------------------------------------------------------
+
+    def _notify(self, done: int, final: bool) -> None:
+        due = [listener for listener in self._listeners if final or done % listener.every == 0]
+        if not due:
+            return
+        sites = {site for listener in due for site in listener.sites}
+        _, activations = self.observe(self.probe, sorted(sites)) if sites else (None, {})
+        observation = Observation(done, self.probe, activations)
+        for listener in due:
+            listener.notify(observation)
+
+    def observe(self, batch: Batch, sites: Sequence[str] = ()) -> tuple[Float[Tensor, "M B L V"], dict[str, Tensor]]:
+        """Logits and activations on a batch, under the interventions as they stand after the last step."""
+        gates = self._gates(max(self.steps_done - 1, 0), 1)[0]
+        tap = self.plan.tap(gates, self.constants.masks, batch)
+        return observe(self.transformer, self.parameters_by_name(), self.constants.table, batch, tap, sites)
+
+    def _evaluation_batch(self, name: str, size: int) -> Batch:
+        """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
+        if (name, size) not in self._evaluation_batches:
+            draw = self.task.draw([PROBE_SEED] * self.n_members, 0, 1, f"eval/{name}", size)
+            first = {key: tensor[0].to(self.device) for key, tensor in draw.items()}
+            self._evaluation_batches[name, size] = self.task.assemble(self.constants.bank, first)
+        return self._evaluation_batches[name, size]
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        name = self.task.evaluations[int(batch)]
+        data = self._evaluation_batch(name, self.evaluation_size)
+        logits = scored_logits(self.observe(data)[0], data)
+        metrics = {"loss": cross_entropy(logits, data).mean((1, 2)), "accuracy": accuracy(logits, data)}
+        if data.plausible is not None:
+            metrics["accuracy_in_context"] = accuracy(restrict(logits, data.plausible), data)
+        named = {f"val/{name}/{metric}": values for metric, values in metrics.items()}
+        for metric, values in named.items():
+            self.log(metric, values.mean(), logger=False, batch_size=1)
+            if not self.trainer.sanity_checking:
+                self.history.record(metric, self.steps_done, values)
+        if not self.trainer.sanity_checking:
+            self.log_everywhere(named, self.steps_done)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["opsin"] = {
+            "history": self.history.state_dict(),
+            "events": [vars(event) for event in self.events],
+            "plan": self.plan.digest(),
+            "seeds": self.seeds,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["opsin"]
+        if self.trainer.state.fn == TrainerFn.FITTING and saved["plan"] != self.plan.digest():
+            raise ConfigError("ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}")
+        self.history.load_state_dict(saved["history"])
+        self.events = [Event(**event) for event in saved["events"]]
+
+
+
+def opsin_module(module: pl.LightningModule) -> OpsinModule:
+    """The module a callback was attached to, as what callbacks of this package need.
+
+    Raises:
+        ConfigError: some other LightningModule.
+    """
+    if not isinstance(module, OpsinModule):
+        raise ConfigError("model", type(module).__name__, "an OpsinModule")
+    return module

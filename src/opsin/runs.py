@@ -1,0 +1,158 @@
+"""The run folder: one tidy schema, read and write.
+
+A run's folder holds
+
+    config.yaml     the resolved configuration
+    metrics.csv     step, sequences, metric, member, layer, head, value: one row per number
+    snapshots/      weights at chosen steps
+    checkpoints/    what a resume needs
+    summary.json    onset, final strengths, wall time
+    summary.png     loss with the onset marked, strength of every head
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+COLUMNS = ("step", "sequences", "metric", "member", "layer", "head", "value")
+ROW_AXES = ("member", "layer", "head")
+
+
+@dataclass
+class Series:
+    """One metric over training.
+
+    Args:
+        steps: optimizer steps finished when each value was taken.
+        values: ``[n, M]`` or ``[n, M, layers, heads]``, float32.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    values: list[Float[np.ndarray, "M ..."]] = field(default_factory=list)
+
+    def arrays(self) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n M ..."]]:
+        """Steps and stacked values."""
+        return np.array(self.steps, dtype=np.int64), np.stack(self.values) if self.values else np.zeros((0, 1))
+
+
+class History:
+    """Everything a run has measured so far, in memory; checkpoints carry it and metrics.csv mirrors it.
+
+    Args:
+        batch_size: sequences a step, to state positions in sequences.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._series: dict[str, Series] = {}
+        self._unwritten: list[tuple[int, str, np.ndarray]] = []
+
+    def record(self, metric: str, step: int, values: torch.Tensor | np.ndarray) -> None:
+        """Add the values of one metric, ``[M]`` or ``[M, layers, heads]``, after ``step`` steps."""
+        array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype=np.float32)
+        series = self._series.setdefault(metric, Series())
+        series.steps.append(step)
+        series.values.append(array)
+        self._unwritten.append((step, metric, array))
+
+    def __contains__(self, metric: str) -> bool:
+        return metric in self._series
+
+    def __getitem__(self, metric: str) -> Series:
+        """The series of that name.
+
+        Raises:
+            KeyError: nothing of that name was recorded.
+        """
+        return self._series[metric]
+
+    def names(self) -> list[str]:
+        """Metrics recorded so far."""
+        return list(self._series)
+
+    def sequences(self, steps: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """Training sequences seen after so many steps."""
+        return steps * self.batch_size
+
+    def take_unwritten(self) -> list[tuple[int, str, np.ndarray]]:
+        """Records since the last call, in order of recording."""
+        taken, self._unwritten = self._unwritten, []
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, for a checkpoint that loads with ``weights_only=True``."""
+        stacked = {name: series.arrays() for name, series in self._series.items()}
+        return {
+            name: {"steps": torch.from_numpy(steps), "values": torch.from_numpy(values)}
+            for name, (steps, values) in stacked.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; everything counts as unwritten, in order of step and, within one, of first appearance."""
+        self._series = {
+            name: Series(entry["steps"].tolist(), list(entry["values"].numpy())) for name, entry in state.items()
+        }
+        rank = {name: index for index, name in enumerate(self._series)}
+        rows = [
+            (step, name, value)
+            for name, series in self._series.items()
+            for step, value in zip(series.steps, series.values, strict=True)
+        ]
+        self._unwritten = sorted(rows, key=lambda row: (row[0], rank[row[1]]))
+
+
+def tidy_rows(records: list[tuple[int, str, np.ndarray]], batch_size: int) -> Iterator[str]:
+    """CSV lines, one per number; axes a metric does not have stay empty."""
+    for step, metric, array in records:
+        for index in np.ndindex(array.shape):
+            where = [str(i) for i in index] + [""] * (len(ROW_AXES) - len(index))
+            yield ",".join([str(step), str(step * batch_size), metric, *where, repr(float(array[index]))])
+
+
+class RunFolder:
+    """Writer of a run folder.
+
+    Args:
+        path: made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def metrics(self) -> Path:
+        """The tidy table of numbers."""
+        return self.path / "metrics.csv"
+
+    def start_metrics(self) -> None:
+        """Begin the table anew: a resumed run writes again what its checkpoint holds, and nothing after it."""
+        write_atomically(self.metrics, ",".join(COLUMNS) + "\n")
+
+    def append_metrics(self, records: list[tuple[int, str, np.ndarray]], batch_size: int) -> None:
+        """Append records and hand them to the operating system, so that a killed process loses none."""
+        if records:
+            with self.metrics.open("a") as file:
+                file.write("".join(line + "\n" for line in tidy_rows(records, batch_size)))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write one JSON document."""
+        return write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write so that a reader sees the old text or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path

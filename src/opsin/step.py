@@ -1,0 +1,190 @@
+"""One training step as a pure function of tensors; eager and compiled are the same function.
+
+Legend: M members, B batch, L positions, Q scored positions, V outputs, I interventions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opsin.model import Tap, Transformer, forward
+from opsin.plan import Plan
+from opsin.task import Batch, Task
+
+ABSENT_LOGIT = -1e20
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Tensors that stay the same all run: the task's bank, the position table, the plan's masks."""
+
+    bank: Mapping[str, Tensor]
+    table: Float[Tensor, "2 L half"]
+    masks: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Parameters (leaves that require grad) and their running moments, in the same order."""
+
+    names: Sequence[str]
+    parameters: Sequence[Tensor]
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Optimizer hyper-parameters; tensors, so that changing them changes no graph.
+
+    Args:
+        learning_rate: per member.
+        weight_decay: decoupled, per member.
+        clip: largest gradient norm, per member; infinity for none.
+        correction: bias corrections 1 - beta1^t and 1 - beta2^t of this step.
+    """
+
+    learning_rate: Float[Tensor, "M"]
+    weight_decay: Float[Tensor, "M"]
+    clip: Float[Tensor, "M"]
+    correction: Float[Tensor, "2"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step of one run: everything that is fixed before training and shapes the graph."""
+
+    model: Transformer
+    task: Task
+    plan: Plan
+    betas: tuple[float, float]
+    eps: float
+
+    def __call__(
+        self,
+        state: AdamState,
+        hyper: Hyper,
+        constants: Constants,
+        draw: Mapping[str, Tensor],
+        gates: Float[Tensor, "I M"],
+    ) -> Float[Tensor, "3 M"]:
+        """Gather, forward, loss, gradient and Adam, in place.
+
+        Returns:
+            Loss (nats, before the update), accuracy and gradient norm of every member.
+        """
+        batch = self.task.assemble(constants.bank, draw)
+        parameters = dict(zip(state.names, state.parameters, strict=True))
+        tap = self.plan.tap(gates, constants.masks, batch)
+        logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
+        loss = cross_entropy(logits, batch).mean((1, 2))
+        # members do not mix, so the gradient of the sum holds each member's own
+        gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
+        with torch.no_grad():
+            norm = member_norm(gradients)
+            adam_update(state, gradients, norm, hyper, self.betas, self.eps)
+            return torch.stack([loss.detach(), accuracy(logits, batch), norm])
+
+
+def scored_logits(logits: Float[Tensor, "M B L V"], batch: Batch) -> Float[Tensor, "M B Q V"]:
+    """Logits at the positions that enter the loss."""
+    return logits[:, :, list(batch.layout.scored)]
+
+
+def cross_entropy(logits: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "M B Q"]:
+    """Negative log-likelihood of the targets, in nats."""
+    return -logits.log_softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)
+
+
+def accuracy(logits: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "M"]:
+    """Share of scored positions whose most likely output is the target."""
+    return (logits.argmax(-1) == batch.targets).to(logits.dtype).mean((1, 2))
+
+
+def restrict(logits: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"]) -> Float[Tensor, "M B Q V"]:
+    """Logits with outputs that do not occur in the context ruled out."""
+    return logits + ABSENT_LOGIT * (~plausible[:, :, None]).to(logits.dtype)
+
+
+def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, "M"]:
+    """2-norm over all tensors, per member."""
+    return torch.stack([tensor.square().flatten(1).sum(-1) for tensor in tensors]).sum(0).sqrt()
+
+
+def adam_update(
+    state: AdamState,
+    gradients: Sequence[Tensor],
+    norm: Float[Tensor, "M"],
+    hyper: Hyper,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam with decoupled weight decay and per-member clipping, in place and elementwise over members.
+
+    Kingma and Ba 2015, algorithm 1, eps outside the square root; decay as Loshchilov and Hutter 2019.
+    """
+    scale = (hyper.clip / norm).clamp(max=1.0)
+    for parameter, gradient, mean, square in zip(
+        state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
+    ):
+
+        def per_member(x: Float[Tensor, "M"], dims: int = gradient.dim()) -> Tensor:
+            return x.view(-1, *[1] * (dims - 1))
+
+        gradient = gradient * per_member(scale)
+        mean.copy_(betas[0] * mean + (1 - betas[0]) * gradient)
+        square.copy_(betas[1] * square + (1 - betas[1]) * gradient * gradient)
+        move = (mean / hyper.correction[0]) / ((square / hyper.correction[1]).sqrt() + eps)
+        rate = per_member(hyper.learning_rate)
+        parameter.copy_(parameter * (1 - rate * per_member(hyper.weight_decay)) - rate * move)
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether a C++ compiler, which torch.compile needs on the CPU, is on the path."""
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def compile_step(step: Step) -> Callable[..., Tensor]:
+    """The same step as one compiled graph; shapes are fixed, values are inputs."""
+    # without this the gradient inside the step would break the graph
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(step.__call__, fullgraph=True, dynamic=False)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled kernels in ``folder``, so that the next start of the same recipe finds them.
+
+    A folder the user has chosen through ``TORCHINDUCTOR_CACHE_DIR`` is left alone.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def observe(
+    model: Transformer,
+    parameters: Mapping[str, Tensor],
+    table: Tensor,
+    batch: Batch,
+    tap: Tap,
+    sites: Sequence[str],
+) -> tuple[Float[Tensor, "M B L V"], dict[str, Tensor]]:
+    """Logits and the activations of ``sites`` as they go on after the tap, without gradient."""
+    kept: dict[str, Tensor] = {}
+
+    def keeping(name: str, activation: Tensor) -> Tensor:
+        activation = tap(name, activation)
+        if name in sites:
+            kept[name] = activation
+        return activation
+
+    with torch.no_grad():
+        return forward(parameters, table, batch, model, keeping), kept

@@ -1,0 +1,207 @@
+"""Sources of exemplars: the feature vectors, several per class, that few-shot sequences show.
+
+A source holds plain settings only; ``load`` makes or reads the array. Legend: F features, P pixels
+of a drawing.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import h5py
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from opsin.errors import ConfigError
+
+REFERENCE_DATASET = "resnet18/224/feat"
+"""Where the reference system's own feature file keeps its array."""
+
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
+"""What a missing file, a file of another format and a damaged one raise; includes images Pillow cannot read."""
+
+_DRAWING = re.compile(r"images_[^/]+/([^/]+/character\d+)/[^/.]+\.png")
+"""A drawing of an official archive; does not fit folders, nor the ``__MACOSX/`` shadow of some archives."""
+
+
+class Exemplars(ABC):
+    """Where exemplars come from."""
+
+    @abstractmethod
+    def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
+        """All exemplars, entries of about unit size; the same array at every call.
+
+        Raises:
+            ConfigError: a setting that cannot work, or a file that is missing or holds something else.
+        """
+
+
+def _at_least(source: Exemplars, field: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{type(source).__name__}.{field}", value, f"at least {least}")
+
+
+class GaussianClusters(Exemplars):
+    """Synthetic classes: a centre drawn from N(0, 1) in every feature, exemplars scattered around it.
+
+    Entries have unit variance whatever the scatter; two exemplars of a class have a cosine of
+    about 1 / (1 + within ** 2), those of different classes about 0.
+
+    Args:
+        classes: number of classes.
+        exemplars: exemplars of each class.
+        features: F.
+        within: standard deviation inside a class, in units of that between centres.
+        seed: which classes.
+    """
+
+    def __init__(
+        self, classes: int = 100, exemplars: int = 5, features: int = 512, within: float = 0.5, seed: int = 0
+    ) -> None:
+        for field, value in (("classes", classes), ("exemplars", exemplars), ("features", features)):
+            _at_least(self, field, value, 1)
+        _at_least(self, "within", within, 0)
+        _at_least(self, "seed", seed, 0)
+        self.shape = (classes, exemplars, features)
+        self.within, self.seed = within, seed
+
+    def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
+        """Draw the exemplars; a pure function of the settings."""
+        normal = np.random.Generator(np.random.Philox(self.seed)).standard_normal
+        classes, exemplars, features = self.shape
+        centres = normal((classes, 1, features))
+        scattered = centres + self.within * normal((classes, exemplars, features))
+        return (scattered / np.sqrt(1 + self.within**2)).astype(np.float32)
+
+
+class Omniglot(Exemplars):
+    """Handwritten characters from official Omniglot archives; a class is a character of an alphabet.
+
+    Each drawing becomes ink (1) on paper (0), is averaged down to ``size`` x ``size`` pixels, has the
+    mean image of all loaded drawings subtracted, and is projected to ``features`` numbers by a fixed
+    Gaussian matrix, which keeps angles to about 1 / sqrt(features); with size * size == features the
+    pixels themselves are kept. One common factor then makes the root mean square of all entries 1.
+
+    Classes are sorted by alphabet, then character; drawings by file name.
+
+    Args:
+        archives: paths of zip files (``images_background*.zip``, ``images_evaluation.zip``); a
+            character that lies in several of them counts once, as in the first that has it.
+        size: pixels along an edge, at most the drawing's own; few, so that two drawings of a character overlap.
+        features: F.
+        seed: of the projection.
+    """
+
+    def __init__(self, archives: list[str], size: int = 14, features: int = 512, seed: int = 0) -> None:
+        if not archives:
+            raise ConfigError("Omniglot.archives", archives, "at least one archive")
+        _at_least(self, "size", size, 1)
+        _at_least(self, "features", features, 1)
+        _at_least(self, "seed", seed, 0)
+        self.archives, self.size, self.features, self.seed = list(archives), size, features, seed
+
+    def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
+        """Read the archives (about a second per thousand drawings or less)."""
+        characters: dict[str, Float32[np.ndarray, "exemplars P"]] = {}
+        for archive in self.archives:
+            characters = self._read(archive) | characters
+        drawings = {name: len(pixels) for name, pixels in characters.items()}
+        if len(set(drawings.values())) > 1:
+            fewest, most = min(drawings, key=drawings.__getitem__), max(drawings, key=drawings.__getitem__)
+            found = f"{drawings[fewest]} of {fewest}, {drawings[most]} of {most}"
+            raise ConfigError("Omniglot.archives", found, "the same number of drawings of every character")
+        ink = np.stack([characters[name] for name in sorted(characters)])
+        return self._project(ink - ink.mean((0, 1)))
+
+    def _read(self, archive: str) -> dict[str, Float32[np.ndarray, "exemplars P"]]:
+        """The drawings of one archive by ``alphabet/character``."""
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                drawings = sorted(name for name in opened.namelist() if _DRAWING.fullmatch(name))
+                found: dict[str, list[Float32[np.ndarray, "P"]]] = {}
+                for name in drawings:
+                    character = name.split("/", 1)[1].rsplit("/", 1)[0]
+                    found.setdefault(character, []).append(self._ink(opened.read(name)))
+        except _UNREADABLE as error:
+            raise ConfigError("Omniglot.archives", archive, f"a readable Omniglot zip file ({error})") from error
+        if not found:
+            layout = "a zip file with images_*/ALPHABET/characterNN/*.png"
+            raise ConfigError("Omniglot.archives", archive, layout)
+        return {character: np.stack(images) for character, images in found.items()}
+
+    def _ink(self, png: bytes) -> Float32[np.ndarray, "P"]:
+        with Image.open(io.BytesIO(png)) as image:
+            if self.size > min(image.size):
+                raise ConfigError("Omniglot.size", self.size, f"at most {min(image.size)}, the drawings' own")
+            paper = image.convert("L").resize((self.size, self.size), Image.Resampling.BOX)
+        return 1 - np.asarray(paper, np.float32).ravel() / 255
+
+    def _project(self, ink: Float32[np.ndarray, "classes exemplars P"]) -> Float32[np.ndarray, "classes exemplars F"]:
+        pixels = ink.shape[-1]
+        if pixels != self.features:
+            normal = np.random.Generator(np.random.Philox(self.seed)).standard_normal
+            ink = ink @ normal((pixels, self.features), dtype=np.float32)
+        size = np.sqrt(np.mean(ink**2))
+        if size == 0:
+            raise ConfigError("Omniglot.archives", self.archives, "drawings that differ from one another")
+        return ink / size
+
+
+class ArrayFile(Exemplars):
+    """Features computed elsewhere: one array, classes x exemplars x features, of an ``.npz`` or ``.h5`` file.
+
+    Args:
+        path: the file; its suffix says what it is.
+        dataset: name of the array. None: in ``.npz`` the only array there is, in ``.h5``
+            ``resnet18/224/feat``, where the reference system's feature file has it.
+    """
+
+    def __init__(self, path: str, dataset: str | None = None) -> None:
+        if Path(path).suffix not in (".npz", ".h5"):
+            raise ConfigError("ArrayFile.path", path, "a file that ends in .npz or .h5")
+        self.path, self.dataset = path, dataset
+
+    def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
+        """Read the array, as float32, neither centred nor scaled."""
+        read = self._npz if Path(self.path).suffix == ".npz" else self._h5
+        try:
+            array = read()
+        except _UNREADABLE as error:
+            raise ConfigError("ArrayFile.path", self.path, f"a readable file ({error})") from error
+        if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "fiu":
+            found = f"{array.dtype} array of shape {array.shape}"
+            raise ConfigError("ArrayFile.dataset", found, "numbers, classes x exemplars x features")
+        with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, caught below
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            bad = f"{int((~np.isfinite(array)).sum())} non-finite values in {self.path}"
+            raise ConfigError("ArrayFile.dataset", bad, "finite float32 numbers only")
+        return array
+
+    def _npz(self) -> np.ndarray:
+        with zipfile.ZipFile(self.path), np.load(self.path) as arrays:  # the first refuses what is no .npz at all
+            only = arrays.files[0] if len(arrays.files) == 1 else None
+            name = self._named(self.dataset or only, arrays.files)
+            try:
+                return np.asarray(arrays[name])
+            except ValueError as error:
+                raise ConfigError(
+                    "ArrayFile.dataset", name, "an array of plain numbers, not pickled objects"
+                ) from error
+
+    def _h5(self) -> np.ndarray:
+        with h5py.File(self.path, "r") as file:
+            there: list[str] = []
+            file.visititems(lambda name, item: there.append(name) if isinstance(item, h5py.Dataset) else None)
+            return file[self._named(self.dataset or REFERENCE_DATASET, there)][()]
+
+    def _named(self, name: str | None, there: list[str]) -> str:
+        if name not in there:
+            raise ConfigError("ArrayFile.dataset", name, f"one of {', '.join(sorted(there)) or '(the file is empty)'}")
+        return name

@@ -1,0 +1,85 @@
+"""Counter-based random choices: numbers that are a function of (seed, split, step) and of nothing else.
+
+Philox turns a key and a 256-bit counter into four 64-bit numbers. The key holds the seed and the
+split; the counter's words are, from the lowest, block (two words), step, stream, so that streams of
+one key never meet. Legend: R sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, UInt64
+
+WORD = 2**64 - 1
+"""The largest seed."""
+
+
+def stream_key(seed: int, split: str, batch_size: int) -> UInt64[np.ndarray, "2"]:
+    """Philox key of one seed's draws of one split at one batch size."""
+    digest = hashlib.blake2b(f"{split} {batch_size}".encode(), digest_size=8).digest()
+    return np.array([seed, int.from_bytes(digest, "little")], np.uint64)
+
+
+def _generator(key: UInt64[np.ndarray, "2"], block: int, step: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(key=key, counter=np.array([block & WORD, block >> 64, step, stream], np.uint64))
+
+
+def uniforms(
+    keys: list[UInt64[np.ndarray, "2"]], stream: int, first: int, count: int, size: int, parts: Mapping[str, int]
+) -> dict[str, Float[np.ndarray, "part R"]]:
+    """Uniform numbers in [0, 1) for ``size`` sequences of each step and key, ``parts[name]`` of them each.
+
+    A step owns a fixed range of blocks, so consecutive steps come out of one call and each is still
+    a function of its own index alone. R = count * len(keys) * size, in this order.
+    """
+    width = sum(parts.values())
+    blocks = -(-width * size // 4)  # a block yields four numbers
+    raw = np.stack([_generator(key, first * blocks, 0, stream).random_raw(count * blocks * 4) for key in keys])
+    raw = raw.reshape(len(keys), count, blocks * 4)[..., : width * size].reshape(len(keys), count, width, size)
+    found = (raw.transpose(2, 1, 0, 3).reshape(width, -1) >> np.uint64(11)) * 2.0**-53
+    edges = np.cumsum(list(parts.values()))[:-1]
+    return dict(zip(parts, np.split(found, edges), strict=True))
+
+
+def normals(key: UInt64[np.ndarray, "2"], stream: int, step: int, out: Float32[np.ndarray, "..."]) -> None:
+    """Fill ``out`` with N(0, 1); a step has a counter word of its own, as normals take a varying number of blocks."""
+    np.random.Generator(_generator(key, 0, step, stream)).standard_normal(dtype=np.float32, out=out)
+
+
+def below(u: Float[np.ndarray, "*shape"], n: int) -> Int64[np.ndarray, "*shape"]:
+    """Uniform numbers in [0, 1) as whole numbers in 0 .. n - 1."""
+    return (u * n).astype(np.int64)
+
+
+def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, "classes"]:
+    """Probabilities proportional to 1 / rank ** exponent, as whole numbers up to a common factor."""
+    if exponent == 0:
+        return np.ones(classes, np.int64)
+    shares = np.arange(1, classes + 1) ** -float(exponent)
+    # their sum stays below 2 ** 53, up to which doubles hold whole numbers; no class gets nothing
+    return np.maximum(1, np.round(2.0**50 * shares / shares.sum())).astype(np.int64)
+
+
+def without_replacement(
+    u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, "classes"]
+) -> Int64[np.ndarray, "draws R"]:
+    """Different classes, drawn one after another, each in proportion to its mass among those left.
+
+    Args:
+        u: uniform numbers in [0, 1), one a draw.
+        masses: relative probabilities; whole numbers, which makes the draws exact, and at least as
+            many as there are draws.
+    """
+    ends = masses.cumsum()
+    starts = ends - masses
+    drawn = np.empty((0, u.shape[1]), np.int64)
+    for row in u:
+        # a ticket among the mass not yet drawn, which then steps over each class already drawn
+        ticket = (row * (ends[-1] - masses[drawn].sum(0))).astype(np.int64)
+        for past in np.sort(drawn, axis=0):
+            ticket += np.where(ticket >= starts[past], masses[past], 0)
+        drawn = np.concatenate([drawn, np.searchsorted(ends, ticket, side="right")[None]])
+    return drawn
