@@ -119,7 +119,7 @@ class Clamp(Callback):
         self.heads, self.site, self.neurons = heads, site, _chosen(neurons)
         self.positions, self.members = _chosen(positions), _chosen(members)
         self.schedule, self.order = schedule, order
-        self.value = Constant(value) if value is not None else _pattern(pattern, strength, temperature, labels_only)
+        self.value: Value = Constant(value) if value is not None else _pattern(pattern, strength, temperature, labels_only)
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""
@@ -130,9 +130,9 @@ class Clamp(Callback):
         if self.heads is None:
             return [self._at(site.name, None)]
         pairs = parse_pairs("Clamp.heads", self.heads, sites.layers, sites.size("H"), "head")
-        if set(pairs) != {site.layer}:
+        if list(pairs) != [site.layer]:
             raise ConfigError("Clamp.heads", self.heads, f"heads of the layer of {site.name}")
-        return [self._at(site.name, tuple(pairs[site.layer]))]
+        return [self._at(site.name, tuple(heads)) for heads in pairs.values()]
 
     def _at(self, site: str, heads: tuple[int, ...] | None) -> Intervention:
         selection = Selection(heads=heads, neurons=self.neurons, positions=self.positions, members=self.members)

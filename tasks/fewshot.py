@@ -27,8 +27,13 @@ from opsin.tasks.streams import WORD, below, normals, stream_key, uniforms, with
 _CHOICES, _CORRUPTION, _NOISE = range(3)
 """Separate streams, so that switching corruption or noise on leaves every other choice as it was."""
 
+Uniforms = Mapping[str, Float[np.ndarray, "_ R"]]
+"""Numbers in [0, 1) by what they decide."""
+
+LabelSets = Mapping[int, Int64[np.ndarray, "_ _"]]
+"""Sets of k labels, ``[sets, k]``, by k; tabulated, hence the next line."""
+
 _MOST_RELABELLINGS = 1_000_000
-"""Label sets are tabulated; beyond this the table would fill the memory."""
 
 
 def _require(holds: bool, field: str, value: object, expected: str) -> None:
@@ -51,10 +56,9 @@ class Kind:
             uniformly from all labels (the right one included).
         label_flip: probability, for each context item alone, that it shows the label of another
             class of the context in place of its own.
-        matched_query: the query shows the same exemplar as one of its copies in the context; else
-            its exemplar is drawn independently.
-        matched_distractors: all copies of a distractor class show the same exemplar; else each is
-            drawn independently.
+        matched_query: the query shows the same exemplar as one of its copies in the context.
+        matched_distractors: all copies of a distractor class show the same exemplar. Exemplars not
+            matched are drawn independently.
 
     Raises:
         ConfigError: a value out of its range.
@@ -103,10 +107,8 @@ class _Pool:
     Args:
         first_class: class number of the first entry of ``masses``.
         masses: probability of each class as a whole number, up to a common factor.
-        first_exemplar: exemplars ``first_exemplar .. first_exemplar + exemplars - 1`` are shown.
-        exemplars: how many.
-        independent: exemplars are drawn independently for each item, whatever the kind matches.
-        relabellings: for each k, the sets of k labels in use, ``[sets, k]``.
+        first_exemplar, exemplars: the first exemplar of a class that is shown, and how many are.
+        independent: no exemplar is matched, whatever the kind says.
     """
 
     first_class: int
@@ -114,19 +116,19 @@ class _Pool:
     first_exemplar: int
     exemplars: int
     independent: bool
-    relabellings: Mapping[int, Int64[np.ndarray, "sets k"]]
+    relabellings: LabelSets
 
 
 class FewShot(Task):
     """The few-shot induction task; its defaults are the reference system's main run.
 
-    Evaluation sets (those that the splits leave room for), all with the same kinds of sequences:
-    ``train``; ``relabellings``: held-out label sets, if every kind has some; ``exemplars``: held-out exemplars of the training
-    classes, each item's drawn independently; ``classes``: held-out classes, drawn uniformly, with the
-    exemplar numbers and label sets of training.
+    Evaluation sets (those that the splits leave room for), all with the same kinds of sequences: ``train``;
+    ``relabellings``: held-out label sets, if every kind has some; ``exemplars``: held-out exemplars of the
+    training classes, each item's drawn independently; ``classes``: held-out classes, drawn uniformly, with
+    the exemplar numbers and label sets of training.
 
     Args:
-        exemplars: where feature vectors come from; None for ``GaussianClusters()``.
+        exemplars: where feature vectors come from.
         n_labels: V, labels to predict.
         batch_size: B, sequences in a batch.
         context: C, (exemplar, label) pairs before the query.
@@ -142,7 +144,7 @@ class FewShot(Task):
         zipf: training class c (from 0) has probability proportional to 1 / (c + 1) ** zipf; 0 for
             uniform. Classes of one context are drawn one after another without replacement.
         noise: standard deviation of Gaussian noise added to each entry of each feature vector shown.
-        kinds: the kinds of sequences that are mixed; None for one ``Kind()``.
+        kinds: the kinds of sequences that are mixed; none given: one ``Kind()``.
 
     Raises:
         ConfigError: settings that do not fit each other or the exemplars, which are loaded here.
@@ -150,7 +152,7 @@ class FewShot(Task):
 
     def __init__(
         self,
-        exemplars: Exemplars | None = None,
+        exemplars: Exemplars = GaussianClusters(),  # noqa: B008 (a source never changes)
         n_labels: int = 5,
         batch_size: int = 32,
         context: int = 2,
@@ -162,17 +164,16 @@ class FewShot(Task):
         relabelling_seed: int = 55,
         zipf: float = 0.0,
         noise: float = 0.0,
-        kinds: list[Kind] | None = None,
+        kinds: Sequence[Kind] = (),
     ) -> None:
-        self.kinds = [Kind()] if kinds is None else list(kinds)
+        self.kinds = tuple(kinds) or (Kind(),)
         self.context, self.batch_size, self.noise = context, batch_size, noise
         self.n_tokens = self.n_outputs = n_labels
         self._check_numbers(zipf, relabelling_seed)
         in_play = self._check_kinds()
 
-        array = (GaussianClusters() if exemplars is None else exemplars).load()
-        self._bank = {"exemplars": torch.from_numpy(array)}
-        n_classes, n_exemplars, self.n_features = array.shape
+        self._bank = {"exemplars": torch.from_numpy(exemplars.load())}
+        n_classes, n_exemplars, self.n_features = self._bank["exemplars"].shape
         needed = max(k + (kind.no_support > 0) for k, kind in zip(in_play, self.kinds, strict=True))
         heldout_classes = _split("classes", train_classes, heldout_classes, n_classes, needed)
         heldout_exemplars = _split("exemplars", train_exemplars, heldout_exemplars, n_exemplars, 1)
@@ -186,22 +187,18 @@ class FewShot(Task):
         if heldout_exemplars:
             self._pools["eval/exemplars"] = _Pool(0, masses, train_exemplars, heldout_exemplars, True, seen)
         if heldout_classes:
-            uniform = np.ones(heldout_classes, np.int64)
-            first = n_classes - heldout_classes
+            first, uniform = n_classes - heldout_classes, zipf_masses(heldout_classes, 0.0)
             self._pools["eval/classes"] = _Pool(first, uniform, 0, train_exemplars, False, seen)
-
         self.evaluations = tuple(split.removeprefix("eval/") for split in self._pools if split != "train")
         odd = tuple(range(1, 2 * context, 2))
         self.layout = Layout(tuple(range(0, 2 * context + 1, 2)), odd, odd, (2 * context,))
 
     def _check_numbers(self, zipf: float, relabelling_seed: int) -> None:
-        counts = {"n_labels": self.n_outputs, "batch_size": self.batch_size, "context": self.context}
-        for name, count in counts.items():
+        for name, count in {"n_labels": self.n_outputs, "batch_size": self.batch_size, "context": self.context}.items():
             _require(count >= 1, f"FewShot.{name}", count, "at least 1")
         for name, value in {"zipf": zipf, "noise": self.noise}.items():
             _require(0 <= value < math.inf, f"FewShot.{name}", value, "a finite number, at least 0")
         _require(0 <= relabelling_seed <= WORD, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")
-        _require(bool(self.kinds), "FewShot.kinds", self.kinds, "at least one kind, or null")
 
     def _check_kinds(self) -> list[int]:
         """Different classes in a context of each kind."""
@@ -250,7 +247,9 @@ class FewShot(Task):
         keys = [stream_key(seed, split, size) for seed in distinct]
         drawn = self._sequences(self._uniforms(keys, first, count, size), self._pools[split])
         shape = (count, len(distinct), size)
-        found = {name: np.ascontiguousarray(array.T).reshape(*shape, *array.T.shape[1:]) for name, array in drawn}
+        found = {
+            name: np.ascontiguousarray(array.T).reshape(*shape, *array.shape[:-1]) for name, array in drawn.items()
+        }
         if self.noise:
             found["noise"] = self._noise(keys, first, shape)
         if list(seeds) != distinct:
@@ -258,9 +257,7 @@ class FewShot(Task):
             found = {name: array[:, member] for name, array in found.items()}
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
-    def _uniforms(
-        self, keys: list[np.ndarray], first: int, count: int, size: int
-    ) -> dict[str, Float[np.ndarray, "choices R"]]:
+    def _uniforms(self, keys: list[np.ndarray], first: int, count: int, size: int) -> Uniforms:
         """Every random choice of every sequence as a number in [0, 1), by what it decides."""
         c = self.context
         parts = {"kind": 1, "support": 1, "relabelling": 1, "classes": c + 1, "labels": c, "order": c}
@@ -270,26 +267,22 @@ class FewShot(Task):
             found |= uniforms(keys, _CORRUPTION, first, count, size, corruption)
         return found
 
-    def _sequences(
-        self, uniforms: Mapping[str, Float[np.ndarray, "_ R"]], pool: _Pool
-    ) -> list[tuple[str, Int64[np.ndarray, "*items R"]]]:
+    def _sequences(self, u: Uniforms, pool: _Pool) -> dict[str, Int64[np.ndarray, "... R"]]:
         """The choices by name, each sequence by the rules of its own kind."""
         if len(self.kinds) == 1:
-            return list(self._of_kind(self.kinds[0], uniforms, pool).items())
+            return self._of_kind(self.kinds[0], u, pool)
         shares = np.cumsum([kind.weight for kind in self.kinds])
-        which = np.searchsorted(shares[:-1], uniforms["kind"][0] * shares[-1], side="right")
+        which = np.searchsorted(shares[:-1], u["kind"][0] * shares[-1], side="right")
         found: dict[str, np.ndarray] = {}
         for i, kind in enumerate(self.kinds):
             rows = np.flatnonzero(which == i)
-            chosen = self._of_kind(kind, {name: u[:, rows] for name, u in uniforms.items()}, pool)
+            chosen = self._of_kind(kind, {name: part[:, rows] for name, part in u.items()}, pool)
             for name, array in chosen.items():
                 whole = found.setdefault(name, np.empty((*array.shape[:-1], len(which)), np.int64))
                 whole[..., rows] = array
-        return list(found.items())
+        return found
 
-    def _of_kind(
-        self, kind: Kind, u: Mapping[str, Float[np.ndarray, "_ R"]], pool: _Pool
-    ) -> dict[str, Int64[np.ndarray, "*items R"]]:
+    def _of_kind(self, kind: Kind, u: Uniforms, pool: _Pool) -> dict[str, Int64[np.ndarray, "... R"]]:
         slots = kind.slots(self.context)
         k = int(slots[-1]) + 1
         order = u["order"].argsort(0)
@@ -358,9 +351,8 @@ class FewShot(Task):
 
     def baselines(self) -> dict[str, float]:
         """Losses (nats) without a look-up; the second knows the k labels in play, averaged over the kinds."""
-        weights = [kind.weight for kind in self.kinds]
-        losses = [kind.guessing_loss(self.context, self.n_outputs) for kind in self.kinds]
-        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        weighted = sum(kind.weight * kind.guessing_loss(self.context, self.n_outputs) for kind in self.kinds)
+        mean = weighted / sum(kind.weight for kind in self.kinds)
         return {"uniform over labels": math.log(self.n_outputs), "labels of the context": mean}
 
 
@@ -381,7 +373,8 @@ def _split(what: str, train: int, heldout: int | None, there: int, needed: int) 
     """How many classes or exemplars are held out; both splits are empty or hold the ``needed`` number."""
     field = f"FewShot.train_{what}"
     _require(train >= needed, field, train, f"at least {needed} (different {what} in one sequence)")
-    _require(train <= there, field, train, f"at most {there} ({what} in the exemplars)")
+    where = "classes in the exemplars" if what == "classes" else "exemplars of a class"
+    _require(train <= there, field, train, f"at most {there} ({where})")
     left = there - train
     count = left if heldout is None else heldout
     fits = count == 0 or needed <= count <= left
@@ -390,9 +383,7 @@ def _split(what: str, train: int, heldout: int | None, there: int, needed: int) 
     return count
 
 
-def _relabellings(
-    in_play: set[int], n_labels: int, share: float, seed: int
-) -> tuple[dict[int, Int64[np.ndarray, "sets k"]], dict[int, Int64[np.ndarray, "sets k"]]]:
+def _relabellings(in_play: set[int], n_labels: int, share: float, seed: int) -> tuple[LabelSets, LabelSets]:
     """Training's and held-out label sets by size; the latter empty if some size has none to spare."""
     _require(0 <= share < 1, "FewShot.heldout_relabellings", share, "a share, at least 0 and less than 1")
     seen, heldout = {}, {}

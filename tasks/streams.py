@@ -29,7 +29,7 @@ def _generator(key: UInt64[np.ndarray, "2"], block: int, step: int, stream: int)
 
 def uniforms(
     keys: list[UInt64[np.ndarray, "2"]], stream: int, first: int, count: int, size: int, parts: Mapping[str, int]
-) -> dict[str, Float[np.ndarray, "part R"]]:
+) -> dict[str, Float[np.ndarray, "_ R"]]:
     """Uniform numbers in [0, 1) for ``size`` sequences of each step and key, ``parts[name]`` of them each.
 
     A step owns a fixed range of blocks, so consecutive steps come out of one call and each is still

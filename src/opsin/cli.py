@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from opsin.callbacks import KeepRun, Progress
 from opsin.errors import ConfigError, DivergedError
-from opsin.module import OpsinModule
+from opsin.module import OpsinModule, callbacks_of, log
 from opsin.plan import Writer, build_plan
 from opsin.report import final_report, sites_report
 from opsin.task import Task
@@ -43,6 +43,15 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class OneLineParser(LightningArgumentParser):
+    """Says in one line what is wrong with a setting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        found = _config_error(ex)
+        print(f"opsin: {found or ' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 class OpsinCLI(LightningCLI):
     """LightningCLI with the task and the seed at the top level of a recipe, and a run folder."""
 
@@ -53,6 +62,7 @@ class OpsinCLI(LightningCLI):
             seed_everything_default=False,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
+            parser_class=OneLineParser,
             args=list(args),
             run=False,
         )
@@ -95,7 +105,7 @@ def fit(args: Sequence[str]) -> None:
     """Train as the recipe says, and say where the phase change happened."""
     cli = OpsinCLI(args)
     cli.trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
-    folder = next(c for c in cli.trainer.callbacks if isinstance(c, KeepRun)).files.path
+    folder = next(c for c in callbacks_of(cli.trainer) if isinstance(c, KeepRun)).files.path
     print(final_report(cli.model.summary, folder))
 
 
@@ -117,9 +127,9 @@ def resume(args: Sequence[str]) -> None:
 
 def sites(args: Sequence[str]) -> None:
     """Print every site of the recipe's model and what the recipe does to them."""
-    cli = OpsinCLI([*args, "--run_folder", ""]) if False else OpsinCLI(args)
+    cli = OpsinCLI(args)
     module = cli.model
-    writers = [callback for callback in cli.trainer.callbacks if isinstance(callback, Writer)]
+    writers = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, Writer)]
     steps = max(cli.trainer.max_steps, 1)
     plan = build_plan(writers, module.sites, module.n_members, steps, module.task.batch_size)
     print(sites_report(module.sites, module.n_members, module.task.batch_size, plan))
@@ -137,17 +147,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         VERBS[verb](rest)
-    except ConfigError as error:
-        print(f"opsin: {error}", file=sys.stderr)
-        return 2
     except DivergedError as error:
         print(f"opsin: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        found = _config_error(error)
+        if found is None:
+            raise
+        print(f"opsin: {found}", file=sys.stderr)
+        return 2
     return 0
 
 
+def _config_error(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError behind an error, which the parser may have wrapped."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _quieten() -> None:
-    """Hide the libraries' advice that does not apply to models of this size."""
+    """Hide the libraries' advice that does not apply to models of this size; what Opsin says stays."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)

@@ -6,7 +6,7 @@ Legend: M members, B batch, L positions (query side), K positions (key side), H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -36,8 +36,9 @@ class Overwrite:
 class Value(Protocol):
     """What an activation is overwritten by. Values are small frozen dataclasses, so that plans can be hashed."""
 
-    gradient: str
-    """``"stops"`` or ``"flows"``: whether gradient passes through the value."""
+    @property
+    def gradient(self) -> str:
+        """``"stops"`` or ``"flows"``: whether gradient passes through the value."""
 
     def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
         """The value for activation ``x`` of this batch."""
@@ -48,7 +49,7 @@ class Constant:
     """The same number everywhere; gradient stops."""
 
     constant: float = 0.0
-    gradient: str = "stops"
+    gradient: ClassVar[str] = "stops"
 
     def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
         return Overwrite(x.new_full((), self.constant).expand_as(x))
@@ -58,7 +59,7 @@ class Constant:
 class BatchMean:
     """The activation's own mean over the batch, per member and entry; gradient stops."""
 
-    gradient: str = "stops"
+    gradient: ClassVar[str] = "stops"
 
     def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
         return Overwrite(x.detach().mean(1, keepdim=True).expand_as(x))
@@ -77,7 +78,7 @@ class PreviousToken:
 
     strength: float = 1.0
     labels_only: bool = False
-    gradient: str = "stops"
+    gradient: ClassVar[str] = "stops"
 
     def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
         pattern = previous_token_pattern(batch.truth, self.strength, x)
@@ -94,7 +95,7 @@ class Induction:
     """
 
     strength: float = 1.0
-    gradient: str = "stops"
+    gradient: ClassVar[str] = "stops"
 
     def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
         truth = batch.truth
@@ -111,7 +112,7 @@ class Match:
     """
 
     temperature: float = 0.0
-    gradient: str = "stops"
+    gradient: ClassVar[str] = "stops"
 
     def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
         pattern = match_pattern(batch, self.temperature).to(x.dtype)

@@ -5,8 +5,11 @@ Legend: M members, S optimizer steps of one Lightning batch.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +17,10 @@ import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.errors import ConfigError, DivergedError
@@ -37,6 +41,9 @@ from opsin.step import (
     scored_logits,
 )
 from opsin.task import Batch, Task
+
+log = logging.getLogger("lightning.pytorch.opsin")
+"""A child of Lightning's logger, so that it shows where Lightning's does."""
 
 COMPILE_FROM_STEPS = 5_000
 """Runs of at least this many optimizer steps repay the compiler's half minute."""
@@ -207,9 +214,9 @@ class OpsinModule(pl.LightningModule):
         self._refuse_uneven_checkpoints()
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers = [], []
-        writers = [callback for callback in trainer.callbacks if isinstance(callback, Writer)]
+        writers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Writer)]
         self.plan = build_plan(writers, self.sites, self.n_members, trainer.max_steps, self.task.batch_size)
-        self.step = Step(self.transformer, self.task, self.plan, tuple(self.betas), self.eps)
+        self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
 
     def _refuse_uneven_checkpoints(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:
@@ -228,11 +235,11 @@ class OpsinModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         """Numbers of Lightning batches; the data of a step is made from (seed, step) when it is needed."""
-        return DataLoader(range(-(-self.trainer.max_steps // self.steps_per_batch) + 1), batch_size=None)
+        return _numbers(-(-self.trainer.max_steps // self.steps_per_batch) + 1)
 
     def val_dataloader(self) -> DataLoader:
         """Numbers of the task's evaluation sets."""
-        return DataLoader(range(len(self.task.evaluations)), batch_size=None)
+        return _numbers(len(self.task.evaluations))
 
     def on_fit_start(self) -> None:
         dtype = next(self.members.parameters()).dtype
@@ -249,12 +256,12 @@ class OpsinModule(pl.LightningModule):
         wanted = steps >= COMPILE_FROM_STEPS if self.compile_setting == "auto" else self.compile_setting
         if not (wanted and has_compiler()):
             reason = "no C++ compiler on the path" if wanted else f"{steps:,} steps do not repay compiling"
-            rank_zero_info(f"opsin: the step runs eagerly ({reason if self.compile_setting == 'auto' else 'as set'})")
+            log.info(f"opsin: the step runs eagerly ({reason if self.compile_setting == 'auto' else 'as set'})")
             return self.step
         reason = f"{steps:,} steps repay it" if self.compile_setting == "auto" else "as set"
-        rank_zero_info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
+        log.info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
         keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
-        return compile_step(self.step)
+        return _timed_first(compile_step(self.step))
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -269,19 +276,21 @@ class OpsinModule(pl.LightningModule):
         draws = {name: tensor.to(self.device) for name, tensor in draws.items()}
         gates = self._gates(first, count)
         optimizer = self.optimizers()
-        results = []
+        assert isinstance(optimizer, LightningOptimizer)
+        results: list[Tensor] = []
         for index in range(count):
-            optimizer.step(lambda index=index: results.append(self._update(draws, gates, index)))
+            optimizer.step(partial(self._update, draws, gates, index, results))
             self._step_schedulers()
             done = first + index + 1
             self._log_steps(done, results)
             self._notify(done, final=done == self.trainer.max_steps)
         self._finish_batch(first, torch.stack(results))
 
-    def _update(self, draws: dict[str, Tensor], gates: Tensor, index: int) -> Float[Tensor, "3 M"]:
+    def _update(self, draws: dict[str, Tensor], gates: Tensor, index: int, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, MemberAdam)
         draw = {name: tensor[index] for name, tensor in draws.items()}
-        return self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, gates[index])
+        results.append(self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, gates[index]))
 
     def _gates(self, first: int, count: int) -> Float[Tensor, "S I M"]:
         gates = self.plan.gates(first, count, self.n_members, self.task.batch_size)
@@ -289,7 +298,7 @@ class OpsinModule(pl.LightningModule):
 
     def _step_schedulers(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            if not config.reduce_on_plateau:
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step()
 
     def _log_steps(self, done: int, results: list[Tensor]) -> None:
@@ -322,8 +331,8 @@ class OpsinModule(pl.LightningModule):
         for name, value in zip(STEP_METRICS, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)
         for config in self.trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                config.scheduler.step(means[0])
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(float(means[0]))
         # Lightning counts one optimizer step a batch where it labels what it logs itself
         self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(results) - 1
 
@@ -381,10 +390,37 @@ class OpsinModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["opsin"]
         if self.trainer.state.fn == TrainerFn.FITTING and saved["plan"] != self.plan.digest():
-            raise ConfigError("ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}")
+            raise ConfigError(
+                "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
+            )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
 
+
+def _timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same step; says how long its first call took, which is where it is compiled."""
+    waiting = True
+
+    def timed(*arguments: Any) -> Tensor:
+        nonlocal waiting
+        if not waiting:
+            return step(*arguments)
+        waiting, began = False, time.monotonic()
+        result = step(*arguments)
+        log.info(f"opsin: compiled in {time.monotonic() - began:.1f} s")
+        return result
+
+    return timed
+
+
+def _numbers(count: int) -> DataLoader:
+    """0, 1, ... ``count`` - 1, one at a time."""
+    return DataLoader(range(count), batch_size=None)  # type: ignore[arg-type]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks, in the order they are called."""
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def opsin_module(module: pl.LightningModule) -> OpsinModule:

@@ -56,19 +56,18 @@ class MemberAdam(torch.optim.Optimizer):
     def adam_state(self) -> AdamState:
         """What the fused step changes in place."""
         states = [self.state[parameter] for parameter in self.parameters]
-        return AdamState(
-            self.names, self.parameters, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        )
+        return AdamState(self.names, self.parameters, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
 
     def hyper(self) -> Hyper:
         """Hyper-parameters of the next update."""
         group, like = self.param_groups[0], self.parameters[0]
         clip = float("inf") if group["clip"] is None else group["clip"]
         correction = [1 - beta ** (self.steps + 1) for beta in group["betas"]]
-        return Hyper(
-            *(_each_member(value, like.shape[0], like.dtype, like.device) for value in (group["lr"], group["weight_decay"], clip)),
-            correction=torch.tensor(correction, dtype=like.dtype, device=like.device),
+        rate, decay, clip = (
+            _each_member(value, like.shape[0], like.dtype, like.device)
+            for value in (group["lr"], group["weight_decay"], clip)
         )
+        return Hyper(rate, decay, clip, torch.tensor(correction, dtype=like.dtype, device=like.device))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update by calling the fused step.

@@ -195,5 +195,3 @@ def parse_pairs(name: str, items: Sequence[str], first_size: int, second_size: i
     if not parsed:
         raise ConfigError(name, list(items), f"at least one {expected}")
     return dict(parsed)
-
-

@@ -88,7 +88,15 @@ class SiteTable:
 
 
 def build_sites(
-    *, layers: int, positions: int, width: int, heads: int, neurons: int | None, outputs: int, additive: bool, norm: bool
+    *,
+    layers: int,
+    positions: int,
+    width: int,
+    heads: int,
+    neurons: int | None,
+    outputs: int,
+    additive: bool,
+    norm: bool,
 ) -> SiteTable:
     """The site table of a decoder with these sizes.
 
@@ -109,9 +117,7 @@ def build_sites(
         rows.append(("ln_final.hook_scale", "MBL1", "standard deviation the last LayerNorm divides by"))
     rows.append(("ln_final.hook_normalized", "MBLD", "output of the last LayerNorm"))
     rows.append(("hook_logits", "MBLV", "logits at every position"))
-    table = {
-        name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning) for name, axes, meaning in rows
-    }
+    table = {name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning) for name, axes, meaning in rows}
     return SiteTable(table)
 
 

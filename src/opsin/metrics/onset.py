@@ -1,27 +1,26 @@
 """When something formed: a transition of a curve, located with an uncertainty.
 
 Curves are pairs (x, y): x counts the training sequences seen, y is a loss or the strength of a
-head. Everything works on the *progress* z = (y - before) / (after - before), 0 on the level before
-the change and 1 on the level after it, so a fall and a rise are one case.
+head. Everything works on the *progress* z = (y - before) / (after - before), from 0 to 1 for both a
+fall and a rise.
 
 **Crossing.** A curve crosses the way ``a`` (0.1 onset, 0.5 midpoint, 0.9 end) where the sum of
 ``clip((a - z) / h, -1, 1)`` over the samples so far is greatest, h = min(a, 1 - a): the split with the
 least time on the wrong side. That is exactly where the monotone regression of z under Huber's loss
-passes ``a`` (the switch relation of P. Groeneboom, "Estimating a monotone density", 1985), so no
-smoothing window smears a sharp onset and a spike weighs no more than any other sample.
+passes ``a`` (switch relation: P. Groeneboom, "Estimating a monotone density", 1985): no smoothing
+window smears a sharp onset, and a spike weighs no more than any other sample.
 
 **Last lasting.** Time is counted in samples; a stay on one side lasts when it outweighs ``LASTING`` of the
-record. Of several crossings of the midpoint the last that separates two lasting stays counts; the onset
-is the last such crossing of its way before it, the end the last after it.
-
-Legend: N samples, W samples or bins in the window, P pools, R bootstrap replicates.
+record. The midpoint is the last crossing that separates two lasting stays; the onset is the last such
+crossing of its way before it, the end the last after it.
+(N samples, W samples or bins in the window of the change, P pools, R replicates.)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -32,24 +31,28 @@ WAYS = (0.1, 0.5, 0.9)  # shares of the way from before to after: onset, midpoin
 LASTING = 0.05  # share of the record that a stay must outweigh to count as lasting
 FEWEST = 8  # fewer samples than this say nothing
 BINS = 400  # longer series are averaged into so many bins: once the record, again the window of the change
+SLACK = 1.2  # a monotone fit follows correlated noise: residuals by so much larger cover the truth (tests)
 CREDIBLE = 5.0  # a change must exceed so many standard errors of the difference of its levels
 
 
 @dataclass(frozen=True)
-class Estimate:
+class _Record:
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dictionaries of plain Python scalars."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Estimate(_Record):
     """A number of sequences, ``low <= value <= high``."""
 
     value: float
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, float]:
-        """As plain floats."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Transition:
+class Transition(_Record):
     """One lasting change: where 10, 50 and 90 % of the way between two levels (units of y) are crossed."""
 
     onset: Estimate
@@ -57,10 +60,6 @@ class Transition:
     end: Estimate
     before: float
     after: float
-
-    def to_dict(self) -> dict[str, float | dict[str, float]]:
-        """As nested dictionaries of plain Python floats."""
-        return asdict(self)
 
 
 def find_transition(
@@ -80,18 +79,14 @@ def find_transition(
     Args:
         x: sequences seen ``[N]``, strictly ascending, any spacing.
         y: the curve ``[N]``; samples that are not finite are ignored.
-        before: level before the change (a task's plateau), exact. None estimates it. A plateau is a level near
-            which the curve spent ``LASTING`` of the record, and twice as long as near some level between
-            it and the final one; that of the greatest time x distance from the final level is taken, and
-            without any the level at which the curve starts (median of the first ``LASTING``).
-        after: level of a complete change. None, or one towards which the curve made less than 90 %
-            of the way, means the curve's own final level: the median of the last 2 ``LASTING``.
-        minimum_change: smallest ``|after - before|`` that counts, in units of y, > 0.
-        direction: the sign of change that counts; None accepts both.
-        n_bootstrap: R, of the moving-block bootstrap (H. Kuensch, "The jackknife and the bootstrap for
-            general stationary observations", 1989); 0 leaves the sampling resolution alone.
-        level: coverage of the intervals, in (0, 1).
-        seed: of the bootstrap, >= 0; the same seed gives the same intervals.
+        before: level before the change (a task's plateau), exact. None estimates it: of the levels near which
+            the curve spent ``LASTING`` of the record, twice as long as near some level between it and the final
+            one, that of the greatest time x distance from the final; else the median of the first ``LASTING``.
+        after: level of a complete change. None, or one towards which the curve made less than 90 % of the way,
+            means the curve's own final level, the median of the last 2 ``LASTING``.
+        minimum_change, direction: smallest ``|after - before|`` that counts, > 0, in units of y, and its sign.
+        n_bootstrap: R, of the moving-block bootstrap (H. Kuensch, 1989); 0 leaves only the sampling resolution.
+        level, seed: coverage of the intervals, in (0, 1); the same seed >= 0 gives the same intervals.
 
     Returns:
         onset <= midpoint <= end, no interval narrower than the gap between the samples (or bins) around it. None:
@@ -123,9 +118,8 @@ def _locate(
     if window is None:
         return None
     first, last, end_from = (i * len(x) // len(coarse) for i in window)  # from bins to samples
-    earliest = x[end_from]
-    x, z = _binned(x[first:last], z[first:last])
-    low = int(np.searchsorted(x, earliest))
+    fine, z = _binned(x[first:last], z[first:last])
+    x, low = fine, int(np.searchsorted(fine, x[end_from]))
     values, gaps = _crossings(x, z[None], np.zeros((1, 3)), low)
     shifts = drawn @ np.array([[1 - way for way in WAYS], WAYS])  # an error of a level moves a way by its share
     replicates, _ = _crossings(x, _replicates(z, len(drawn), rng), shifts, low)
@@ -134,13 +128,11 @@ def _locate(
 
 
 def monotone(y: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "P"], Int[np.ndarray, "P"]]:
-    """The non-decreasing sequence nearest to y in squares, as means (strictly ascending) and sizes of its pools.
-
-    Pools adjacent violators, O(N): R. Barlow et al., "Statistical Inference under Order Restrictions", 1972.
-    """
+    """Means (ascending) and sizes of the pools of the least-squares monotone fit (R. Barlow et al., 1972), O(N)."""
     means: list[float] = []
     sizes: list[int] = []
-    for value, size in zip(y.tolist(), [1] * len(y), strict=True):
+    for value in y.tolist():
+        size = 1
         while means and means[-1] >= value:
             left = sizes.pop()
             value = (value * size + means.pop() * left) / (size + left)
@@ -165,8 +157,7 @@ def _finite(x: Real[np.ndarray, "N"], y: Real[np.ndarray, "_"]) -> tuple[np.ndar
         raise ValueError(f"onset: x has shape {x.shape}, y {y.shape}, expected one length")
     if not (np.isfinite(x).all() and (np.diff(x) > 0).all()):
         raise ValueError("onset: x does not ascend strictly")
-    kept = np.isfinite(y)
-    return x[kept], y[kept]
+    return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
 def _levels(
@@ -178,11 +169,11 @@ def _levels(
     change = final - start
     if abs(change) < max(minimum_change, CREDIBLE * math.hypot(start_error, final_error)):
         return None
-    if direction is not None and (change > 0) != (direction == "rise"):
+    if direction not in (None, "rise" if change > 0 else "fall"):
         return None
     if after is not None and after != start and change / (after - start) >= WAYS[-1]:
-        return (start, after), (start_error, 0.0)
-    return (start, final), (start_error, final_error)
+        return (float(start), float(after)), (start_error, 0.0)
+    return (float(start), final), (start_error, final_error)
 
 
 def _lasting(n: int) -> int:
@@ -199,9 +190,7 @@ def _level(y: Float[np.ndarray, "N"]) -> tuple[float, float]:
     return float(np.median(y)), 1.25 * math.sqrt(variance)  # 1.25: median against mean
 
 
-def _plateau(
-    y: Float[np.ndarray, "N"], final: float, minimum_change: float, direction: Direction | None
-) -> tuple[float, float]:
+def _plateau(y: np.ndarray, final: float, minimum_change: float, direction: Direction | None) -> tuple[float, float]:
     """Level and standard error of the plateau that was left for the final level."""
     grid = np.linspace(y.min(), y.max(), 65)
     noise = 1.4826 * float(np.median(np.abs(np.diff(y)))) / math.sqrt(2)
@@ -211,14 +200,13 @@ def _plateau(
     valley = np.concatenate([np.minimum.accumulate(time[at::-1])[::-1], np.minimum.accumulate(time[at:])[1:]])
     # a mere slow spot of a decay towards the final level has no emptier level between: not a plateau
     stays = (time >= _lasting(len(y))) & (valley <= 0.5 * time) & (np.abs(grid - final) >= minimum_change)
-    stays &= (direction != "fall") | (grid > final)
-    stays &= (direction != "rise") | (grid < final)
+    stays &= (direction is None) | ((grid > final) == (direction == "fall"))
     if not stays.any():
         return _level(y[: _lasting(len(y))])
     # time x distance: neither the brief untrained level nor a late, lower shelf hides the main plateau
     best = grid[np.where(stays, time * np.abs(grid - final), -1.0).argmax()]
-    best = y[np.abs(y - best).argmin()]
-    return _level(y[np.abs(y - best) <= 2 * width])
+    away = np.abs(y - best)
+    return _level(y[away <= away.min() + 2 * width])
 
 
 def _window(z: Float[np.ndarray, "N"]) -> tuple[int, int, int] | None:
@@ -251,8 +239,8 @@ def _last_full(z: Float[np.ndarray, "N"], way: float, capacity: int) -> tuple[in
     return start, last, lasted
 
 
-def _pull(z: Float[np.ndarray, "*R N"], way: float, shift: Float[np.ndarray, "R 1"] | float = 0.0) -> np.ndarray:
-    """Huber's score of every sample against the way: positive before it, negative beyond it."""
+def _pull(z: np.ndarray, way: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """Huber's score of every sample ``[..., N]`` against the way: positive before it, negative beyond it."""
     return np.clip((way + shift - z) / min(way, 1 - way), -1.0, 1.0)
 
 
@@ -267,10 +255,8 @@ def _estimate(x: Float[np.ndarray, "W"], value: float, gap: int, replicates: np.
     return Estimate(value, min(low, left, value), max(high, right, value))
 
 
-def _crossings(
-    x: Float[np.ndarray, "W"], z: Float[np.ndarray, "R W"], shifts: Float[np.ndarray, "R 3"], end_from: int
-) -> tuple[Float[np.ndarray, "R 3"], Int[np.ndarray, "R 3"]]:
-    """x of the three crossings in order, and the index of the first sample beyond each."""
+def _crossings(x: np.ndarray, z: np.ndarray, shifts: np.ndarray, end_from: int) -> tuple[np.ndarray, np.ndarray]:
+    """x of the three crossings ``[R, 3]`` of z ``[R, W]``, in order, and the index of the first sample beyond each."""
     n = z.shape[1]
     middle = _split(z, WAYS[1], shifts[:, 1:2], 0, n)
     onset = _split(z, WAYS[0], shifts[:, 0:1], 0, middle[:, None])
@@ -311,22 +297,19 @@ def _replicates(z: Float[np.ndarray, "W"], count: int, rng: np.random.Generator)
     scale = np.sqrt(power / np.maximum(freedom, 1.0)) + 1e-12
     unit = residual / scale
     unit /= max(math.sqrt(float((unit**2).mean())), 1e-9)
-    starts = rng.integers(0, n - block + 1, size=(count, math.ceil(n / block)))
-    return fit + scale * unit[(starts[..., None] + np.arange(block)).reshape(count, starts.shape[1] * block)[:, :n]]
+    blocks = math.ceil(n / block)
+    taken = rng.integers(0, n - block + 1, size=(count, blocks, 1)) + np.arange(block)
+    return fit + SLACK * scale * unit[taken.reshape(count, blocks * block)[:, :n]]
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What ``watch`` remembers, floats and None only."""
+class Watch(_Record):
+    """What ``watch`` remembers: floats and None, for a checkpoint; ``Watch(**state.to_dict())`` is the state."""
 
     last: float | None = None  # x of the last update
     excess: float = 0.0  # net number of updates beyond the level, from 0 to the patience
     since: float | None = None  # x of the first update of the present excess
     announced: float | None = None  # x that was announced
-
-    def to_dict(self) -> dict[str, float | None]:
-        """For a checkpoint; ``Watch(**state)`` reads it back."""
-        return asdict(self)
 
 
 def watch(
@@ -341,11 +324,9 @@ def watch(
 
     Args:
         state: what the last update returned; ``Watch()`` at the start.
-        x: sequences seen, more than at the last update.
-        y: the curve at x; a value that is not finite is skipped.
+        x, y: sequences seen, more than before, and the curve there; a y that is not finite is skipped.
         before, after: levels of the plateau and of a complete change.
-        way: share of the way that counts as changed, in (0, 1).
-        patience: net updates beyond it before the announcement, > 0.
+        way, patience: share of the way that counts as changed; net updates beyond it that announce, > 0.
 
     Returns:
         The new state, and True at the one update that announces. ``announced`` is then the x of the first
@@ -360,7 +341,7 @@ def watch(
         raise ValueError(f"watch: x went from {state.last} to {x}, expected it to ascend")
     x, y = float(x), float(y)
     if not math.isfinite(y):
-        return Watch(x, state.excess, state.since, state.announced), False
+        return replace(state, last=x), False
     pull = (way - (y - before) / (after - before)) / min(way, 1 - way)
     excess = min(max(state.excess - min(max(pull, -1.0), 1.0), 0.0), patience)
     since = None if excess == 0.0 else x if state.since is None else state.since

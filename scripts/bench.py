@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Training steps per second, interleaved in one process, as ratios.
+
+    python scripts/bench.py [--json FILE] [--rounds N]
+
+Three loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
+features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with three
+clamps and all trackers at their default cadence. They take turns, a few hundred steps each, so that
+a machine whose speed drifts slows all of them alike; ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opsin.callbacks import Clamp, InductionHeads, KeepRun, PhaseChange, PreviousTokenHeads, Snapshots
+from opsin.errors import ConfigError
+from opsin.model import Transformer
+from opsin.module import OpsinModule
+from opsin.tasks import FewShot
+
+REFERENCE = Transformer(layers=2, width=64, heads=8)
+STEPS_PER_TURN = {"eager": 100, "opsin": 500}
+LEARNING_RATE = 1e-5
+
+
+class EagerBlock(nn.Module):
+    """One pre-norm attention block as one would write it by hand."""
+
+    def __init__(self, width: int, heads: int, positions: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        channel = torch.arange(0, width // heads, 2)
+        angle = torch.arange(positions)[:, None] * 10_000.0 ** (-channel / (width // heads))
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+        self.register_buffer("future", torch.ones(positions, positions, dtype=torch.bool).triu(1))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).flatten(-2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        batch, length, width = h.shape
+        q, k, v = self.qkv(self.norm(h)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = self.rotate(q) @ self.rotate(k).transpose(-1, -2) / math.sqrt(width // self.heads)
+        z = scores.masked_fill(self.future, -torch.inf).softmax(-1) @ v
+        return h + self.out(z.transpose(1, 2).reshape(batch, length, width))
+
+
+class EagerModel(nn.Module):
+    """The reference model without taps or members."""
+
+    def __init__(self, task: FewShot) -> None:
+        super().__init__()
+        width, positions = REFERENCE.width, task.layout.positions
+        self.examples, self.labels = nn.Linear(task.n_features, width), nn.Embedding(task.n_tokens, width)
+        self.blocks = nn.Sequential(*(EagerBlock(width, REFERENCE.heads, positions) for _ in range(REFERENCE.layers)))
+        self.norm, self.unembed = nn.LayerNorm(width), nn.Linear(width, task.n_outputs)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        pairs = torch.stack([self.examples(features[:, :-1]), self.labels(labels)], 2).flatten(1, 2)
+        h = torch.cat([pairs, self.examples(features[:, -1:])], 1)
+        return self.unembed(self.norm(self.blocks(h))[:, -1])
+
+
+class EagerLoop:
+    """Gather, forward, backward, Adam; data drawn beforehand."""
+
+    def __init__(self, task: FewShot, threads: int) -> None:
+        self.threads, self.model = threads, EagerModel(task)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+        self.bank = task.bank()["exemplars"]
+        self.draws = {name: tensor[:, 0] for name, tensor in task.draw([0], 0, STEPS_PER_TURN["eager"]).items()}
+
+    def turn(self) -> float:
+        """Steps per second over one turn."""
+        torch.set_num_threads(self.threads)
+        began = time.perf_counter()
+        for index in range(STEPS_PER_TURN["eager"]):
+            labels = self.draws["labels"][index]
+            features = self.bank[self.draws["classes"][index], self.draws["exemplars"][index]]
+            loss = F.cross_entropy(self.model(features, labels[:, :-1]), labels[:, -1])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        seconds = time.perf_counter() - began
+        torch.set_num_threads(1)
+        return STEPS_PER_TURN["eager"] / seconds
+
+
+class TurnTaking(pl.Callback):
+    """Holds the Trainer between Lightning batches until it is its turn."""
+
+    def __init__(self) -> None:
+        self.allowed, self.taken = threading.Semaphore(0), threading.Semaphore(0)
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.allowed.acquire()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.taken.release()
+
+
+class OpsinLoop:
+    """A fit that trains, in a thread of its own, as far as it is told to."""
+
+    def __init__(self, task: FewShot, callbacks: list[pl.Callback], steps: int) -> None:
+        self.turns = TurnTaking()
+        self.module = OpsinModule(task, REFERENCE, learning_rate=LEARNING_RATE, compile=True, threads=1)
+        self.trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[self.turns, *callbacks],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        self.thread = threading.Thread(target=self.trainer.fit, args=(self.module,), daemon=True)
+        self.thread.start()
+
+    def turn(self) -> float:
+        """Steps per second over one turn."""
+        batches = STEPS_PER_TURN["opsin"] // self.module.steps_per_batch
+        began = time.perf_counter()
+        for _ in range(batches):
+            self.turns.allowed.release()
+        for _ in range(batches):
+            self.turns.taken.acquire()
+        return STEPS_PER_TURN["opsin"] / (time.perf_counter() - began)
+
+
+def instruments(folder: Path) -> list[pl.Callback]:
+    """Three clamps and every tracker, at default cadence."""
+    return [
+        Clamp(heads=["0:2"], pattern="previous_token"),
+        Clamp(heads=["1:3"], pattern="induction", strength=0.8),
+        Clamp(heads=["1:5"], pattern="match"),
+        InductionHeads(),
+        PreviousTokenHeads(),
+        PhaseChange(),
+        Snapshots(),
+        KeepRun(folder),
+    ]
+
+
+def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Steps per second of every loop in every round, after a first round that is thrown away."""
+    task = FewShot()
+    steps = (rounds + 1) * STEPS_PER_TURN["opsin"]
+    loops: dict[str, Callable[[], float]] = {
+        "eager": EagerLoop(task, threads=1).turn,
+        "eager_two_threads": EagerLoop(task, threads=2).turn,
+        "bare": OpsinLoop(task, [], steps).turn,
+        "clamps_and_trackers": OpsinLoop(task, instruments(folder), steps).turn,
+    }
+    for loop in loops.values():
+        loop()
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            speeds[name].append(loop())
+    return speeds
+
+
+def summarise(speeds: dict[str, list[float]]) -> dict[str, float]:
+    """Median speeds (steps per second) and medians of the ratios within a round."""
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(speeds[name], speeds[base], strict=True))
+
+    return {
+        **{f"steps_per_second_{name}": statistics.median(values) for name, values in speeds.items()},
+        "ratio_bare_to_eager": ratio("bare", "eager"),
+        "ratio_bare_to_eager_two_threads": ratio("bare", "eager_two_threads"),
+        "ratio_clamps_and_trackers_to_bare": ratio("clamps_and_trackers", "bare"),
+        "rounds": len(speeds["bare"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=12)
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        raise ConfigError("--rounds", arguments.rounds, "at least 1")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = summarise(measure(arguments.rounds, Path(folder)))
+    for name, value in figures.items():
+        print(f"{name:40s} {value:10.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

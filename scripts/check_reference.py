@@ -1,0 +1,336 @@
+#!/usr/bin/env python3
+"""Compare Opsin with the reference system's numbers, file by file.
+
+    python scripts/check_reference.py DIR
+
+Works from what a file contains (kind, config, base, options) and not from its name. Prints one line
+a file with the largest relative error of activations, losses and gradients, and a last line with
+the count and the worst. Exit 0 if every file is covered and passes, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opsin.callbacks import Ablate, Clamp
+from opsin.model import Transformer, forward, position_table
+from opsin.optim import MemberAdam
+from opsin.plan import Plan, Writer, build_plan
+from opsin.step import Constants, Step, cross_entropy, observe, scored_logits
+from opsin.task import Batch
+from opsin.tasks import Exemplars, FewShot
+
+LIMIT = 1e-9
+# entries this large are masks, not measurements; they must agree exactly
+MASK = 1e8
+INPUT_KINDS = ("donor", "trajectory_batches")
+OPTIONS = {
+    "ablate_embedding",
+    "ablate_heads",
+    "prev_token_heads",
+    "prev_token_head_strength",
+    "prev_token_only_label",
+    "induction_heads",
+    "induction_head_strength",
+    "match_heads",
+    "match_head_temperature",
+}
+ACTIVATIONS = {
+    "norm_out": "ln1.hook_normalized",
+    "q_prerope": "attn.hook_q",
+    "k_prerope": "attn.hook_k",
+    "q": "attn.hook_rot_q",
+    "k": "attn.hook_rot_k",
+    "v": "attn.hook_v",
+    "scores": "attn.hook_attn_scores",
+    "pattern": "attn.hook_pattern",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid",
+    "mlp_norm_out": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+    "block_out": "hook_resid_post",
+}
+BY_HEAD = {"q_prerope", "k_prerope", "q", "k", "v"}
+
+
+class Uncovered(Exception):
+    """A file that asks for something Opsin does not do yet."""
+
+
+class Given(Exemplars):
+    """Exemplars that are already in memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def load(self) -> np.ndarray:
+        return self.array
+
+
+@dataclass(frozen=True)
+class Case:
+    """Model, task and weights of one base file."""
+
+    model: Transformer
+    task: FewShot
+    parameters: dict[str, Tensor]
+    batch: Batch
+
+
+Errors = dict[str, float]
+
+
+def main(folder: Path) -> int:
+    names = sorted(path.name for path in folder.glob("*.npz"))
+    if not names:
+        print(f"{folder}: no .npz files")
+        return 1
+    worst, failed, uncovered = 0.0, 0, 0
+    for name in names:
+        try:
+            errors = check(folder, load(folder / name))
+        except Uncovered as reason:
+            uncovered += 1
+            print(f"{name:48s} uncovered: {reason}")
+            continue
+        largest = max(errors.values(), default=0.0)
+        worst, failed = max(worst, largest), failed + (not largest < LIMIT)
+        shown = "  ".join(f"{what} {error:.1e}" for what, error in errors.items()) or "inputs of other files"
+        print(f"{name:48s} {'ok  ' if largest < LIMIT else 'FAIL'}  {shown}")
+    covered = len(names) - uncovered
+    print(f"{len(names)} files, {covered} covered, {failed} failed, {uncovered} uncovered; worst error {worst:.1e}")
+    return int(failed + uncovered > 0)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def check(folder: Path, file: dict[str, np.ndarray]) -> Errors:
+    """Largest relative error of each group of numbers in one file."""
+    kind = str(file["kind"])
+    if kind in INPUT_KINDS:
+        return {}
+    if kind not in ("base", "clamp", "trajectory"):
+        raise Uncovered(f"kind {kind}")
+    base = file if kind == "base" else load(folder / f"{file['base']}.npz")
+    options = json.loads(str(file["options"])) if "options" in file else {}
+    if unknown := set(options) - OPTIONS:
+        raise Uncovered(f"options {', '.join(sorted(unknown))}")
+    if kind == "trajectory":
+        return check_trajectory(folder, file, base, options)
+    case = build_case(json.loads(str(base["config"])), base, base["examples"], base["labels"])
+    return check_forward(case, file, plan_for(case, options))
+
+
+def build_case(config: dict, weights: dict, examples: np.ndarray, labels: np.ndarray) -> Case:
+    """The model of a config with a base file's weights, and these examples ``[B, N, F]`` as one batch."""
+    batch_size, items, features = examples.shape
+    bank = examples.reshape(batch_size * items, 1, features).astype(np.float64)
+    task = few_shot(config, bank)
+    classes = np.arange(batch_size * items).reshape(1, batch_size, items)
+    batch = task.assemble({"exemplars": torch.from_numpy(bank)}, draw(classes, labels[None]))
+    model = Transformer(
+        layers=config["layers"],
+        width=config["width"],
+        heads=config["heads"],
+        mlp_ratio=config["mlp_ratio"],
+        norm=config["norm"],
+        causal=config["causal"],
+        positions=config["positions"],
+        position_base=config["position_base"],
+    )
+    return Case(model, task, dict(parameters(weights, "param/")), batch)
+
+
+def few_shot(config: dict, bank: np.ndarray) -> FewShot:
+    return FewShot(Given(bank), n_labels=config["labels"], context=config["pairs"], train_classes=len(bank))
+
+
+def draw(classes: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
+    """The reference's choices (``[M, B, N]``) as the task's own."""
+    return {
+        "classes": torch.from_numpy(classes.astype(np.int64)),
+        "exemplars": torch.zeros(classes.shape, dtype=torch.int64),
+        "labels": torch.from_numpy(labels.astype(np.int64)),
+        "answers": torch.from_numpy(labels[..., -1].astype(np.int64)),
+    }
+
+
+def parameters(file: dict[str, np.ndarray], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Opsin's name and ``[1, input, output]`` tensor of every weight the file holds under the prefix."""
+    for key, value in file.items():
+        if not key.startswith(prefix):
+            continue
+        name, tensor = opsin_name(key.removeprefix(prefix)), torch.from_numpy(value.astype(np.float64))
+        # matrices are output x input there; the position table and the label embedding are d x entries
+        yield name, (tensor.T if tensor.dim() == 2 else tensor)[None].contiguous()
+
+
+def opsin_name(reference: str) -> str:
+    """``layer0.qkv.weight`` as ``blocks.0.attn.W_QKV``."""
+    outside = {
+        "example_embed.weight": "embed.W_F",
+        "example_embed.bias": "embed.b_F",
+        "label_embed.weight": "embed.W_E",
+        "pos_embed.weight": "pos_embed.W_pos",
+        "final_norm.weight": "ln_final.w",
+        "final_norm.bias": "ln_final.b",
+        "unembed.weight": "unembed.W_U",
+        "unembed.bias": "unembed.b_U",
+    }
+    if reference in outside:
+        return outside[reference]
+    inside = {
+        "norm.weight": "ln1.w",
+        "norm.bias": "ln1.b",
+        "qkv.weight": "attn.W_QKV",
+        "proj.weight": "attn.W_O",
+        "mlp_norm.weight": "ln2.w",
+        "mlp_norm.bias": "ln2.b",
+        "mlp.fc1.weight": "mlp.W_in",
+        "mlp.fc1.bias": "mlp.b_in",
+        "mlp.fc2.weight": "mlp.W_out",
+        "mlp.fc2.bias": "mlp.b_out",
+    }
+    layer, leaf = reference.split(".", 1)
+    return f"blocks.{layer.removeprefix('layer')}.{inside[leaf]}"
+
+
+def plan_for(case: Case, options: dict) -> Plan:
+    """The callbacks a user would attach for these options, as a plan."""
+    writers: list[Writer] = []
+    if options.get("ablate_embedding"):
+        writers.append(Ablate(sites=["hook_embed"]))
+    if heads := options.get("ablate_heads"):
+        writers.append(Ablate(heads=heads))
+    if heads := options.get("prev_token_heads"):
+        strength, labels_only = (
+            options.get("prev_token_head_strength", 1.0),
+            options.get("prev_token_only_label", False),
+        )
+        writers.append(Clamp(heads, "previous_token", strength=strength, labels_only=labels_only, order=1))
+    if heads := options.get("induction_heads"):
+        writers.append(Clamp(heads, "induction", strength=options.get("induction_head_strength", 1.0), order=2))
+    if heads := options.get("match_heads"):
+        writers.append(Clamp(heads, "match", temperature=options.get("match_head_temperature", 0.0), order=3))
+    return build_plan(writers, case.model.sites(case.task), members=1, steps=1, batch_size=1)
+
+
+def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors:
+    """Activations, losses and gradients of one batch."""
+    tap = plan.tap(torch.ones(len(plan.masks), 1, dtype=torch.float64), [m.double() for m in plan.masks], case.batch)
+    table = position_table(case.model, case.task.layout.positions, torch.float64)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.parameters.items()}
+    logits = scored_logits(forward(leaves, table, case.batch, case.model, tap), case.batch)
+    losses = cross_entropy(logits, case.batch)[0, :, 0]
+    gradients = dict(zip(leaves, torch.autograd.grad(losses.mean(), list(leaves.values())), strict=True))
+    sites = [site.name for site in case.model.sites(case.task)]
+    _, seen = observe(case.model, leaves, table, case.batch, tap, sites)
+    found = activations(seen, case)
+    compared = [key for key in file if key.startswith("act/") and key in found]
+    return {
+        "activations": max((relative_error(found[key], file[key]) for key in compared), default=0.0),
+        "losses": max(
+            relative_error(logits[0, :, 0], file["logits"]),
+            relative_error(losses, file["loss_per_example"]),
+            relative_error(losses.mean(), file["loss"]),
+        ),
+        "gradients": max(relative_error(gradients[name], value) for name, value in reference_gradients(file)),
+    }
+
+
+def reference_gradients(file: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in file.items():
+        if key.startswith("grad/"):
+            yield opsin_name(key.removeprefix("grad/")), (value.T if value.ndim == 2 else value)[None]
+
+
+def activations(seen: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+    """What was seen at the sites, under the reference's names and in its shapes ``[B, ...]``."""
+    one = {name: tensor[0] for name, tensor in seen.items()}
+    every_other = slice(0, None, 2)
+    found = {
+        "act/token_embedding": one["hook_embed"],
+        "act/example_embedding": one["hook_embed"][:, every_other],
+        "act/embedding": one["blocks.0.hook_resid_pre"],
+        "act/final_norm_out": one["ln_final.hook_normalized"],
+        "act/logits_all_tokens": one["hook_logits"],
+        "act/logits_examples": one["hook_logits"][:, every_other],
+    }
+    if "hook_pos_embed" in one:
+        found["act/pos_embedding"] = one["hook_pos_embed"]
+    for layer in range(case.model.layers):
+        block = {
+            name: one[f"blocks.{layer}.{site}"] for name, site in ACTIVATIONS.items() if f"blocks.{layer}.{site}" in one
+        }
+        block = {name: x.transpose(1, 2) if name in BY_HEAD else x for name, x in block.items()}
+        block["z"] = block["z"].flatten(-2)
+        # without an MLP the block ends where the reference calls it the middle
+        block.setdefault("resid_mid", block["block_out"])
+        found |= {f"act/layer{layer}.{name}": x for name, x in block.items()}
+    return found
+
+
+def check_trajectory(folder: Path, file: dict, base: dict, options: dict) -> Errors:
+    """Losses, gradient norms and final weights of some Adam steps."""
+    inputs = next(data for path in folder.glob("*.npz") if str((data := load(path))["kind"]) == "trajectory_batches")
+    config, adam = json.loads(str(file["config"])), json.loads(str(file["adam"]))
+    bank = inputs["bank"][:, None].astype(np.float64)
+    case = build_case(config, base, base["examples"], base["labels"])
+    task, plan = few_shot(config, bank), plan_for(case, options)
+    leaves = [(name, tensor.requires_grad_()) for name, tensor in case.parameters.items()]
+    betas = (adam["b1"], adam["b2"])
+    optimizer = MemberAdam(leaves, adam["lr"], 0.0, None, betas)
+    step = Step(case.model, task, plan, betas, adam["eps"])
+    table = position_table(case.model, task.layout.positions, torch.float64)
+    constants = Constants({"exemplars": torch.from_numpy(bank)}, table, [mask.double() for mask in plan.masks])
+    gates = torch.ones(len(plan.masks), 1, dtype=torch.float64)
+    seen = []
+    for classes, labels in zip(inputs["class_idx"], inputs["labels"], strict=True):
+        drawn = draw(classes[None], labels[None])
+        state, hyper = optimizer.adam_state(), optimizer.hyper()
+        seen.append(optimizer.step(lambda d=drawn, s=state, h=hyper: step(s, h, constants, d, gates)))
+    losses, _, norms = torch.stack(seen)[..., 0].unbind(1)
+    final = dict(parameters(file, "param/"))
+    return {
+        "losses": relative_error(losses, file["loss"]),
+        "gradients": relative_error(norms, file["grad_norm"]),
+        "weights": max(relative_error(tensor, final[name].numpy()) for name, tensor in leaves),
+    }
+
+
+def relative_error(found: Tensor, expected: np.ndarray) -> float:
+    """Largest difference over the larger of the entry and the array's root mean square.
+
+    Where the reference is stored in single precision, its rounding (half a unit in the last place)
+    is not counted. Masked entries must agree exactly.
+    """
+    ours = np.broadcast_to(found.detach().numpy(), expected.shape)
+    theirs = expected.astype(np.float64)
+    masked = np.abs(theirs) >= MASK
+    if not np.array_equal(ours[masked], theirs[masked]) or not np.isfinite(ours).all():
+        return float("inf")
+    difference = np.abs(ours - theirs)[~masked]
+    if expected.dtype == np.float32:
+        difference = np.maximum(difference - np.spacing(np.abs(expected[~masked])) / 2, 0.0)
+    # entries that are zero in theory are rounding noise of about 1e-17
+    size = max(float(np.sqrt(np.mean(theirs[~masked] ** 2))) if (~masked).any() else 0.0, 1e-12)
+    return float(np.max(difference / np.maximum(np.abs(theirs[~masked]), size), initial=0.0))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of reference files")
+    sys.exit(main(parser.parse_args().folder))
