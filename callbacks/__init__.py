@@ -1,8 +1,21 @@
 """Who may touch or watch a run."""
 
 from opsin.callbacks.optogenetics import Ablate, Clamp
+from opsin.callbacks.phase import PhaseChange
 from opsin.callbacks.progress import Progress
 from opsin.callbacks.run_folder import KeepRun
+from opsin.callbacks.snapshots import Snapshots
 from opsin.callbacks.trackers import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.wandb import WeightsAndBiases
 
-__all__ = ["Ablate", "Clamp", "InductionHeads", "KeepRun", "PreviousTokenHeads", "Progress"]
+__all__ = [
+    "Ablate",
+    "Clamp",
+    "InductionHeads",
+    "KeepRun",
+    "PhaseChange",
+    "PreviousTokenHeads",
+    "Progress",
+    "Snapshots",
+    "WeightsAndBiases",
+]

@@ -119,7 +119,7 @@ class Clamp(Callback):
         self.heads, self.site, self.neurons = heads, site, _chosen(neurons)
         self.positions, self.members = _chosen(positions), _chosen(members)
         self.schedule, self.order = schedule, order
-        self.value: Value = Constant(value) if value is not None else _pattern(pattern, strength, temperature, labels_only)
+        self.value = _pattern(pattern, strength, temperature, labels_only) if value is None else Constant(value)
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""

@@ -160,7 +160,8 @@ def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np
     if metric not in module.history:
         return np.zeros(0), np.zeros(0)
     steps, values = module.history[metric].arrays()
-    return module.history.sequences(steps), values[(slice(None), *index)]
+    at: tuple[Any, ...] = (slice(None), *index)
+    return module.history.sequences(steps), values[at]
 
 
 def _crossings(change: Transition | None) -> dict[str, Mapping[str, float] | None]:

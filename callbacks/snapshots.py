@@ -119,7 +119,8 @@ def log_spaced(last: int, per_decade: int) -> set[int]:
 
 def run_folder(trainer: Trainer) -> Path:
     """Where this run keeps its files."""
-    kept = (callback.files.path for callback in trainer.callbacks if isinstance(callback, KeepRun))
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside the class
+    kept = (callback.files.path for callback in callbacks if isinstance(callback, KeepRun))
     return next(kept, Path(trainer.default_root_dir))
 
 

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from opsin.callbacks.run_folder import KeepRun
 from opsin.callbacks.snapshots import log_spaced, run_folder
 from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength
-from opsin.module import Event, OpsinModule, callbacks_of, opsin_module
+from opsin.module import Event, OpsinModule, callbacks_of, log, opsin_module
 from opsin.pictures import as_image, attention_figure, position_names
 from opsin.runs import write_atomically
 
@@ -240,7 +239,7 @@ class WeightsAndBiases(Callback):
         try:
             yield
         except Exception as error:
-            rank_zero_info(f"opsin: W&B failed ({_one_line(error)}); the run goes on without it")
+            log.info(f"opsin: W&B failed ({_one_line(error)}); the run goes on without it")
             self._run = None
 
 
@@ -313,27 +312,32 @@ def has_key() -> bool:
     return logins is not None and any(logins.authenticators(name) for name in (host, UPSTREAM_HOST))
 
 
-def start(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:
-    """A W&B run with sequences on the x-axis; offline where online cannot be had."""
+def start(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run | None:
+    """A W&B run with sequences on the x-axis; offline where online cannot be had; None where nothing can."""
+    if mode == "online" and not has_key():
+        log.info("opsin: no W&B API key is configured (`wandb login` sets one); the run is kept offline")
+        mode = "offline"
+    run = _attempt(mode, folder, about, otherwise="is kept offline") or _attempt(
+        "offline", folder, about, otherwise="goes on without it"
+    )
+    if run is not None:
+        run.define_metric("sequences")
+        run.define_metric("*", step_metric="sequences")
+        where = f"offline, `wandb sync {Path(run.dir).parent}` uploads it" if run.offline else run.url
+        log.info(f"opsin: W&B run {run.id}: {where}")
+    return run
+
+
+def _attempt(mode: Mode, folder: Path, about: Mapping[str, Any], otherwise: str) -> wandb.Run | None:
     import wandb
 
-    if mode == "online" and not has_key():
-        rank_zero_info("opsin: no W&B API key is configured (`wandb login` sets one); the run is kept offline")
-        mode = "offline"
     try:
-        run = _init(mode, folder, about)
+        return _init(mode, folder, about)
     except Exception as error:
-        if mode == "offline":
-            raise
-        rank_zero_info(f"opsin: W&B cannot be reached ({_one_line(error)}); the run is kept offline")
+        log.info(f"opsin: W&B did not start {mode} ({_one_line(error)}); the run {otherwise}")
         # or else the service holds the failed attempt's id in use
         wandb.teardown()
-        run = _init("offline", folder, about)
-    run.define_metric("sequences")
-    run.define_metric("*", step_metric="sequences")
-    where = f"offline, `wandb sync {Path(run.dir).parent}` uploads it" if run.offline else run.url
-    rank_zero_info(f"opsin: W&B run {run.id}: {where}")
-    return run
+        return None
 
 
 def _init(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:

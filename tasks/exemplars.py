@@ -50,34 +50,45 @@ def _at_least(source: Exemplars, field: str, value: int | float, least: int) -> 
 class GaussianClusters(Exemplars):
     """Synthetic classes: a centre drawn from N(0, 1) in every feature, exemplars scattered around it.
 
-    Entries have unit variance whatever the scatter; two exemplars of a class have a cosine of
-    about 1 / (1 + within ** 2), those of different classes about 0.
+    All classes share one further vector, as the rectified features of a vision network do; with
+    more of it the matching between classes is learned later and the loss has a longer plateau.
+    Entries have unit mean square; the cosine of two exemplars is about
+    common ** 2 / total between classes and (common ** 2 + 1) / total within one, where total is
+    common ** 2 + 1 + within ** 2.
 
     Args:
         classes: number of classes.
         exemplars: exemplars of each class.
         features: F.
         within: standard deviation inside a class, in units of that between centres.
+        common: standard deviation of the shared vector's entries, in the same units.
         seed: which classes.
     """
 
     def __init__(
-        self, classes: int = 100, exemplars: int = 5, features: int = 512, within: float = 0.5, seed: int = 0
+        self,
+        classes: int = 100,
+        exemplars: int = 5,
+        features: int = 512,
+        within: float = 0.5,
+        common: float = 2.0,
+        seed: int = 0,
     ) -> None:
         for field, value in (("classes", classes), ("exemplars", exemplars), ("features", features)):
             _at_least(self, field, value, 1)
         _at_least(self, "within", within, 0)
+        _at_least(self, "common", common, 0)
         _at_least(self, "seed", seed, 0)
         self.shape = (classes, exemplars, features)
-        self.within, self.seed = within, seed
+        self.within, self.common, self.seed = within, common, seed
 
     def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
         """Draw the exemplars; a pure function of the settings."""
         normal = np.random.Generator(np.random.Philox(self.seed)).standard_normal
         classes, exemplars, features = self.shape
         centres = normal((classes, 1, features))
-        scattered = centres + self.within * normal((classes, exemplars, features))
-        return (scattered / np.sqrt(1 + self.within**2)).astype(np.float32)
+        scattered = centres + self.within * normal((classes, exemplars, features)) + self.common * normal(features)
+        return (scattered / np.sqrt(1 + self.within**2 + self.common**2)).astype(np.float32)
 
 
 class Omniglot(Exemplars):

@@ -333,7 +333,8 @@ class FewShot(Task):
 
     def _noise(self, keys: list[np.ndarray], first: int, shape: tuple[int, int, int]) -> np.ndarray:
         """Float32 [S, M, B, N, F]; one counter per step, as normals take an unforeseeable number of draws."""
-        noise = np.empty((*shape, self.context + 1, self.n_features), np.float32)
+        features = self._bank["exemplars"].shape[-1]
+        noise = np.empty((*shape, self.context + 1, features), np.float32)
         for step in range(shape[0]):
             for member, key in enumerate(keys):
                 normals(key, _NOISE, first + step, out=noise[step, member])

@@ -170,5 +170,6 @@ def _quieten() -> None:
     """Hide the libraries' advice that does not apply to models of this size; what Opsin says stays."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     log.setLevel(logging.INFO)

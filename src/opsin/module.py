@@ -415,7 +415,8 @@ def _timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _numbers(count: int) -> DataLoader:
     """0, 1, ... ``count`` - 1, one at a time."""
-    return DataLoader(range(count), batch_size=None)  # type: ignore[arg-type]
+    # a loader without a generator of its own draws from the global one
+    return DataLoader(range(count), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -56,6 +56,7 @@ STYLE: dict[str, Any] = {
     "lines.solid_joinstyle": "round",
 }
 MOST_LABELLED = 6  # heads with a label of their own
+MARKED = 20  # evaluations up to which each is marked
 LABEL_GAP = 0.046  # smallest distance of two labels at line ends, as a share of the height
 
 
@@ -118,7 +119,9 @@ def _held_out_losses(axes: Axes, history: History) -> list[_End]:
     for index, name in enumerate(names):
         x, loss = _series(history, name)
         colour = HELD_OUT[index % len(HELD_OUT)]
-        axes.plot(x, loss.mean(1), color=colour, linewidth=0.9, zorder=3)
+        # few evaluations say nothing about the way between them
+        marker = "o" if len(x) <= MARKED else ""
+        axes.plot(x, loss.mean(1), color=colour, linewidth=0.9, marker=marker, markersize=2.5, zorder=3)
         kind = name.split("/")[1].replace("_", " ")
         ends.append(_End(float(loss[-1].mean()), "train, new draws" if kind == "train" else kind, colour))
     return ends
@@ -277,9 +280,11 @@ def _label_ends(axes: Axes, ends: Sequence[_End]) -> None:
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights moved apart to at least ``gap`` and to 0 or more, least in the sum of squares."""
+    if not heights:
+        return []
     offsets = gap * np.arange(len(heights))
     means, sizes = monotone(np.array(heights) - offsets)
-    return (np.maximum(np.repeat(means, sizes.astype(int)), 0.0) + offsets).tolist()
+    return (np.maximum(np.repeat(means, sizes), 0.0) + offsets).tolist()
 
 
 def _lighter(colour: str, share: float) -> tuple[float, ...]:

@@ -34,10 +34,12 @@ class Series:
     Args:
         steps: optimizer steps finished when each value was taken.
         values: ``[n, M]`` or ``[n, M, layers, heads]``, float32.
+        places: where each record stands among all records of the run.
     """
 
     steps: list[int] = field(default_factory=list)
     values: list[Float[np.ndarray, "M ..."]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def arrays(self) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n M ..."]]:
         """Steps and stacked values."""
@@ -55,6 +57,7 @@ class History:
         self.batch_size = batch_size
         self._series: dict[str, Series] = {}
         self._unwritten: list[tuple[int, str, np.ndarray]] = []
+        self._count = 0
 
     def record(self, metric: str, step: int, values: torch.Tensor | np.ndarray) -> None:
         """Add the values of one metric, ``[M]`` or ``[M, layers, heads]``, after ``step`` steps."""
@@ -62,6 +65,8 @@ class History:
         series = self._series.setdefault(metric, Series())
         series.steps.append(step)
         series.values.append(array)
+        series.places.append(self._count)
+        self._count += 1
         self._unwritten.append((step, metric, array))
 
     def __contains__(self, metric: str) -> bool:
@@ -90,24 +95,25 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, for a checkpoint that loads with ``weights_only=True``."""
-        stacked = {name: series.arrays() for name, series in self._series.items()}
-        return {
-            name: {"steps": torch.from_numpy(steps), "values": torch.from_numpy(values)}
-            for name, (steps, values) in stacked.items()
-        }
+        state = {}
+        for name, series in self._series.items():
+            steps, values = (torch.from_numpy(array) for array in series.arrays())
+            state[name] = {"steps": steps, "values": values, "places": torch.tensor(series.places)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; everything counts as unwritten, in order of step and, within one, of first appearance."""
+        """Restore; everything counts as unwritten, in the order of recording."""
         self._series = {
-            name: Series(entry["steps"].tolist(), list(entry["values"].numpy())) for name, entry in state.items()
+            name: Series(entry["steps"].tolist(), list(entry["values"].numpy()), entry["places"].tolist())
+            for name, entry in state.items()
         }
-        rank = {name: index for index, name in enumerate(self._series)}
         rows = [
-            (step, name, value)
+            (place, (step, name, value))
             for name, series in self._series.items()
-            for step, value in zip(series.steps, series.values, strict=True)
+            for place, step, value in zip(series.places, series.steps, series.values, strict=True)
         ]
-        self._unwritten = sorted(rows, key=lambda row: (row[0], rank[row[1]]))
+        self._unwritten = [record for _, record in sorted(rows, key=lambda row: row[0])]
+        self._count = len(rows)
 
 
 def tidy_rows(records: list[tuple[int, str, np.ndarray]], batch_size: int) -> Iterator[str]:

@@ -43,13 +43,16 @@ def two(tmp_path):
     return [first, second]
 
 
-def test_clusters_have_unit_variance_and_alike_exemplars_within_a_class():
-    array = GaussianClusters(classes=20, exemplars=4, within=0.5).load()
+@pytest.mark.parametrize("common", [0.0, 1.5])
+def test_clusters_have_unit_size_and_alike_exemplars_within_a_class(common):
+    array = GaussianClusters(classes=20, exemplars=4, within=0.5, common=common).load()
     assert array.shape == (20, 4, 512) and array.dtype == np.float32
-    assert abs(array.std() - 1) < 0.02
+    assert abs(np.mean(array**2) - 1) < 0.1
     unit = array / np.linalg.norm(array, axis=-1, keepdims=True)
-    assert np.allclose(np.einsum("cf,cf->c", unit[:, 0], unit[:, 1]), 0.8, atol=0.1)
-    assert np.abs(np.einsum("cf,df->cd", unit[:, 0], unit[:, 1])[~np.eye(20, dtype=bool)]).max() < 0.25
+    total = common**2 + 1.25
+    assert np.allclose(np.einsum("cf,cf->c", unit[:, 0], unit[:, 1]), (common**2 + 1) / total, atol=0.1)
+    between = np.einsum("cf,df->cd", unit[:, 0], unit[:, 1])[~np.eye(20, dtype=bool)]
+    assert np.allclose(between, common**2 / total, atol=0.25)
 
 
 def test_clusters_are_a_function_of_their_settings():
