@@ -182,7 +182,7 @@ class WeightsAndBiases(Callback):
         if not (self.pictures and keys) or step <= self._ledger.logged_until:
             return
         sites = [f"blocks.{layer}.attn.hook_pattern" for layer in range(module.sites.layers)]
-        _, seen = module.observe(module.probe, sites)
+        seen = module.observe(module.probe, sites)
         patterns = torch.stack([seen[site].mean(1) for site in sites], 1).float().cpu()
         induction = torch.stack([induction_strength(seen[site], module.probe.truth) for site in sites], 1).float().cpu()
         with self._unharmed():

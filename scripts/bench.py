@@ -166,11 +166,12 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
     """Steps per second of every loop in every round, after a first round that is thrown away."""
     task = FewShot()
     steps = (rounds + 1) * STEPS_PER_TURN["opsin"]
+    bare, instrumented = OpsinLoop(task, [], steps), OpsinLoop(task, instruments(folder), steps)
     loops: dict[str, Callable[[], float]] = {
         "eager": EagerLoop(task, threads=1).turn,
         "eager_two_threads": EagerLoop(task, threads=2).turn,
-        "bare": OpsinLoop(task, [], steps).turn,
-        "clamps_and_trackers": OpsinLoop(task, instruments(folder), steps).turn,
+        "bare": bare.turn,
+        "clamps_and_trackers": instrumented.turn,
     }
     for loop in loops.values():
         loop()
@@ -178,6 +179,8 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
     for _ in range(rounds):
         for name, loop in loops.items():
             speeds[name].append(loop())
+    for fit in (bare, instrumented):
+        fit.thread.join()
     return speeds
 
 

@@ -237,7 +237,7 @@ def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors
     losses = cross_entropy(logits, case.batch)[0, :, 0]
     gradients = dict(zip(leaves, torch.autograd.grad(losses.mean(), list(leaves.values())), strict=True))
     sites = [site.name for site in case.model.sites(case.task)]
-    _, seen = observe(case.model, leaves, table, case.batch, tap, sites)
+    seen = observe(case.model, leaves, table, case.batch, tap, sites)
     found = activations(seen, case)
     compared = [key for key in file if key.startswith("act/") and key in found]
     return {

@@ -15,7 +15,7 @@ import jaxtyping
 import torch
 from beartype import beartype
 
-_SHAPE = re.compile(r"\[(Tensor|np\.ndarray), \"")
+_SHAPE = re.compile(r"\[(Tensor|np\.ndarray), ['\"]")
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -30,12 +30,15 @@ def _decorator(*, typechecker: object) -> Callable[[Any], Any]:
 
 
 def _checked(item: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return item
     if inspect.isclass(item):
         if dataclasses.is_dataclass(item):
             item.__init__ = _checked(item.__init__)
         return item
-    if not _SHAPE.search(" ".join(map(str, getattr(item, "__annotations__", {}).values()))):
-        return item
+    stated = " ".join(map(str, getattr(item, "__annotations__", {}).values()))
+    if not _SHAPE.search(stated) or "<locals>" in item.__qualname__:
+        return item  # a function inside a function would be wrapped anew at every call
     checked = _jaxtyped(item, typechecker=_shapes_only)
 
     @functools.wraps(item)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ class OpsinModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         steps_per_batch: int = 50,
         log_every: int = 10,
-        probe_size: int = 256,
+        probe_size: int = 128,
         evaluation_size: int = 512,
         compile: Literal["auto"] | bool = "auto",
         threads: int = 1,
@@ -343,13 +343,13 @@ class OpsinModule(pl.LightningModule):
         if not due:
             return
         sites = {site for listener in due for site in listener.sites}
-        _, activations = self.observe(self.probe, sorted(sites)) if sites else (None, {})
+        activations = self.observe(self.probe, sites) if sites else {}
         observation = Observation(done, self.probe, activations)
         for listener in due:
             listener.notify(observation)
 
-    def observe(self, batch: Batch, sites: Sequence[str] = ()) -> tuple[Float[Tensor, "M B L V"], dict[str, Tensor]]:
-        """Logits and activations on a batch, under the interventions as they stand after the last step."""
+    def observe(self, batch: Batch, sites: Collection[str]) -> dict[str, Tensor]:
+        """Activations ``[M, B, ...]`` on a batch, under the interventions as they stood at the last step."""
         gates = self._gates(max(self.steps_done - 1, 0), 1)[0]
         tap = self.plan.tap(gates, self.constants.masks, batch)
         return observe(self.transformer, self.parameters_by_name(), self.constants.table, batch, tap, sites)
@@ -365,7 +365,7 @@ class OpsinModule(pl.LightningModule):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]
         data = self._evaluation_batch(name, self.evaluation_size)
-        logits = scored_logits(self.observe(data)[0], data)
+        logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
         metrics = {"loss": cross_entropy(logits, data).mean((1, 2)), "accuracy": accuracy(logits, data)}
         if data.plausible is not None:
             metrics["accuracy_in_context"] = accuracy(restrict(logits, data.plausible), data)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,22 +170,32 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
+class _Seen(Exception):
+    """Everything that was asked for has been seen."""
+
+
 def observe(
     model: Transformer,
     parameters: Mapping[str, Tensor],
     table: Tensor,
     batch: Batch,
     tap: Tap,
-    sites: Sequence[str],
-) -> tuple[Float[Tensor, "M B L V"], dict[str, Tensor]]:
-    """Logits and the activations of ``sites`` as they go on after the tap, without gradient."""
+    sites: Collection[str],
+) -> dict[str, Tensor]:
+    """The activations of ``sites`` as they go on after the tap, without gradient.
+
+    The forward pass ends where the last of them has been computed.
+    """
     kept: dict[str, Tensor] = {}
 
     def keeping(name: str, activation: Tensor) -> Tensor:
         activation = tap(name, activation)
         if name in sites:
             kept[name] = activation
+            if len(kept) == len(sites):
+                raise _Seen
         return activation
 
-    with torch.no_grad():
-        return forward(parameters, table, batch, model, keeping), kept
+    with torch.no_grad(), suppress(_Seen):
+        forward(parameters, table, batch, model, keeping)
+    return kept

@@ -84,36 +84,29 @@ class Batch:
     layout: Layout
 
     def similarity(self) -> Float[Tensor, "M B L K"]:
-        """How alike are the input at row l and the input that precedes key k.
+        """How alike are the input at row l and the input that precedes key k, for scored rows.
 
         Cosine of the raw feature vectors where the task has them, else 1 for equal tokens and 0
-        for different ones. Entries that compare nothing (a row without a feature vector, a key
-        that no feature vector precedes) are -inf. No gradient flows: inputs are constants.
+        for different ones. Entries that compare nothing (a row that is not scored, a key that no
+        input of the row's kind precedes) are -inf. No gradient flows: inputs are constants.
         """
-        n = self.layout.positions
-        rows, keys = self._comparable()
         if self.features is not None:
-            unit = self.features / self.features.norm(dim=-1, keepdim=True)
-            # multiply-and-sum keeps equal vectors exactly equal, which the hard maximum relies on
-            compared = (unit[:, :, :, None] * unit[:, :, None]).sum(-1)
+            inputs, at = self.features / self.features.norm(dim=-1, keepdim=True), self.layout.features
         else:
-            compared = (self.tokens[:, :, :, None] == self.tokens[:, :, None]).to(torch.get_default_dtype())
-        full = compared.new_full((*compared.shape[:2], n, n), -torch.inf)
-        at = list(self.layout.features if self.features is not None else self.layout.tokens)
-        row_index = torch.tensor([at.index(r) for r in rows], device=compared.device)
-        key_index = torch.tensor([at.index(k - 1) for k in keys], device=compared.device)
-        picked = compared[:, :, row_index[:, None], key_index[None]]
-        row_at = torch.tensor(rows, device=compared.device)
-        key_at = torch.tensor(keys, device=compared.device)
-        full[:, :, row_at[:, None], key_at[None]] = picked
+            inputs, at = self.tokens[..., None], self.layout.tokens
+        rows = [row for row in self.layout.scored if row in at]
+        keys = [key for key in self.layout.labels if key - 1 in at]
+        left = inputs[:, :, [at.index(row) for row in rows], None]
+        right = inputs[:, :, None, [at.index(key - 1) for key in keys]]
+        # multiply-and-sum keeps equal vectors exactly equal, which a hard maximum relies on
+        compared = (left * right).sum(-1) if self.features is not None else (left == right).all(-1)
+        n = self.layout.positions
+        full = torch.full((*self.tokens.shape[:2], n, n), -torch.inf, dtype=self._dtype(), device=self.tokens.device)
+        full[:, :, torch.tensor(rows)[:, None], torch.tensor(keys)] = compared.to(full.dtype)
         return full
 
-    def _comparable(self) -> tuple[list[int], list[int]]:
-        if self.features is None:
-            n = self.layout.positions
-            return list(range(n)), list(range(1, n))
-        has = set(self.layout.features)
-        return list(self.layout.features), [k for k in self.layout.labels if k - 1 in has]
+    def _dtype(self) -> torch.dtype:
+        return torch.get_default_dtype() if self.features is None else self.features.dtype
 
 
 class Task(ABC):

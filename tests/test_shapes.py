@@ -1,0 +1,32 @@
+"""Claims about the tests themselves: shapes in signatures are checked while they run."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from opsin.interventions import previous_token_pattern
+from opsin.metrics.heads import induction_strength
+from opsin.step import Hyper, accuracy
+from tests.toys import batch_of
+
+
+def test_an_argument_of_another_shape_is_refused(tiny_task):
+    batch = batch_of(tiny_task)
+    with pytest.raises(TypeCheckError, match="pattern"):
+        induction_strength(torch.zeros(2, 4, 5, 5), batch.truth)
+
+
+def test_a_result_of_another_shape_is_refused(tiny_task):
+    truth = batch_of(tiny_task).truth
+    with pytest.raises(TypeCheckError, match="return value"):
+        previous_token_pattern(truth, torch.ones(1, 1, 1), torch.zeros(()))
+
+
+def test_a_dataclass_with_fields_of_different_members_is_refused():
+    with pytest.raises(TypeCheckError, match="clip"):
+        Hyper(torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(2))
+
+
+def test_a_shape_holds_across_the_arguments_of_one_call(tiny_task):
+    with pytest.raises(TypeCheckError, match="logits"):
+        accuracy(torch.zeros(2, 4, 5), batch_of(tiny_task))

@@ -1,0 +1,130 @@
+"""Small things with known answers, shared by the tests."""
+
+from dataclasses import replace
+
+import torch
+
+from opsin.model import Transformer, forward, init_parameters, position_table
+from opsin.optim import MemberAdam
+from opsin.plan import build_plan
+from opsin.step import Constants, Step, cross_entropy, scored_logits
+from opsin.task import Batch, Layout, Task, Truth
+from opsin.tasks import FewShot, GaussianClusters
+
+SMALL = Transformer(layers=2, width=8, heads=2)
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def few_shot(**options):
+    """A few-shot task small enough for loops in Python."""
+    source = GaussianClusters(classes=12, exemplars=2, features=8)
+    return FewShot(**{"exemplars": source, "batch_size": 4, "train_classes": 8} | options)
+
+
+class ToyTokens(Task):
+    """Three different tokens, and the same three again: a b c a b c. The second half is predicted."""
+
+    batch_size, n_features, n_tokens, n_outputs, evaluations = 4, None, 7, 7, ("train",)
+    layout = Layout(features=(), tokens=tuple(range(6)), labels=(1, 2, 3), scored=(3, 4))
+
+    def bank(self):
+        return {}
+
+    def draw(self, seeds, first, count, split="train", batch_size=None):
+        def one(seed, step):
+            generator = torch.Generator().manual_seed(1000 * seed + step + (split != "train") * 10**9)
+            return torch.rand(batch_size or self.batch_size, self.n_tokens, generator=generator).argsort(-1)[:, :3]
+
+        return {"half": torch.stack([torch.stack([one(seed, first + s) for seed in seeds]) for s in range(count)])}
+
+    def assemble(self, bank, draw):
+        tokens = torch.cat([draw["half"], draw["half"]], -1)
+        position = torch.arange(6)
+        labels = (position >= 1) & (position <= 3)
+        query = ((position == 3) | (position == 4)).expand(*tokens.shape)
+        match = query[..., None] & (position == position[:, None] - 2)
+        truth = Truth((position - 1).clamp(min=0), labels, query, match, query[..., None] & labels & ~match)
+        return Batch(None, tokens, tokens[..., 4:], None, truth, self.layout)
+
+    def baselines(self):
+        return {"uniform": 1.9459101490553132}
+
+
+def batch_of(task, seeds=(0, 1), step=0, dtype=torch.float32):
+    """One batch, a member per seed."""
+    draw = {name: tensor[0] for name, tensor in task.draw(list(seeds), step, 1).items()}
+    return task.assemble({name: tensor.to(dtype) for name, tensor in task.bank().items()}, draw)
+
+
+def hand_batch(classes, labels, answers, features=None):
+    """Few-shot sequences written by hand (M = 1): classes ``[B, C + 1]``, labels ``[B, C]``, answers ``[B]``."""
+    task = few_shot(n_labels=4, context=len(labels[0]))
+    features = torch.eye(8) if features is None else torch.tensor(features)
+    classes, answers = torch.tensor([classes]), torch.tensor([answers])
+    shown = torch.cat([torch.tensor([labels]), answers[..., None].clamp(min=0)], -1)
+    draw = {"classes": classes, "exemplars": torch.zeros_like(classes), "labels": shown, "answers": answers}
+    return task.assemble({"exemplars": features[:, None].double()}, draw)
+
+
+def weights(model, task, seeds=(0, 1), dtype=torch.float64):
+    """Parameters with no zeros and ones left, so that every bias and norm matters."""
+    generator = torch.Generator().manual_seed(sum(seeds))
+    values = {name: value.to(dtype) for name, value in init_parameters(model, task, seeds).items()}
+    return {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=dtype) for n, v in values.items()}
+
+
+def run(model, parameters, batch, tap=None):
+    """Logits, and all activations as they go on after the tap, in order of computation."""
+    seen = {}
+
+    def recording(name, activation):
+        assert name not in seen, f"{name} is tapped twice"
+        seen[name] = tap(name, activation) if tap else activation
+        return seen[name]
+
+    table = position_table(model, batch.layout.positions, next(iter(parameters.values())).dtype)
+    return forward(parameters, table, batch, model, recording), seen
+
+
+def plan_of(model, task, *writers, members=2, steps=10):
+    """The plan of these writers."""
+    return build_plan(writers, model.sites(task), members, steps, task.batch_size)
+
+
+def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
+    """The tap of these writers, all at the same strength."""
+    plan = plan_of(model, task, *writers, members=members)
+    gates = torch.full((len(plan.masks), members), gate, dtype=dtype)
+    return plan.tap(gates, [mask.to(dtype) for mask in plan.masks], batch)
+
+
+def losses(model, parameters, batch, tap=None):
+    """Mean loss of every member."""
+    return cross_entropy(scored_logits(run(model, parameters, batch, tap)[0], batch), batch).mean((1, 2))
+
+
+class Training:
+    """A run without a Trainer: the step, its optimizer, and the data of each step."""
+
+    def __init__(self, model, task, values, *writers, rate=1e-2, decay=0.0, clip=None, seeds=(0, 1), steps=100):
+        dtype = next(iter(values.values())).dtype
+        self.task, self.seeds, self.dtype = task, list(seeds), dtype
+        leaves = [(name, value.detach().clone().requires_grad_()) for name, value in values.items()]
+        self.optimizer = MemberAdam(leaves, rate, decay, clip, BETAS)
+        plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
+        self.step = self.call = Step(model, task, plan, BETAS, EPS)
+        bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
+        table = position_table(model, task.layout.positions, dtype)
+        self.constants = Constants(bank, table, [mask.to(dtype) for mask in plan.masks])
+        gates = plan.gates(0, steps, len(seeds), task.batch_size)
+        self.gates = torch.from_numpy(gates).to(dtype)
+
+    def update(self, k, **hyper):
+        """Step k; hyper-parameters may be overridden."""
+        draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
+        state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
+        return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, self.gates[k]))
+
+    @property
+    def values(self):
+        return dict(zip(self.optimizer.names, self.optimizer.parameters, strict=True))
