@@ -12,6 +12,9 @@ from opsin.plan import Intervention, Selection, parse_pairs
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
 
+# beyond it the way from an activation to the value overflows
+LARGEST = 1e38
+
 
 def _chosen(items: list[int] | None) -> tuple[int, ...] | None:
     return None if items is None else tuple(items)
@@ -65,7 +68,13 @@ class Ablate(Callback):
                 raise ConfigError("Ablate.neurons", self.neurons, "nothing: this model has no MLP")
             pairs = parse_pairs("Ablate.neurons", self.neurons, sites.layers, sites.size("N"), "neuron")
             found += [self._at(f"blocks.{layer}.mlp.hook_post", neurons=tuple(n)) for layer, n in pairs.items()]
-        return found + [self._at(sites.find(name, "Ablate.sites").name) for name in self.sites or ()]
+        return found + [self._at(self._whole(sites, name)) for name in self.sites or ()]
+
+    def _whole(self, sites: SiteTable, name: str) -> str:
+        site = sites.find(name, "Ablate.sites")
+        if self.value == "mean" and "B" not in site.axes:
+            raise ConfigError("Ablate.value", "mean", f"zero: {name} is the same for the whole batch")
+        return site.name
 
     def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
         value: Value = Constant(0.0) if self.value == "zero" else BatchMean()
@@ -82,10 +91,10 @@ class Clamp(Callback):
         heads: ``"layer:head"``; with ``pattern`` their attention is clamped, with ``site`` it narrows
             that site down to heads of its layer.
         pattern: ``previous_token``, ``induction`` or ``match``.
-        strength: attention on the previous token (rest on oneself), or on the matching label (rest
-            on each other label).
-        temperature: of the match pattern; 0 is the hard maximum.
-        labels_only: previous-token pattern only in rows that hold a label.
+        strength: previous-token and induction patterns: attention on the previous token (rest on
+            oneself), or on the matching label (rest on each other label); 1 when None.
+        temperature: match pattern: of the softmax; the hard maximum when None or 0.
+        labels_only: previous-token pattern: only in rows that hold a label.
         site: a site to hold at ``value`` instead of a pattern.
         value: the number.
         neurons: neurons of that site; all when None.
@@ -99,8 +108,8 @@ class Clamp(Callback):
         self,
         heads: list[str] | None = None,
         pattern: Literal["previous_token", "induction", "match"] | None = None,
-        strength: float = 1.0,
-        temperature: float = 0.0,
+        strength: float | None = None,
+        temperature: float | None = None,
         labels_only: bool = False,
         site: str | None = None,
         value: float | None = None,
@@ -114,12 +123,14 @@ class Clamp(Callback):
             raise ConfigError("Clamp", {"pattern": pattern, "site": site}, "a pattern or a site, and not both")
         if pattern is not None and not heads:
             raise ConfigError("Clamp.heads", heads, "the heads whose attention is clamped, as layer:head")
-        if site is not None and value is None:
-            raise ConfigError("Clamp.value", value, f"the number to hold {site} at")
+        given = {"strength": strength, "temperature": temperature, "labels_only": labels_only or None, "value": value}
+        _refuse_idle(pattern, given)
         self.heads, self.site, self.neurons = heads, site, _chosen(neurons)
         self.positions, self.members = _chosen(positions), _chosen(members)
         self.schedule, self.order = schedule, order
-        self.value = _pattern(pattern, strength, temperature, labels_only) if value is None else Constant(value)
+        self.value = (
+            _constant(site, value) if pattern is None else _pattern(pattern, strength, temperature, labels_only)
+        )
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""
@@ -139,14 +150,34 @@ class Clamp(Callback):
         return Intervention("Clamp", site, selection, self.value, self.schedule, self.order)
 
 
-def _pattern(name: str | None, strength: float, temperature: float, labels_only: bool) -> Value:
+HAS = {
+    "previous_token": ("strength", "labels_only"),
+    "induction": ("strength",),
+    "match": ("temperature",),
+    None: ("value",),
+}
+
+
+def _refuse_idle(pattern: str | None, given: dict[str, float | bool | None]) -> None:
+    if pattern not in HAS:
+        raise ConfigError("Clamp.pattern", pattern, "'previous_token', 'induction' or 'match'")
+    for name, value in given.items():
+        if value is not None and name not in HAS[pattern]:
+            what = f"pattern {pattern}" if pattern else "a clamp of a site"
+            raise ConfigError(f"Clamp.{name}", value, f"nothing: {what} has {' and '.join(HAS[pattern])} only")
+
+
+def _constant(site: str | None, value: float | None) -> Value:
+    if value is None or not abs(value) <= LARGEST:
+        raise ConfigError("Clamp.value", value, f"the number to hold {site} at, finite in single precision")
+    return Constant(float(value))
+
+
+def _pattern(name: str, strength: float | None, temperature: float | None, labels_only: bool) -> Value:
+    strength, temperature = 1.0 if strength is None else strength, temperature or 0.0
     check_share("Clamp.strength", strength)
     if temperature < 0:
         raise ConfigError("Clamp.temperature", temperature, "0 (hard maximum) or more")
     if name == "previous_token":
         return PreviousToken(strength, labels_only)
-    if name == "induction":
-        return Induction(strength)
-    if name == "match":
-        return Match(temperature)
-    raise ConfigError("Clamp.pattern", name, "'previous_token', 'induction' or 'match'")
+    return Induction(strength) if name == "induction" else Match(temperature)

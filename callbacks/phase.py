@@ -16,7 +16,8 @@ from opsin.callbacks.trackers import InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions import check_share
 from opsin.metrics.onset import Transition, Watch, find_transition, watch
-from opsin.module import Event, OpsinModule, opsin_module
+from opsin.module import OpsinModule, opsin_module
+from opsin.watching import Event
 
 KIND = "phase change"
 LEFT = 0.1  # share of the way from the plateau to zero where the loss has left the plateau

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from opsin.module import Event, OpsinModule, opsin_module
+from opsin.module import OpsinModule, opsin_module
+from opsin.watching import Event
 
 LINES = 20
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from opsin.callbacks.phase import KIND
 from opsin.callbacks.run_folder import KeepRun
 from opsin.errors import ConfigError
-from opsin.module import Event, Observation, opsin_module
+from opsin.module import opsin_module
+from opsin.watching import Event, Observation
 
 PART = ".part"
 

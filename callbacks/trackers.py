@@ -11,8 +11,9 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength, previous_token_strength
-from opsin.module import Observation, opsin_module
+from opsin.module import opsin_module
 from opsin.task import Truth
+from opsin.watching import Observation
 
 
 class HeadTracker(Callback):

@@ -22,11 +22,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.callbacks.run_folder import KeepRun
 from opsin.callbacks.snapshots import log_spaced, run_folder
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, log
 from opsin.metrics.heads import induction_strength
-from opsin.module import Event, OpsinModule, callbacks_of, log, opsin_module
+from opsin.module import OpsinModule, callbacks_of, opsin_module
 from opsin.pictures import as_image, attention_figure, position_names
 from opsin.runs import write_atomically
+from opsin.watching import Event
 
 # wandb takes a second to import, so it is imported when a run starts
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import threading
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.module import Observation, opsin_module
+from opsin.module import opsin_module
+from opsin.watching import Observation
 
 
 class KillAfter(Callback):

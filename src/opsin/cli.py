@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.errors import ConfigError, DivergedError
-from opsin.module import OpsinModule, callbacks_of, log
+from opsin.errors import ConfigError, DivergedError, log
+from opsin.module import OpsinModule, callbacks_of
 from opsin.plan import Writer, build_plan
 from opsin.report import final_report, sites_report
 from opsin.task import Task

@@ -1,6 +1,11 @@
-"""Errors that a user can act on: one line that names the field, the value and what was expected."""
+"""What Opsin says to its user: errors of one line that names the field, the value and what was expected."""
 
 from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("lightning.pytorch.opsin")
+"""A child of Lightning's logger, so that it shows where Lightning's does."""
 
 
 class ConfigError(ValueError):

@@ -19,8 +19,9 @@ from opsin.task import Batch, Truth
 def overwrite(x: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     """``x`` moved toward ``value`` by ``weight`` in [0, 1].
 
-    Weight 0 returns ``x`` and weight 1 returns ``value``, to the last bit; at weight 1 the gradient
-    into ``x`` is exactly zero. All three broadcast; both tensors must be finite.
+    Weight 0 returns ``x`` and weight 1 returns ``value`` exactly (a zero may lose its sign); at weight
+    1 the gradient into ``x`` is exactly zero. All three broadcast; both tensors and their difference
+    must be finite.
     """
     return torch.lerp(x, value, weight)
 

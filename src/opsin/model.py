@@ -68,13 +68,22 @@ class Transformer:
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads"):
+        for name in ("layers", "width", "heads", "max_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"transformer.{name}", getattr(self, name), "at least 1")
         if self.width % self.heads:
             raise ConfigError("transformer.heads", self.heads, f"a divisor of the width {self.width}")
-        if self.positions == "rope" and (self.width // self.heads) % 2:
+        if self.positions not in ("rope", "sinusoidal", "learned"):
+            raise ConfigError("transformer.positions", self.positions, "'rope', 'sinusoidal' or 'learned'")
+        if self.positions == "rope" and self.head_width % 2:
             raise ConfigError("transformer.heads", self.heads, "an even head width for rotary positions")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise ConfigError("transformer.width", self.width, "an even width for sinusoidal positions")
+        if self.mlp_ratio is not None and round(self.mlp_ratio * self.width) < 1:
+            raise ConfigError("transformer.mlp_ratio", self.mlp_ratio, "at least one neuron, or null for no MLPs")
+        for name in ("position_base", "init_scale"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"transformer.{name}", getattr(self, name), "more than 0")
 
     @property
     def head_width(self) -> int:

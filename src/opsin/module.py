@@ -5,10 +5,7 @@ Legend: M members, S optimizer steps of one Lightning batch.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from opsin.errors import ConfigError, DivergedError
+from opsin.errors import ConfigError, DivergedError, log
 from opsin.model import Members, Transformer, init_parameters, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Writer, build_plan
@@ -39,56 +36,16 @@ from opsin.step import (
     observe,
     restrict,
     scored_logits,
+    timed_first,
 )
 from opsin.task import Batch, Task
-
-log = logging.getLogger("lightning.pytorch.opsin")
-"""A child of Lightning's logger, so that it shows where Lightning's does."""
+from opsin.watching import Event, Listener, Observation
 
 COMPILE_FROM_STEPS = 5_000
 """Runs of at least this many optimizer steps repay the compiler's half minute."""
 
 PROBE_SEED = 0
 STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something worth telling: written to the run, shown in the terminal, sent as an alert.
-
-    Args:
-        kind: a word, for example ``"phase change"``.
-        step: optimizer steps finished when it was noticed.
-        member: whose.
-        message: one line for people.
-    """
-
-    kind: str
-    step: int
-    member: int
-    message: str
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the probe showed after some step.
-
-    Args:
-        step: optimizer steps finished.
-        batch: the probe.
-        activations: the sites that were asked for, ``[M, B, ...]``.
-    """
-
-    step: int
-    batch: Batch
-    activations: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Listener:
-    every: int
-    sites: tuple[str, ...]
-    notify: Callable[[Observation], None]
 
 
 class OpsinModule(pl.LightningModule):
@@ -149,7 +106,7 @@ class OpsinModule(pl.LightningModule):
         self.history = History(task.batch_size)
         self.events: list[Event] = []
         self.summary: dict[str, Any] = {}
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._evaluation_batches: dict[tuple[str, int], Batch] = {}
 
@@ -187,7 +144,7 @@ class OpsinModule(pl.LightningModule):
             ConfigError: an unknown site.
         """
         names = tuple(self.sites.find(site, "sites").name for site in sites)
-        self._listeners.append(_Listener(every, names, notify))
+        self._listeners.append(Listener(every, names, notify))
 
     def on_event(self, handler: Callable[[Event], None]) -> None:
         """Call ``handler`` with every event announced from now on."""
@@ -261,7 +218,7 @@ class OpsinModule(pl.LightningModule):
         reason = f"{steps:,} steps repay it" if self.compile_setting == "auto" else "as set"
         log.info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
         keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
-        return _timed_first(compile_step(self.step))
+        return timed_first(compile_step(self.step))
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -395,22 +352,6 @@ class OpsinModule(pl.LightningModule):
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
-
-
-def _timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same step; says how long its first call took, which is where it is compiled."""
-    waiting = True
-
-    def timed(*arguments: Any) -> Tensor:
-        nonlocal waiting
-        if not waiting:
-            return step(*arguments)
-        waiting, began = False, time.monotonic()
-        result = step(*arguments)
-        log.info(f"opsin: compiled in {time.monotonic() - began:.1f} s")
-        return result
-
-    return timed
 
 
 def _numbers(count: int) -> DataLoader:

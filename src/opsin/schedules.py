@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,8 @@ class Schedule:
         ramp: over this length after ``start`` the strength grows linearly from 0 to 1.
         ramp_down: over this length before ``stop`` it falls linearly from 1 to 0.
         period: length of one on-off cycle, counted from ``start``; None for always on.
-        duty: share of each cycle, from its beginning, in which the intervention is on.
+        duty: share of each cycle, from its beginning, in which the intervention is on; a fraction of
+            a unit counts as a whole one.
     """
 
     start: int = 0
@@ -63,8 +66,13 @@ class Schedule:
             if self.ramp_down:
                 strength = np.minimum(strength, (self.stop - at) / self.ramp_down)
         if self.period is not None:
-            on &= np.mod(at - self.start, self.period) < self.duty * self.period
+            on &= np.mod(at - self.start, self.period) < self._on()
         return np.where(on, strength, 0.0)
+
+    def _on(self) -> int:
+        """Units of a cycle that are on; in decimals as the user wrote them, where 0.55 of 100 is 55."""
+        assert self.period is not None
+        return math.ceil(Fraction(str(self.duty)) * self.period)
 
     def __str__(self) -> str:
         if self == Schedule():

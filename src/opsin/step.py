@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from opsin.errors import log
 from opsin.model import Tap, Transformer, forward
 from opsin.plan import Plan
 from opsin.task import Batch, Task
@@ -133,7 +136,8 @@ def adam_update(
 
     Kingma and Ba 2015, algorithm 1, eps outside the square root; decay as Loshchilov and Hutter 2019.
     """
-    scale = (hyper.clip / norm).clamp(max=1.0)
+    # a comparison, since the quotient of an overflown norm and no clipping is no number
+    scale = torch.where(norm > hyper.clip, hyper.clip / norm, torch.ones_like(norm))
     for parameter, gradient, mean, square in zip(
         state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
     ):
@@ -168,6 +172,22 @@ def keep_compiled(folder: Path) -> None:
     A folder the user has chosen through ``TORCHINDUCTOR_CACHE_DIR`` is left alone.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same step; says how long its first call took, which is where it is compiled."""
+    waiting = True
+
+    def timed(*arguments: Any) -> Tensor:
+        nonlocal waiting
+        if not waiting:
+            return step(*arguments)
+        waiting, began = False, time.monotonic()
+        result = step(*arguments)
+        log.info(f"opsin: compiled in {time.monotonic() - began:.1f} s")
+        return result
+
+    return timed
 
 
 class _Seen(Exception):

@@ -91,7 +91,7 @@ class Batch:
         input of the row's kind precedes) are -inf. No gradient flows: inputs are constants.
         """
         if self.features is not None:
-            inputs, at = self.features / self.features.norm(dim=-1, keepdim=True), self.layout.features
+            inputs, at = torch.nn.functional.normalize(self.features, dim=-1), self.layout.features
         else:
             inputs, at = self.tokens[..., None], self.layout.tokens
         rows = [row for row in self.layout.scored if row in at]

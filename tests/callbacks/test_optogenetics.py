@@ -173,7 +173,6 @@ def test_an_argument_that_cannot_work_is_refused_when_it_is_given(make, field):
     assert refused.value.field == field
 
 
-@pytest.mark.xfail(strict=True, reason="arguments without effect are taken in silence; value even replaces the pattern")
 @pytest.mark.parametrize(
     ("settings", "field"),
     [

@@ -10,8 +10,9 @@ from opsin.callbacks import KeepRun
 from opsin.callbacks.snapshots import Snapshots, log_spaced
 from opsin.errors import ConfigError
 from opsin.model import Transformer
-from opsin.module import Event, OpsinModule
+from opsin.module import OpsinModule
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.watching import Event
 
 BATCH = 8
 

@@ -23,10 +23,11 @@ from opsin.callbacks.wandb import WeightsAndBiases, default_mode, flat, scalars,
 from opsin.cli import main
 from opsin.errors import ConfigError
 from opsin.model import Transformer
-from opsin.module import Event, OpsinModule
+from opsin.module import OpsinModule
 from opsin.pictures import as_image, attention_figure, position_names
 from opsin.task import Layout
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.watching import Event
 
 CLUSTERS = {"classes": 20, "exemplars": 5, "features": 6}
 TINY = {"layers": 2, "width": 16, "heads": 2}

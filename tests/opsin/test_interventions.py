@@ -21,7 +21,7 @@ from opsin.interventions import (
     overwrite,
 )
 from opsin.model import Transformer
-from tests.toys import SMALL, ToyTokens, batch_of, few_shot, hand_batch, losses, run, tap_of, weights
+from tests.toys import SMALL, ToyTokens, batch_of, few_shot, hand_batch, losses, plan_of, run, tap_of, weights
 
 ACTIVATIONS = arrays.arrays(
     np.float32,
@@ -153,13 +153,10 @@ def test_the_mean_is_over_the_batch_and_not_over_members():
     assert written.value.tolist() == [[[2, 3]] * 3, [[8, 9]] * 3]
 
 
-@pytest.mark.xfail(strict=True, reason="hook_pos_embed has no batch axis: BatchMean averages over positions")
-def test_the_mean_over_the_batch_of_position_vectors_is_themselves(tiny_task):
+def test_a_mean_over_the_batch_of_what_has_no_batch_is_refused(tiny_task):
     model = Transformer(layers=1, width=8, heads=2, positions="learned")
-    batch, values = batch_of(tiny_task, dtype=torch.float64), weights(model, tiny_task)
-    tap = tap_of(model, tiny_task, batch, Ablate(sites=["hook_pos_embed"], value="mean"))
-    seen, plain = run(model, values, batch, tap)[1], run(model, values, batch)[1]
-    assert torch.equal(seen["hook_pos_embed"], plain["hook_pos_embed"])
+    with pytest.raises(ConfigError, match=r"Ablate.value: got 'mean', expected zero: hook_pos_embed is the same"):
+        plan_of(model, tiny_task, Ablate(sites=["hook_pos_embed"], value="mean"))
 
 
 @pytest.mark.parametrize("pattern", ["previous_token", "induction", "match"])

@@ -181,7 +181,6 @@ def test_an_impossible_shape_is_refused(settings, field):
         Transformer(**settings)
 
 
-@pytest.mark.xfail(strict=True, reason="Transformer does not check these settings")
 @pytest.mark.parametrize(
     ("settings", "field"),
     [

@@ -25,9 +25,10 @@ from opsin.callbacks import (
 )
 from opsin.errors import ConfigError, DivergedError
 from opsin.model import Transformer
-from opsin.module import COMPILE_FROM_STEPS, Observation, OpsinModule, opsin_module
+from opsin.module import COMPILE_FROM_STEPS, OpsinModule, opsin_module
 from opsin.schedules import Schedule
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.watching import Observation
 
 
 def module(**settings) -> OpsinModule:

@@ -72,7 +72,6 @@ def test_what_was_written_is_not_written_twice():
     assert [row[:2] for row in history.take_unwritten()] == [(30, "train/loss")]
 
 
-@pytest.mark.xfail(strict=True, reason="record keeps a view of a float32 CPU tensor")
 def test_what_was_recorded_does_not_change_with_the_tensor_it_came_from():
     history, running = History(batch_size=1), torch.zeros(1)
     history.record("train/loss", 1, running)

@@ -51,7 +51,6 @@ def test_every_step_has_the_specified_strength(schedule, batch_size):
     assert strength.min() >= 0 and strength.max() <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="0.55 * 100 is a little more than 55 in binary: on for 56 steps")
 @pytest.mark.parametrize(("duty", "period"), [(0.55, 100), (0.07, 100), (0.14, 50)])
 def test_a_pulse_is_on_for_its_whole_number_of_steps(duty, period):
     on = Schedule(period=period, duty=duty).strength(np.arange(period), 1)
