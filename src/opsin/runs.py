@@ -61,7 +61,10 @@ class History:
 
     def record(self, metric: str, step: int, values: torch.Tensor | np.ndarray) -> None:
         """Add the values of one metric, ``[M]`` or ``[M, layers, heads]``, after ``step`` steps."""
-        array = np.array(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype=np.float32)
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().numpy()
+        # a copy: what was measured must not change with the tensor it was read from
+        array = np.array(values, dtype=np.float32)
         series = self._series.setdefault(metric, Series())
         series.steps.append(step)
         series.values.append(array)

@@ -117,10 +117,8 @@ def test_switching_a_clamp_a_hundred_times_compiles_once():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     clamp = Clamp(heads=["0:1"], pattern="previous_token", schedule=Schedule(period=2))
-    gates = []
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        fit(model, steps=200, callbacks=[clamp, InductionHeads(every=50)])
-        gates = model.plan.gates(0, 200, 1, 8)[:, 0, 0]
+    fit(model, steps=200, callbacks=[clamp, InductionHeads(every=50)])
+    gates = model.plan.gates(0, 200, 1, 8)[:, 0, 0]
     assert abs(gates[1:] - gates[:-1]).sum() == 199
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

@@ -135,10 +135,24 @@ def test_observing_shows_what_goes_on_after_the_tap_and_moves_nothing(tiny_task)
     def tap(site, activation):
         return activation * 0 + 2 if site == name else activation
 
-    logits, kept = observe(SMALL, values, position_table(SMALL, 5, torch.float64), batch, tap, [name])
-    assert list(kept) == [name] and (kept[name] == 2).all()
+    table = position_table(SMALL, 5, torch.float64)
+    kept = observe(SMALL, values, table, batch, tap, [name, "hook_logits"])
+    logits = kept["hook_logits"]
+    assert list(kept) == [name, "hook_logits"] and (kept[name] == 2).all()
     assert torch.equal(logits, run(SMALL, values, batch, tap)[0]) and not logits.requires_grad
     assert cross_entropy(scored_logits(logits, batch), batch).shape == (2, 4, 1)
+
+
+def test_a_look_ends_at_the_last_site_that_is_asked_for(tiny_task):
+    values, batch = weights(SMALL, tiny_task), batch_of(tiny_task, dtype=torch.float64)
+    passed = []
+
+    def tap(site, activation):
+        passed.append(site)
+        return activation
+
+    observe(SMALL, values, position_table(SMALL, 5, torch.float64), batch, tap, ["blocks.0.attn.hook_v", "hook_embed"])
+    assert passed[-1] == "blocks.0.attn.hook_v"
 
 
 def test_a_chosen_folder_for_kernels_is_left_alone(monkeypatch, tmp_path):
@@ -148,15 +162,16 @@ def test_a_chosen_folder_for_kernels_is_left_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no g++ or clang++ on the path: the step can only run eagerly")
-def test_the_compiled_step_is_the_eager_step_and_switching_recompiles_nothing(tiny_task, monkeypatch):
+def test_the_compiled_step_is_the_eager_step_and_switching_recompiles_nothing(tiny_task):
     blinking = Clamp(heads=["0:0"], pattern="induction", schedule=Schedule(period=2))
     start = weights(TINY, tiny_task, dtype=torch.float32)
     eager, compiled = (Training(TINY, tiny_task, start, blinking, rate=1e-3, steps=200) for _ in range(2))
     compiled.call = compile_step(compiled.step)
     compiled.update(0), eager.update(0)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled_once = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for k in range(1, 200):
         result = compiled.update(k)
         if k < 20:
             assert (result[0] - eager.update(k)[0]).abs().max() < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_once
     assert eager.gates[:4, 0, 0].tolist() == [1, 0, 1, 0]
