@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class KeepRun(Callback):
     moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder.
 
     Args:
-        folder: of this run; made if it does not exist.
+        folder: of this run; made when training starts.
         config: the resolved configuration as YAML.
         checkpoint_every: optimizer steps between checkpoints.
     """
@@ -29,17 +30,21 @@ class KeepRun(Callback):
     def __init__(self, folder: str | Path, config: str | None = None, checkpoint_every: int = 1_000) -> None:
         if checkpoint_every < 1:
             raise ConfigError("KeepRun.checkpoint_every", checkpoint_every, "at least 1 optimizer step")
-        self.files = RunFolder(Path(folder))
-        self.config, self.checkpoint_every = config, checkpoint_every
-        self._seconds_before, self._last_saved = 0.0, 0
+        self.folder, self.config, self.checkpoint_every = Path(folder), config, checkpoint_every
+        self._seconds_before, self._last_saved, self._finished = 0.0, 0, False
+
+    @cached_property
+    def files(self) -> RunFolder:
+        """The folder, made when first asked for, so that a run whose settings are refused leaves none."""
+        return RunFolder(self.folder)
 
     @property
     def checkpoint(self) -> Path:
         """What a resume starts from."""
-        return self.files.path / "checkpoints" / "last.ckpt"
+        return self.folder / "checkpoints" / "last.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module, self._started = opsin_module(pl_module), time.monotonic()
+        self._module, self._started, self._finished = opsin_module(pl_module), time.monotonic(), False
         if self.config is not None:
             write_atomically(self.files.path / "config.yaml", self.config)
 
@@ -50,7 +55,9 @@ class KeepRun(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._write()
-        if trainer.global_step - self._last_saved >= self.checkpoint_every:
+        # nobody needs to resume at the last step but for the final checkpoint, which is written last
+        due = trainer.global_step - self._last_saved >= self.checkpoint_every
+        if due and trainer.global_step < trainer.max_steps:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +65,6 @@ class KeepRun(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write()
-        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if hasattr(self, "_module"):
@@ -72,9 +78,12 @@ class KeepRun(Callback):
         module.summary["plan"] = module.plan.describe()
         self.files.write_json("summary.json", module.summary)
         save_summary(module.history, module.summary, self.files.path / "summary.png")
+        # last, so that a run killed before its summary was written goes back and writes it
+        self._finished = True
+        self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "finished": self._finished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]

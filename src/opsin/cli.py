@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
 from opsin.errors import ConfigError, DivergedError, log
@@ -56,21 +60,29 @@ class OpsinCLI(LightningCLI):
     """LightningCLI with the task and the seed at the top level of a recipe, and a run folder."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(
-            OpsinModule,
-            save_config_callback=None,
-            seed_everything_default=False,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            parser_class=OneLineParser,
-            args=list(args),
-            run=False,
-        )
+        try:
+            super().__init__(
+                OpsinModule,
+                save_config_callback=None,
+                seed_everything_default=False,
+                trainer_defaults=TRAINER_DEFAULTS,
+                auto_configure_optimizers=False,
+                parser_class=OneLineParser,
+                # or else a misspelled setting that begins like another one is taken for it
+                parser_kwargs={"allow_abbrev": False},
+                args=list(args),
+                run=False,
+            )
+        except ValueError as error:
+            # of the Trainer, or of a callback that is not ours
+            raise _config_error(error) or MisconfigurationException(str(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Task, "task", help="what is learned", required=True)
         parser.link_arguments("task", "model.task", apply_on="instantiate")
-        parser.add_argument("--run_folder", type=str | None, default=None, help="default: runs/RECIPE-DATE-TIME")
+        parser.add_argument(
+            "--run_folder", type=str | None, default=None, help="default: runs/RECIPE-DATE-TIME-PROCESS"
+        )
         parser.add_argument("--checkpoint_every", type=int, default=1_000, help="optimizer steps between checkpoints")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from")
 
@@ -83,19 +95,22 @@ class OpsinCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, Progress()]
-        settings.callbacks = [*callbacks, KeepRun(self._folder(), self._resolved(), self.config_init.checkpoint_every)]
+        self.keeper = KeepRun(self._folder(), self._resolved(), self.config_init.checkpoint_every)
+        settings.callbacks = [*callbacks, self.keeper]
         if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
             settings.enable_checkpointing = False
         return super().instantiate_trainer(**kwargs)
 
     def _folder(self) -> Path:
-        given = self.config.run_folder
-        if given is None:
-            recipe = Path(str(self.config.config[0])).stem if self.config.config else "run"
-            return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (Path(given) / "metrics.csv").exists() and self.config.ckpt_path is None:
-            raise ConfigError("run_folder", given, f"a new folder, or `opsin resume {given}` to continue it")
-        return Path(given)
+        recipe = Path(str(self.config.config[0])).stem if self.config.config else "run"
+        # the process tells apart the runs of a sweep that start in one second
+        unnamed = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = Path(self.config.run_folder or unnamed)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError("run_folder", str(folder), "a folder")
+        if (folder / "metrics.csv").exists() and self.config.ckpt_path is None:
+            raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
+        return folder
 
     def _resolved(self) -> str:
         return self.parser.dump(self.config, skip_none=False)
@@ -104,9 +119,17 @@ class OpsinCLI(LightningCLI):
 def fit(args: Sequence[str]) -> None:
     """Train as the recipe says, and say where the phase change happened."""
     cli = OpsinCLI(args)
-    cli.trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
-    folder = next(c for c in callbacks_of(cli.trainer) if isinstance(c, KeepRun)).files.path
-    print(final_report(cli.model.summary, folder))
+    if cli.config.ckpt_path is not None:
+        _check_fits(Path(cli.config.ckpt_path), cli.model)
+    try:
+        cli.trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    except SystemExit:
+        # how Lightning answers Ctrl-C, after its callbacks have written what they hold
+        if not (cli.trainer.interrupted and (cli.keeper.folder / "config.yaml").exists()):
+            raise
+        where = f"interrupted at step {cli.trainer.global_step}"
+        raise KeyboardInterrupt(f"{where}; `opsin resume {cli.keeper.folder}` continues") from None
+    print(final_report(cli.model.summary, cli.keeper.folder))
 
 
 def resume(args: Sequence[str]) -> None:
@@ -119,10 +142,39 @@ def resume(args: Sequence[str]) -> None:
         raise ConfigError("opsin resume", str(folder), "a run folder with a config.yaml")
     again = ["--config", str(config), "--run_folder", str(folder)]
     if checkpoint.exists():
+        saved = _load(checkpoint)
+        if saved["callbacks"][KeepRun.__qualname__]["finished"]:
+            print(f"{folder} is finished, after {saved['global_step']:,} steps; there is nothing to resume")
+            return
         again += ["--ckpt_path", str(checkpoint)]
     else:
         (folder / "metrics.csv").unlink(missing_ok=True)
     fit(again)
+
+
+def _load(checkpoint: Path) -> dict[str, Any]:
+    """What a run has saved.
+
+    Raises:
+        ConfigError: there is nothing that a run has saved.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError):
+        saved = None
+    if not isinstance(saved, dict) or "opsin" not in saved:
+        raise ConfigError("ckpt_path", str(checkpoint), "a checkpoint of a run: RUN/checkpoints/last.ckpt")
+    return saved
+
+
+def _check_fits(checkpoint: Path, module: OpsinModule) -> None:
+    """Refuse the checkpoint of another model."""
+    saved = {name: tuple(tensor.shape) for name, tensor in _load(checkpoint)["state_dict"].items()}
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in sorted(here.keys() | saved.keys()):
+        if saved.get(name) != here.get(name):
+            expected = f"{name} of shape {here.get(name)} as in this model; it has {saved.get(name)}"
+            raise ConfigError("ckpt_path", str(checkpoint), expected)
 
 
 def sites(args: Sequence[str]) -> None:
@@ -136,25 +188,31 @@ def sites(args: Sequence[str]) -> None:
 
 
 VERBS = {"fit": fit, "resume": resume, "sites": sites}
+HELP = {"-h", "--help"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started)."""
+    """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started), 130 interrupted."""
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    if verb not in VERBS:
-        print(USAGE, file=sys.stdout if verb in ("-h", "--help") else sys.stderr)
-        return 0 if verb in ("-h", "--help") else 2
+    if verb in HELP or (verb == "resume" and HELP & {*rest}):
+        print(USAGE, end="")
+        return 0
     _quieten()
     try:
+        if verb not in VERBS:
+            raise ConfigError("verb", verb, f"one of {', '.join(VERBS)} (`opsin --help`)")
         VERBS[verb](rest)
-    except DivergedError as error:
+    except KeyboardInterrupt as stopped:
+        print(f"opsin: {str(stopped) or 'interrupted before training began'}", file=sys.stderr)
+        return 130
+    except (DivergedError, OSError) as error:
         print(f"opsin: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         found = _config_error(error)
-        if found is None:
+        if found is None and not isinstance(error, MisconfigurationException):
             raise
-        print(f"opsin: {found}", file=sys.stderr)
+        print(f"opsin: {found or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -171,5 +229,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # steps end a run here, and a run without a number of steps is refused
+    warnings.filterwarnings("ignore", message=".*`max_epochs` was not set.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
