@@ -21,6 +21,7 @@ class Progress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
+        self._bar: tqdm | None = None
 
     def disable(self) -> None:
         self._enabled = False
@@ -29,36 +30,43 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = opsin_module(pl_module)
-        module.on_event(self._tell)
-        self._bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self._enabled or not sys.stderr.isatty(),
-        )
+        opsin_module(pl_module).on_event(self._tell)
         self._lines_printed = trainer.global_step * LINES // trainer.max_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        module = opsin_module(pl_module)
-        self._bar.set_postfix_str(status(module), refresh=False)
+        if not self._enabled:
+            return
+        text = status(opsin_module(pl_module))
+        if not sys.stderr.isatty():
+            return self._print_line(trainer, text)
+        # not before: while the step is compiled there is nothing to draw, and other lines would mix with it
+        if self._bar is None:
+            self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
+
+    def _print_line(self, trainer: Trainer, text: str) -> None:
         line = trainer.global_step * LINES // trainer.max_steps
-        if self._enabled and self._bar.disable and line > self._lines_printed:
+        if line > self._lines_printed:
             self._lines_printed = line
-            print(f"step {trainer.global_step:,}/{trainer.max_steps:,}  {status(module)}", flush=True)
+            print(f"step {trainer.global_step:,}/{trainer.max_steps:,}  {text}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.close()
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_bar"):
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _tell(self, event: Event) -> None:
-        if self._enabled:
-            self._bar.write(event.message) if not self._bar.disable else print(event.message, flush=True)
+        if self._bar is not None:
+            self._bar.write(event.message)
+        elif self._enabled:
+            print(event.message, flush=True)
 
 
 def status(module: OpsinModule) -> str:
