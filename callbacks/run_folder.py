@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from opsin.errors import ConfigError
 from opsin.module import opsin_module
@@ -55,13 +56,14 @@ class KeepRun(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._write()
-        # nobody needs to resume at the last step but for the final checkpoint, which is written last
-        due = trainer.global_step - self._last_saved >= self.checkpoint_every
-        if due and trainer.global_step < trainer.max_steps:
-            self._save(trainer)
+        # Lightning would skip, on resuming, a validation that its checkpoint precedes
+        if not _validation_follows(trainer):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write()
+            self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write()
@@ -94,6 +96,18 @@ class KeepRun(Callback):
     def _write(self) -> None:
         self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)
 
+    def _save_if_due(self, trainer: Trainer) -> None:
+        # the last step's checkpoint is that of the finished run
+        if trainer.global_step < trainer.max_steps and trainer.global_step - self._last_saved >= self.checkpoint_every:
+            self._save(trainer)
+
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.checkpoint)
         self._last_saved = trainer.global_step
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer validates after the batch that just ended."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -27,7 +27,7 @@ from opsin.optim import MemberAdam
 from opsin.plan import Plan, Writer, build_plan
 from opsin.step import Constants, Step, cross_entropy, observe, scored_logits
 from opsin.task import Batch
-from opsin.tasks import Exemplars, FewShot
+from opsin.tasks import Exemplars, FewShot, Kind
 
 LIMIT = 1e-9
 # entries this large are masks, not measurements; they must agree exactly
@@ -155,7 +155,9 @@ def build_case(config: dict, weights: dict, examples: np.ndarray, labels: np.nda
 
 
 def few_shot(config: dict, bank: np.ndarray) -> FewShot:
-    return FewShot(Given(bank), n_labels=config["labels"], context=config["pairs"], train_classes=len(bank))
+    # one distractor class fills the context, so that any number of pairs and labels makes a task
+    kinds = [Kind(distractor_copies=None)]
+    return FewShot(Given(bank), config["labels"], context=config["pairs"], train_classes=len(bank), kinds=kinds)
 
 
 def draw(classes: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
