@@ -145,7 +145,7 @@ class Omniglot(Exemplars):
         try:
             with zipfile.ZipFile(archive) as opened:
                 drawings = sorted(name for name in opened.namelist() if _DRAWING.fullmatch(name))
-                found: dict[str, list[Float32[np.ndarray, "P"]]] = {}
+                found: dict[str, list[Float32[np.ndarray, " P"]]] = {}
                 for name in drawings:
                     character = name.split("/", 1)[1].rsplit("/", 1)[0]
                     found.setdefault(character, []).append(self._ink(opened.read(name)))
@@ -156,7 +156,7 @@ class Omniglot(Exemplars):
             raise ConfigError("Omniglot.archives", archive, layout)
         return {character: np.stack(images) for character, images in found.items()}
 
-    def _ink(self, png: bytes) -> Float32[np.ndarray, "P"]:
+    def _ink(self, png: bytes) -> Float32[np.ndarray, " P"]:
         with Image.open(io.BytesIO(png)) as image:
             if self.size > min(image.size):
                 raise ConfigError("Omniglot.size", self.size, f"at most {min(image.size)}, the drawings' own")

@@ -82,7 +82,7 @@ class Kind:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"Kind.{name}", value, "a probability")
 
-    def slots(self, context: int) -> Int64[np.ndarray, "C"]:
+    def slots(self, context: int) -> Int64[np.ndarray, " C"]:
         """Which class each context item shows, before shuffling: 0 the query's, 1 .. k - 1 distractors."""
         rest = np.arange(context - self.matches)
         return np.r_[np.zeros(self.matches, np.int64), 1 + rest // (self.distractor_copies or max(len(rest), 1))]
@@ -112,7 +112,7 @@ class _Pool:
     """
 
     first_class: int
-    masses: Int64[np.ndarray, "classes"]
+    masses: Int64[np.ndarray, " classes"]
     first_exemplar: int
     exemplars: int
     independent: bool
@@ -317,9 +317,9 @@ class FewShot(Task):
         self,
         kind: Kind,
         u: Float[np.ndarray, "N R"],
-        slots: Int64[np.ndarray, "C"],
+        slots: Int64[np.ndarray, " C"],
         order: Int64[np.ndarray, "C R"],
-        supported: Bool[np.ndarray, "R"],
+        supported: Bool[np.ndarray, " R"],
         pool: _Pool,
     ) -> Int64[np.ndarray, "N R"]:
         """Which exemplar of its class each item shows."""

@@ -54,7 +54,7 @@ def below(u: Float[np.ndarray, "*shape"], n: int) -> Int64[np.ndarray, "*shape"]
     return (u * n).astype(np.int64)
 
 
-def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, "classes"]:
+def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, " classes"]:
     """Probabilities proportional to 1 / rank ** exponent, as whole numbers up to a common factor."""
     if exponent == 0:
         return np.ones(classes, np.int64)
@@ -64,7 +64,7 @@ def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, "classes"]:
 
 
 def without_replacement(
-    u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, "classes"]
+    u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, " classes"]
 ) -> Int64[np.ndarray, "draws R"]:
     """Different classes, drawn one after another, each in proportion to its mass among those left.
 

@@ -1,6 +1,10 @@
 """Every test runs with the shapes in the package's signatures checked."""
 
+import logging
+import signal
 import sys
+import warnings
+from collections import namedtuple
 
 import hypothesis
 import pytest
@@ -12,6 +16,39 @@ shapes.install("opsin")
 
 hypothesis.settings.register_profile("opsin", deadline=None)
 hypothesis.settings.load_profile("opsin")
+
+Ended = namedtuple("Ended", "code out err")
+
+
+@pytest.fixture
+def opsin(tmp_path, monkeypatch, capsys):
+    """The command line in an empty folder: its arguments -> exit code, what it printed, and on stderr with warnings."""
+    import torch
+
+    from opsin.cli import main
+    from opsin.errors import log
+
+    monkeypatch.chdir(tmp_path)
+    loggers = [logging.getLogger("lightning.pytorch"), log]
+    levels, threads, interrupt = [logger.level for logger in loggers], torch.get_num_threads(), signal.getsignal(2)
+
+    def run(*arguments):
+        with warnings.catch_warnings(record=True) as warned:
+            # what a user would see, and not what pytest's own filters hide
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                code = main([str(argument) for argument in arguments])
+            except SystemExit as stopped:
+                code = stopped.code
+        out, err = capsys.readouterr()
+        return Ended(code, out, err + "".join(f"{each.message}\n" for each in warned))
+
+    yield run
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture

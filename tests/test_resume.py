@@ -97,7 +97,7 @@ def test_ten_kills_leave_the_optimizer_bitwise_as_it_would_have_been(runs):
 
 def test_ten_kills_leave_the_logged_metrics_byte_for_byte(runs):
     whole, killed = ((run / "metrics.csv").read_bytes() for run in runs)
-    assert whole == killed and whole.count(b"\n") > 1000
+    assert whole == killed and whole.count(b"\n") > 500
 
 
 def test_ten_kills_leave_the_same_snapshots(runs):

@@ -1,6 +1,9 @@
 """Small things with known answers, shared by the tests."""
 
+import importlib.util
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -128,3 +131,14 @@ class Training:
     @property
     def values(self):
         return dict(zip(self.optimizer.names, self.optimizer.parameters, strict=True))
+
+
+def script(name):
+    """The module of a file in scripts/."""
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

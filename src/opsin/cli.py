@@ -113,7 +113,7 @@ class OpsinCLI(LightningCLI):
         return folder
 
     def _resolved(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        return self.parser.dump(self.config)
 
 
 def fit(args: Sequence[str]) -> None:

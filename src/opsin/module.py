@@ -267,7 +267,7 @@ class OpsinModule(pl.LightningModule):
             self.history.record(name, done, values)
         self.log_everywhere({name: values for name, values in zip(STEP_METRICS, means, strict=True)}, done)
 
-    def log_everywhere(self, metrics: dict[str, Float[Tensor, "M"]], step: int) -> None:
+    def log_everywhere(self, metrics: dict[str, Float[Tensor, " M"]], step: int) -> None:
         """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
         if not self.trainer.loggers:
             return

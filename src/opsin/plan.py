@@ -122,7 +122,7 @@ class Plan:
 
         return tap
 
-    def _apply(self, index: int, x: Tensor, gate: Float[Tensor, "M"], mask: Tensor, batch: Batch) -> Tensor:
+    def _apply(self, index: int, x: Tensor, gate: Float[Tensor, " M"], mask: Tensor, batch: Batch) -> Tensor:
         chosen = self.interventions[index].value(x, batch)
         weight = gate.view(-1, *[1] * (x.dim() - 1)) * mask
         if chosen.where is not None:

@@ -184,7 +184,7 @@ def _draw_heads(axes: Axes, history: History, summary: Mapping[str, Any]) -> Non
 
 
 def _every_head(
-    axes: Axes, x: Int[np.ndarray, "n"], strength: Float[np.ndarray, "n layers heads"], summary: Mapping[str, Any]
+    axes: Axes, x: Int[np.ndarray, " n"], strength: Float[np.ndarray, "n layers heads"], summary: Mapping[str, Any]
 ) -> list[_End]:
     final = {(layer, head): float(strength[-1, layer, head]) for layer, head in np.ndindex(strength.shape[1:])}
     formed = [tuple(int(part) for part in name.split(":")) for name in summary.get("strongest_heads", ())]
@@ -204,7 +204,7 @@ def _every_head(
 
 
 def _strongest_heads(
-    axes: Axes, x: Int[np.ndarray, "n"], strength: Float[np.ndarray, "n M layers heads"]
+    axes: Axes, x: Int[np.ndarray, " n"], strength: Float[np.ndarray, "n M layers heads"]
 ) -> list[_End]:
     flat = strength.reshape(*strength.shape[:2], -1)
     strongest = np.take_along_axis(flat, flat[-1].argmax(1)[None, :, None], 2)[:, :, 0]
@@ -221,19 +221,19 @@ def _records(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return summary.get("members") or [summary]
 
 
-def _series(history: History, metric: str) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n M ..."]]:
+def _series(history: History, metric: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M ..."]]:
     steps, values = history[metric].arrays()
     return history.sequences(steps), values
 
 
-def _smooth(y: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def _smooth(y: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Centred mean over 1 % of the record: calms the line, hardly moves a drop."""
     window = np.ones(len(y) // 200 * 2 + 1)
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same") if len(y) else y
 
 
 def _thin_and_bold(
-    axes: Axes, x: Int[np.ndarray, "n"], thin: Float[np.ndarray, "n M"], bold: Float[np.ndarray, "n"], colour: str
+    axes: Axes, x: Int[np.ndarray, " n"], thin: Float[np.ndarray, "n M"], bold: Float[np.ndarray, " n"], colour: str
 ) -> None:
     axes.plot(x, thin, color=_lighter(colour, 0.65), linewidth=0.6, zorder=2)
     axes.plot(x, bold, color=colour, linewidth=1.5, zorder=4)

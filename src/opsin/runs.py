@@ -41,7 +41,7 @@ class Series:
     values: list[Float[np.ndarray, "M ..."]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
-    def arrays(self) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n M ..."]]:
+    def arrays(self) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M ..."]]:
         """Steps and stacked values."""
         return np.array(self.steps, dtype=np.int64), np.stack(self.values) if self.values else np.zeros((0, 1))
 
@@ -87,7 +87,7 @@ class History:
         """Metrics recorded so far."""
         return list(self._series)
 
-    def sequences(self, steps: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    def sequences(self, steps: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Training sequences seen after so many steps."""
         return steps * self.batch_size
 

@@ -54,7 +54,7 @@ class Schedule:
         if not 0 < self.duty <= 1:
             raise ConfigError("schedule.duty", self.duty, "a share above 0 and at most 1")
 
-    def strength(self, steps: Int[np.ndarray, "S"], batch_size: int) -> Float[np.ndarray, "S"]:
+    def strength(self, steps: Int[np.ndarray, " S"], batch_size: int) -> Float[np.ndarray, " S"]:
         """Strength in [0, 1] at each optimizer step."""
         at = steps.astype(np.float64) * (batch_size if self.unit == "sequences" else 1)
         on = at >= self.start

@@ -57,9 +57,9 @@ class Hyper:
         correction: bias corrections 1 - beta1^t and 1 - beta2^t of this step.
     """
 
-    learning_rate: Float[Tensor, "M"]
-    weight_decay: Float[Tensor, "M"]
-    clip: Float[Tensor, "M"]
+    learning_rate: Float[Tensor, " M"]
+    weight_decay: Float[Tensor, " M"]
+    clip: Float[Tensor, " M"]
     correction: Float[Tensor, "2"]
 
 
@@ -109,7 +109,7 @@ def cross_entropy(logits: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tenso
     return -logits.log_softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)
 
 
-def accuracy(logits: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "M"]:
+def accuracy(logits: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
     """Share of scored positions whose most likely output is the target."""
     return (logits.argmax(-1) == batch.targets).to(logits.dtype).mean((1, 2))
 
@@ -119,7 +119,7 @@ def restrict(logits: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"])
     return logits + ABSENT_LOGIT * (~plausible[:, :, None]).to(logits.dtype)
 
 
-def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, "M"]:
+def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, " M"]:
     """2-norm over all tensors, per member."""
     return torch.stack([tensor.square().flatten(1).sum(-1) for tensor in tensors]).sum(0).sqrt()
 
@@ -127,7 +127,7 @@ def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, "M"]
 def adam_update(
     state: AdamState,
     gradients: Sequence[Tensor],
-    norm: Float[Tensor, "M"],
+    norm: Float[Tensor, " M"],
     hyper: Hyper,
     betas: tuple[float, float],
     eps: float,
@@ -142,7 +142,7 @@ def adam_update(
         state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
     ):
 
-        def per_member(x: Float[Tensor, "M"], dims: int = gradient.dim()) -> Tensor:
+        def per_member(x: Float[Tensor, " M"], dims: int = gradient.dim()) -> Tensor:
             return x.view(-1, *[1] * (dims - 1))
 
         gradient = gradient * per_member(scale)

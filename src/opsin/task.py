@@ -55,8 +55,8 @@ class Truth:
         other: for each query row, the other label positions it could be confused with.
     """
 
-    previous: Int[Tensor, "L"]
-    labels: Bool[Tensor, "L"]
+    previous: Int[Tensor, " L"]
+    labels: Bool[Tensor, " L"]
     query: Bool[Tensor, "M B L"]
     match: Bool[Tensor, "M B L K"]
     other: Bool[Tensor, "M B L K"]

@@ -63,8 +63,8 @@ class Transition(_Record):
 
 
 def find_transition(
-    x: Real[np.ndarray, "N"],
-    y: Real[np.ndarray, "_"],
+    x: Real[np.ndarray, " N"],
+    y: Real[np.ndarray, " _"],
     *,
     before: float | None = None,
     after: float | None = None,
@@ -127,7 +127,7 @@ def _locate(
     return onset, midpoint, end
 
 
-def monotone(y: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "P"], Int[np.ndarray, "P"]]:
+def monotone(y: Float[np.ndarray, " N"]) -> tuple[Float[np.ndarray, " P"], Int[np.ndarray, " P"]]:
     """Means (ascending) and sizes of the pools of the least-squares monotone fit (R. Barlow et al., 1972), O(N)."""
     means: list[float] = []
     sizes: list[int] = []
@@ -142,7 +142,7 @@ def monotone(y: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "P"], Int[np.
     return np.array(means), np.array(sizes)
 
 
-def _binned(x: Float[np.ndarray, "N"], y: Float[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+def _binned(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
     """Means over at most ``BINS`` runs of neighbouring samples, equally long to within one."""
     if len(x) <= BINS:
         return x, y
@@ -151,7 +151,7 @@ def _binned(x: Float[np.ndarray, "N"], y: Float[np.ndarray, "N"]) -> tuple[np.nd
     return np.add.reduceat(x, edges[:-1]) / counts, np.add.reduceat(y, edges[:-1]) / counts
 
 
-def _finite(x: Real[np.ndarray, "N"], y: Real[np.ndarray, "_"]) -> tuple[np.ndarray, np.ndarray]:
+def _finite(x: Real[np.ndarray, " N"], y: Real[np.ndarray, " _"]) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"onset: x has shape {x.shape}, y {y.shape}, expected one length")
@@ -181,7 +181,7 @@ def _lasting(n: int) -> int:
     return max(3, math.ceil(LASTING * n))
 
 
-def _level(y: Float[np.ndarray, "N"]) -> tuple[float, float]:
+def _level(y: Float[np.ndarray, " N"]) -> tuple[float, float]:
     """Median and its standard error, widened for noise that is correlated from sample to sample."""
     centred = y - y.mean()
     power = float(centred @ centred)
@@ -209,7 +209,7 @@ def _plateau(y: np.ndarray, final: float, minimum_change: float, direction: Dire
     return _level(y[away <= away.min() + 2 * width])
 
 
-def _window(z: Float[np.ndarray, "N"]) -> tuple[int, int, int] | None:
+def _window(z: Float[np.ndarray, " N"]) -> tuple[int, int, int] | None:
     """Samples from and up to which the change happens, generously, and from which it can end; None if none lasted."""
     stay = _lasting(len(z))
     from_middle, middle, lasted = _last_full(z, WAYS[1], stay)
@@ -223,7 +223,7 @@ def _window(z: Float[np.ndarray, "N"]) -> tuple[int, int, int] | None:
     return first, last, (from_end + middle + 1 if from_end else 0)
 
 
-def _last_full(z: Float[np.ndarray, "N"], way: float, capacity: int) -> tuple[int, int, bool]:
+def _last_full(z: Float[np.ndarray, " N"], way: float, capacity: int) -> tuple[int, int, bool]:
     """Where the stay before the lasting crossing starts and ends (-1: crossed from the start); whether it lasted.
 
     A bucket, full at first, drains by up to one a sample beyond ``way`` and fills before it; overflowing, it
@@ -244,7 +244,7 @@ def _pull(z: np.ndarray, way: float, shift: np.ndarray | float = 0.0) -> np.ndar
     return np.clip((way + shift - z) / min(way, 1 - way), -1.0, 1.0)
 
 
-def _estimate(x: Float[np.ndarray, "W"], value: float, gap: int, replicates: np.ndarray, level: float) -> Estimate:
+def _estimate(x: Float[np.ndarray, " W"], value: float, gap: int, replicates: np.ndarray, level: float) -> Estimate:
     """A crossing and its interval: at least the gap it lies in, at most the window."""
     left, right = float(x[max(gap - 1, 0)]), float(x[min(max(gap, 1), len(x) - 1)])
     low = high = value = float(value)
@@ -278,7 +278,7 @@ def _split(z: np.ndarray, way: float, shift: np.ndarray, low: np.ndarray | int, 
     return n - total[:, ::-1].argmax(1)
 
 
-def _replicates(z: Float[np.ndarray, "W"], count: int, rng: np.random.Generator) -> Float[np.ndarray, "R W"]:
+def _replicates(z: Float[np.ndarray, " W"], count: int, rng: np.random.Generator) -> Float[np.ndarray, "R W"]:
     """The monotone fit plus blocks of its residuals, moved about and scaled to the noise of the place."""
     n = len(z)
     means, sizes = monotone(z)

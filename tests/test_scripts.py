@@ -1,0 +1,50 @@
+"""Claims about what a person types: setup, run, test, and the bench's arithmetic."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.toys import script
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["scripts/setup", "scripts/run", "scripts/test", ".ci/run"])
+def test_a_script_is_executable_and_parses(name):
+    assert os.access(ROOT / name, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / name], check=True)
+
+
+@pytest.mark.parametrize("text", ["#!/bin/sh\nexit 1\n", None], ids=["too old", "missing"])
+def test_setup_refuses_a_python_it_cannot_use_in_one_line(tmp_path, text):
+    python = tmp_path / "python"
+    if text:
+        python.write_text(text)
+        python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    ended = subprocess.run([ROOT / "scripts/setup"], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and str(python) in ended.stderr and "3.11" in ended.stderr
+
+
+def test_run_and_test_stop_where_setup_stops(tmp_path):
+    environment = {**os.environ, "PYTHON": str(tmp_path / "none")}
+    for name in ("scripts/run", "scripts/test", ".ci/run"):
+        ended = subprocess.run([ROOT / name], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
+
+
+def test_the_bench_states_medians_of_the_ratios_within_a_round():
+    speeds = {
+        "eager": [100.0, 200.0, 50.0],
+        "eager_two_threads": [50.0, 50.0, 100.0],
+        "bare": [300.0, 400.0, 250.0],
+        "clamps_and_trackers": [150.0, 300.0, 225.0],
+    }
+    figures = script("bench").summarise(speeds)
+    assert figures["ratio_bare_to_eager"] == 3
+    assert figures["ratio_bare_to_eager_two_threads"] == 6
+    assert figures["ratio_clamps_and_trackers_to_bare"] == 0.75
+    assert figures["steps_per_second_clamps_and_trackers"] == 225 and figures["rounds"] == 3
