@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ ACTIVATIONS = {
 BY_HEAD = {"q_prerope", "k_prerope", "q", "k", "v"}
 
 
+# what a damaged file, a missing base and a file without an entry it should have raise
+UNREADABLE = (OSError, KeyError, ValueError, StopIteration, zipfile.BadZipFile)
+
+
 class Uncovered(Exception):
     """A file that asks for something Opsin does not do yet."""
 
@@ -102,6 +107,10 @@ def main(folder: Path) -> int:
         except Uncovered as reason:
             uncovered += 1
             print(f"{name:48s} uncovered: {reason}")
+            continue
+        except UNREADABLE as error:
+            failed += 1
+            print(f"{name:48s} FAIL  unreadable: {type(error).__name__}: {error}")
             continue
         largest = max(errors.values(), default=0.0)
         worst, failed = max(worst, largest), failed + (not largest < LIMIT)

@@ -276,3 +276,12 @@ def test_every_covered_file_of_the_reference_system_passes(check_reference, caps
     assert all(any(name.startswith(beginning) for name in found) for beginning in beginnings)
     for name in ("ablate_embedding_only", "fig5b_noclamp", "fig5b_perfect_match", "fig5b_prev_token_single"):
         assert states[name] == "ok"
+
+
+def test_a_file_that_cannot_be_read_fails_and_the_others_are_checked(tmp_path, capsys):
+    (tmp_path / "broken.npz").write_bytes(b"not a zip file")
+    np.savez(tmp_path / "lonely.npz", kind="clamp", base="nowhere", options="{}")
+    assert script("check_reference").main(tmp_path) == 1
+    broken, lonely, last = capsys.readouterr().out.splitlines()
+    assert "FAIL  unreadable" in broken and "FAIL  unreadable" in lonely and "nowhere" in lonely
+    assert last.startswith("2 files, 2 covered, 2 failed, 0 uncovered")

@@ -168,6 +168,8 @@ class OpsinModule(pl.LightningModule):
         trainer = self.trainer
         if trainer.max_steps < 1:
             raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
+        if self.compile_setting is True and not has_compiler():
+            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
         self._refuse_uneven_checkpoints()
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers = [], []
@@ -208,8 +210,6 @@ class OpsinModule(pl.LightningModule):
 
     def _choose_step(self) -> Callable[..., Tensor]:
         steps = self.trainer.max_steps
-        if self.compile_setting is True and not has_compiler():
-            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
         wanted = steps >= COMPILE_FROM_STEPS if self.compile_setting == "auto" else self.compile_setting
         if not (wanted and has_compiler()):
             reason = "no C++ compiler on the path" if wanted else f"{steps:,} steps do not repay compiling"
