@@ -1,6 +1,6 @@
 """Who may touch or watch a run."""
 
-from opsin.callbacks.optogenetics import Ablate, Clamp
+from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
 from opsin.callbacks.phase import PhaseChange
 from opsin.callbacks.progress import Progress
 from opsin.callbacks.run_folder import KeepRun
@@ -11,6 +11,7 @@ from opsin.callbacks.wandb import WeightsAndBiases
 __all__ = [
     "Ablate",
     "Clamp",
+    "Disallow",
     "InductionHeads",
     "KeepRun",
     "PhaseChange",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.callbacks import Ablate, Clamp
+from opsin.callbacks import Ablate, Clamp, Disallow
 from opsin.model import Transformer, forward, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Plan, Writer, build_plan
@@ -44,6 +44,9 @@ OPTIONS = {
     "induction_head_strength",
     "match_heads",
     "match_head_temperature",
+    "disallow_prev_token_heads",
+    "disallow_prev_token_only_label",
+    "final_layer_silence_non_label_attn",
 }
 ACTIVATIONS = {
     "norm_out": "ln1.hook_normalized",
@@ -236,6 +239,12 @@ def plan_for(case: Case, options: dict) -> Plan:
         writers.append(Clamp(heads, "induction", strength=options.get("induction_head_strength", 1.0), order=2))
     if heads := options.get("match_heads"):
         writers.append(Clamp(heads, "match", temperature=options.get("match_head_temperature", 0.0), order=3))
+    if heads := options.get("disallow_prev_token_heads"):
+        labels_only = options.get("disallow_prev_token_only_label", False)
+        writers.append(Disallow(heads, "previous_token", labels_only=labels_only, order=1))
+    if heads := options.get("final_layer_silence_non_label_attn"):
+        last = case.model.layers - 1
+        writers.append(Disallow([f"{last}:{head}" for head in heads], "non_labels", order=2))
     return build_plan(writers, case.model.sites(case.task), members=1, steps=1, batch_size=1)
 
 

@@ -6,14 +6,17 @@ Legend: M members, B batch, L positions (query side), K positions (key side), H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.task import Batch, Truth
+
+# low enough to vanish in the softmax, far above the causal mask so that a row of nothing else stays finite
+DISALLOWED_SCORE = -1e9
 
 
 def overwrite(x: Tensor, value: Tensor, weight: Tensor) -> Tensor:
@@ -118,6 +121,40 @@ class Match:
     def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
         pattern = match_pattern(batch, self.temperature).to(x.dtype)
         return Overwrite(pattern[:, :, None].expand_as(x), batch.truth.query[:, :, None, :, None])
+
+
+@dataclass(frozen=True)
+class Disallow:
+    """Scores so low that nothing is attended there; the rest of the row shares what was paid.
+
+    Reference options ``disallow_prev_token_heads`` and ``final_layer_silence_non_label_attn``.
+
+    Args:
+        what: ``previous_token``: the token before, in every row but the first. ``non_labels``: in
+            rows whose prediction is scored, every key that holds no label, the row's own included.
+        labels_only: only rows that hold a label.
+    """
+
+    what: Literal["previous_token", "non_labels"]
+    labels_only: bool = False
+    gradient: ClassVar[str] = "stops"
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+        where = disallowed(self.what, batch)
+        if self.labels_only:
+            where = where & batch.truth.labels[:, None]
+        return Overwrite(x.new_full((), DISALLOWED_SCORE).expand_as(x), where)
+
+
+def disallowed(what: Literal["previous_token", "non_labels"], batch: Batch) -> Bool[Tensor, "L K"]:
+    """Entries of the scores that ``Disallow`` overwrites."""
+    truth, length = batch.truth, batch.layout.positions
+    position = torch.arange(length, device=truth.previous.device)
+    if what == "previous_token":
+        return (truth.previous[:, None] == position) & (truth.previous != position)[:, None]
+    scored = torch.zeros(length, dtype=torch.bool, device=position.device)
+    scored[list(batch.layout.scored)] = True
+    return scored[:, None] & ~truth.labels
 
 
 def previous_token_pattern(truth: Truth, strength: float, like: Tensor) -> Float[Tensor, "L K"]:

@@ -325,7 +325,9 @@ class OpsinModule(pl.LightningModule):
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
         metrics = {"loss": cross_entropy(logits, data).mean((1, 2)), "accuracy": accuracy(logits, data)}
         if data.plausible is not None:
-            metrics["accuracy_in_context"] = accuracy(restrict(logits, data.plausible), data)
+            possible = restrict(logits, data.plausible)
+            metrics["accuracy_in_context"] = accuracy(possible, data)
+            metrics["probability_in_context"] = (-cross_entropy(possible, data)).exp().mean((1, 2))
         named = {f"val/{name}/{metric}": values for metric, values in metrics.items()}
         for metric, values in named.items():
             self.log(metric, values.mean(), logger=False, batch_size=1)

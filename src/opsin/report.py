@@ -140,6 +140,7 @@ def _reached_by(site: Site) -> str:
     special = {
         "attn.hook_v": ", Ablate heads (zero)",
         "attn.hook_z": ", Ablate heads (mean)",
+        "attn.hook_attn_scores": ", Disallow",
         "attn.hook_pattern": ", Clamp pattern",
         "mlp.hook_post": ", Ablate neurons",
     }

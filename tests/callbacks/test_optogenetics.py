@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opsin.callbacks.optogenetics import Ablate, Clamp
+from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
 from opsin.errors import ConfigError
 from opsin.model import Transformer
 from tests.toys import SMALL, batch_of, few_shot, hand_batch, plan_of, run, tap_of, weights
@@ -213,4 +213,47 @@ def test_an_argument_without_effect_is_refused(settings, field):
 def test_a_clamp_on_what_is_missing_stops_the_build(tiny_task, writer, field):
     with pytest.raises(ConfigError) as refused:
         plan_of(SMALL, tiny_task, writer)
+    assert refused.value.field == field
+
+
+def patterns_under(task, writer):
+    """Attention of both heads of layer 0 with and without the writer, of member 0."""
+    batch, values = batch_of(task, dtype=torch.float64), weights(SMALL, task)
+    name = "blocks.0.attn.hook_pattern"
+    with_it = run(SMALL, values, batch, tap_of(SMALL, task, batch, writer))[1][name][0]
+    return with_it, run(SMALL, values, batch)[1][name][0]
+
+
+@pytest.mark.parametrize(("labels_only", "rows"), [(False, [1, 2, 3, 4]), (True, [1, 3])])
+def test_a_head_that_may_not_look_back_shares_the_rest_among_the_other_keys(tiny_task, labels_only, rows):
+    after, before = patterns_under(tiny_task, Disallow(["0:1"], "previous_token", labels_only=labels_only))
+    assert torch.equal(after[:, 0], before[:, 0])
+    for row in range(5):
+        if row not in rows:
+            assert torch.equal(after[:, 1, row], before[:, 1, row])
+            continue
+        kept = before[:, 1, row].clone()
+        kept[:, row - 1] = 0
+        torch.testing.assert_close(after[:, 1, row], kept / kept.sum(-1, keepdim=True))
+
+
+def test_a_head_silenced_on_what_is_no_label_divides_the_query_row_among_labels(tiny_task):
+    after, before = patterns_under(tiny_task, Disallow(["0:0"], "non_labels"))
+    assert torch.equal(after[:, 0, :4], before[:, 0, :4]) and torch.equal(after[:, 1], before[:, 1])
+    labels = before[:, 0, 4] * torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    torch.testing.assert_close(after[:, 0, 4], labels / labels.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Disallow(["0:0"], "next_token"), "Disallow.attention"),
+        (lambda: Disallow(["0:0"], "non_labels", labels_only=True), "Disallow.labels_only"),
+        (lambda: Disallow([], "non_labels").interventions(SMALL.sites(few_shot())), "Disallow.heads"),
+        (lambda: Disallow(["0:9"], "non_labels").interventions(SMALL.sites(few_shot())), "Disallow.heads"),
+    ],
+)
+def test_a_disallow_that_cannot_work_is_refused(make, field):
+    with pytest.raises(ConfigError) as refused:
+        make()
     assert refused.value.field == field

@@ -110,6 +110,7 @@ def test_every_site_stands_in_the_table_with_its_shape_and_meaning():
         ("blocks.0.attn.hook_v", "Clamp, Ablate, Ablate heads (zero)"),
         ("blocks.0.attn.hook_z", "Clamp, Ablate, Ablate heads (mean)"),
         ("blocks.1.attn.hook_pattern", "Clamp, Ablate, Clamp pattern"),
+        ("blocks.1.attn.hook_attn_scores", "Clamp, Ablate, Disallow"),
         ("blocks.1.mlp.hook_post", "Clamp, Ablate, Ablate neurons"),
         ("hook_embed", "Clamp, Ablate"),
     ],
