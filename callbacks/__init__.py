@@ -1,6 +1,7 @@
 """Who may touch or watch a run."""
 
 from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
+from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
 from opsin.callbacks.phase import PhaseChange
 from opsin.callbacks.progress import Progress
 from opsin.callbacks.run_folder import KeepRun
@@ -11,10 +12,14 @@ from opsin.callbacks.wandb import WeightsAndBiases
 __all__ = [
     "Ablate",
     "Clamp",
+    "CopyFromPattern",
     "Disallow",
+    "HeadTemperature",
     "InductionHeads",
     "KeepRun",
+    "PerfectPreviousInput",
     "PhaseChange",
+    "Preserve",
     "PreviousTokenHeads",
     "Progress",
     "Snapshots",

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback
 
 from opsin import interventions
 from opsin.errors import ConfigError
-from opsin.interventions import BatchMean, Constant, Induction, Match, PreviousToken, Value, check_share
-from opsin.plan import Intervention, Selection, parse_pairs
+from opsin.interventions import BatchMean, Constant, Induction, Match, PreviousToken, check_share
+from opsin.passes import Intervention, Selection, Value
+from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
 

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.callbacks import Ablate, Clamp, Disallow
+from opsin.callbacks import Ablate, Clamp, CopyFromPattern, Disallow, HeadTemperature, PerfectPreviousInput, Preserve
+from opsin.callbacks.passes import PRESERVED
 from opsin.model import Transformer, forward, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Plan, Writer, build_plan
@@ -47,6 +48,13 @@ OPTIONS = {
     "disallow_prev_token_heads",
     "disallow_prev_token_only_label",
     "final_layer_silence_non_label_attn",
+    "set_head_temperature",
+    "preserve_patterns",
+    "preserve_values",
+    "preserve_queries",
+    "preserve_keys",
+    "perfect_copy_from_head_pattern",
+    "specific_fn",
 }
 ACTIVATIONS = {
     "norm_out": "ln1.hook_normalized",
@@ -224,35 +232,80 @@ def opsin_name(reference: str) -> str:
 
 def plan_for(case: Case, options: dict) -> Plan:
     """The callbacks a user would attach for these options, as a plan."""
+    sites = case.model.sites(case.task)
+    if options.get("specific_fn") is not None:
+        return build_plan(perfect_input(options), sites, members=1, steps=1, batch_size=1)
+    writers = [*ablations(options), *patterns(options), *scores(options, case.model.layers - 1)]
+    if preserved := [name for name in PRESERVED if options.get(f"preserve_{name}")]:
+        writers.append(Preserve(preserved, order=0))
+    if head := options.get("perfect_copy_from_head_pattern"):
+        writers.append(CopyFromPattern(head))
+    return build_plan(writers, sites, members=1, steps=1, batch_size=1)
+
+
+def perfect_input(options: dict) -> list[Writer]:
+    """The mode in which the reference ignores all other options but two."""
+    if options["specific_fn"] != "perfect_prev_token_input":
+        raise Uncovered(f"specific_fn {options['specific_fn']}")
+    if head := options.get("perfect_copy_from_head_pattern"):
+        return [CopyFromPattern(head, perfect_input=True)]
+    writers: list[Writer] = [PerfectPreviousInput()]
+    if heads := [head for head in options.get("ablate_heads") or () if head.startswith("1:")]:
+        writers.append(Ablate(heads=heads))
+    return writers
+
+
+def ablations(options: dict) -> list[Writer]:
     writers: list[Writer] = []
     if options.get("ablate_embedding"):
         writers.append(Ablate(sites=["hook_embed"]))
     if heads := options.get("ablate_heads"):
-        writers.append(Ablate(heads=heads))
+        writers.append(Ablate(heads=heads, order=1))
+    return writers
+
+
+def patterns(options: dict) -> list[Writer]:
+    """Clamped patterns; where two touch one head the later of the reference's order wins."""
+    writers: list[Writer] = []
     if heads := options.get("prev_token_heads"):
-        strength, labels_only = (
-            options.get("prev_token_head_strength", 1.0),
-            options.get("prev_token_only_label", False),
-        )
+        # beside preserved patterns the reference's flag is void
+        labels_only = options.get("prev_token_only_label", False) and not options.get("preserve_patterns")
+        strength = options.get("prev_token_head_strength", 1.0)
         writers.append(Clamp(heads, "previous_token", strength=strength, labels_only=labels_only, order=1))
     if heads := options.get("induction_heads"):
         writers.append(Clamp(heads, "induction", strength=options.get("induction_head_strength", 1.0), order=2))
     if heads := options.get("match_heads"):
         writers.append(Clamp(heads, "match", temperature=options.get("match_head_temperature", 0.0), order=3))
+    return writers
+
+
+def scores(options: dict, last: int) -> list[Writer]:
+    """Changed scores; temperatures first."""
+    writers: list[Writer] = []
+    triplets = [text.rsplit(":", 1) for text in options.get("set_head_temperature") or ()]
+    tempered = {head: float(temperature) for head, temperature in triplets}
+    if tempered:
+        writers.append(HeadTemperature(tempered, order=0))
     if heads := options.get("disallow_prev_token_heads"):
         labels_only = options.get("disallow_prev_token_only_label", False)
-        writers.append(Disallow(heads, "previous_token", labels_only=labels_only, order=1))
-    if heads := options.get("final_layer_silence_non_label_attn"):
-        last = case.model.layers - 1
-        writers.append(Disallow([f"{last}:{head}" for head in heads], "non_labels", order=2))
-    return build_plan(writers, case.model.sites(case.task), members=1, steps=1, batch_size=1)
+        # in a layer whose temperature is set the reference's flag is void
+        hot = {head.split(":")[0] for head in tempered}
+        for void in (True, False):
+            some = [head for head in heads if (head.split(":")[0] in hot) == void]
+            if some:
+                writers.append(Disallow(some, "previous_token", labels_only=labels_only and not void, order=1))
+    if silent := options.get("final_layer_silence_non_label_attn"):
+        writers.append(Disallow([f"{last}:{head}" for head in silent], "non_labels", order=2))
+    return writers
 
 
 def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors:
     """Activations, losses and gradients of one batch."""
-    tap = plan.tap(torch.ones(len(plan.masks), 1, dtype=torch.float64), [m.double() for m in plan.masks], case.batch)
     table = position_table(case.model, case.task.layout.positions, torch.float64)
     leaves = {name: tensor.requires_grad_() for name, tensor in case.parameters.items()}
+    gates = torch.ones(len(plan.masks), 1, dtype=torch.float64)
+    masks = [mask.double() for mask in plan.masks]
+    tap = plan.tap(gates, masks, case.batch, lambda tap: forward(leaves, table, case.batch, case.model, tap))
     logits = scored_logits(forward(leaves, table, case.batch, case.model, tap), case.batch)
     losses = cross_entropy(logits, case.batch)[0, :, 0]
     gradients = dict(zip(leaves, torch.autograd.grad(losses.mean(), list(leaves.values())), strict=True))
@@ -345,8 +398,8 @@ def relative_error(found: Tensor, expected: np.ndarray) -> float:
     difference = np.abs(ours - theirs)[~masked]
     if expected.dtype == np.float32:
         difference = np.maximum(difference - np.spacing(np.abs(expected[~masked])) / 2, 0.0)
-    # entries that are zero in theory are rounding noise of about 1e-17
-    size = max(float(np.sqrt(np.mean(theirs[~masked] ** 2))) if (~masked).any() else 0.0, 1e-12)
+    # gradients that are zero in theory are rounding noise, so below this size the tolerance is absolute (1e-15)
+    size = max(float(np.sqrt(np.mean(theirs[~masked] ** 2))) if (~masked).any() else 0.0, 1e-6)
     return float(np.max(difference / np.maximum(np.abs(theirs[~masked]), size), initial=0.0))
 
 

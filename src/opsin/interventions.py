@@ -6,13 +6,14 @@ Legend: M members, B batch, L positions (query side), K positions (key side), H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.passes import Overwrite, Source, Value
 from opsin.task import Batch, Truth
 
 # low enough to vanish in the softmax, far above the causal mask so that a row of nothing else stays finite
@@ -30,47 +31,25 @@ def overwrite(x: Tensor, value: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Overwrite:
-    """A value and, where it does not apply everywhere, the entries it applies to (broadcast to the site)."""
-
-    value: Tensor
-    where: Tensor | None = None
-
-
-class Value(Protocol):
-    """What an activation is overwritten by. Values are small frozen dataclasses, so that plans can be hashed."""
-
-    @property
-    def gradient(self) -> str:
-        """``"stops"`` or ``"flows"``: whether gradient passes through the value."""
-
-    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
-        """The value for activation ``x`` of this batch."""
-
-
-@dataclass(frozen=True)
-class Constant:
+class Constant(Value):
     """The same number everywhere; gradient stops."""
 
     constant: float = 0.0
-    gradient: ClassVar[str] = "stops"
 
-    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
+    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
         return Overwrite(x.new_full((), self.constant).expand_as(x))
 
 
 @dataclass(frozen=True)
-class BatchMean:
+class BatchMean(Value):
     """The activation's own mean over the batch, per member and entry; gradient stops."""
 
-    gradient: ClassVar[str] = "stops"
-
-    def __call__(self, x: Tensor, batch: Batch) -> Overwrite:
+    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
         return Overwrite(x.detach().mean(1, keepdim=True).expand_as(x))
 
 
 @dataclass(frozen=True)
-class PreviousToken:
+class PreviousToken(Value):
     """Attention ``strength`` on the previous token and the rest on oneself; the first row attends to itself.
 
     Reference option ``prev_token_heads`` (Singh et al. 2024, figure 5 and appendix).
@@ -82,16 +61,15 @@ class PreviousToken:
 
     strength: float = 1.0
     labels_only: bool = False
-    gradient: ClassVar[str] = "stops"
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
         pattern = previous_token_pattern(batch.truth, self.strength, x)
         rows = batch.truth.labels[:, None] if self.labels_only else None
         return Overwrite(pattern.expand_as(x), rows)
 
 
 @dataclass(frozen=True)
-class Induction:
+class Induction(Value):
     """At each query, attention ``strength`` on every matching label and the rest on each other label.
 
     Reference option ``induction_heads``. Rows are not renormalised: they sum to 1 for one match and
@@ -99,16 +77,15 @@ class Induction:
     """
 
     strength: float = 1.0
-    gradient: ClassVar[str] = "stops"
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
         truth = batch.truth
         pattern = self.strength * truth.match.to(x.dtype) + (1 - self.strength) * truth.other.to(x.dtype)
         return Overwrite(pattern[:, :, None].expand_as(x), truth.query[:, :, None, :, None])
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(Value):
     """At each query, attention by similarity of the raw inputs that precede the labels.
 
     Reference option ``match_heads``: at temperature 0 the weight is 1 on every label whose input is
@@ -116,15 +93,14 @@ class Match:
     """
 
     temperature: float = 0.0
-    gradient: ClassVar[str] = "stops"
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
         pattern = match_pattern(batch, self.temperature).to(x.dtype)
         return Overwrite(pattern[:, :, None].expand_as(x), batch.truth.query[:, :, None, :, None])
 
 
 @dataclass(frozen=True)
-class Disallow:
+class Disallow(Value):
     """Scores so low that nothing is attended there; the rest of the row shares what was paid.
 
     Reference options ``disallow_prev_token_heads`` and ``final_layer_silence_non_label_attn``.
@@ -137,13 +113,104 @@ class Disallow:
 
     what: Literal["previous_token", "non_labels"]
     labels_only: bool = False
-    gradient: ClassVar[str] = "stops"
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
         where = disallowed(self.what, batch)
         if self.labels_only:
             where = where & batch.truth.labels[:, None]
         return Overwrite(x.new_full((), DISALLOWED_SCORE).expand_as(x), where)
+
+
+@dataclass(frozen=True)
+class FromPass(Value):
+    """What the same activation, or another of its shape, is in another pass."""
+
+    source: Source
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
+        return Overwrite(taken[0])
+
+
+@dataclass(frozen=True)
+class Tempered(Value):
+    """Scores of another pass, those of some heads divided by a temperature.
+
+    Reference option ``set_head_temperature``.
+
+    Args:
+        source: the scores.
+        temperatures: head and its temperature; other heads keep theirs.
+    """
+
+    source: Source
+    temperatures: tuple[tuple[int, float], ...]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+        divisor = x.new_ones(x.shape[2])
+        for head, temperature in self.temperatures:
+            divisor[head] = temperature
+        return Overwrite(taken[0] / divisor[:, None, None])
+
+
+@dataclass(frozen=True)
+class CopyOutput(Value):
+    """Logits of a perfect copy: the score that one head gives a label is that label's logit.
+
+    Reference option ``perfect_copy_from_head_pattern``. Outputs that no label of the context names get
+    -1e9; of a label that occurs twice the later counts. Only rows whose prediction is scored.
+    """
+
+    source: Source
+    head: int
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B L V"], batch: Batch, *taken: Tensor) -> Overwrite:
+        scores = taken[0][:, :, self.head]  # M B L K
+        value = torch.full_like(x, DISALLOWED_SCORE)
+        outputs = torch.arange(x.shape[-1], device=x.device)
+        for position in batch.layout.labels:
+            token = batch.tokens[:, :, batch.layout.tokens.index(position)]
+            named = (token[..., None] == outputs)[:, :, None]  # M B 1 V
+            value = torch.where(named, scores[..., position, None], value)
+        return Overwrite(value, scored_rows(batch)[:, None])
+
+
+@dataclass(frozen=True)
+class PreviousInput(Value):
+    """Embeddings moved on by one position, as if perfect previous-token heads had replaced them.
+
+    Rows whose prediction is scored keep their own, and so does the first (reference manipulation
+    ``perfect_prev_token_input``, pass 2).
+    """
+
+    source: Source
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B L D"], batch: Batch, *taken: Tensor) -> Overwrite:
+        previous = batch.truth.previous
+        own = torch.arange(previous.shape[0], device=previous.device)
+        return Overwrite(taken[0][:, :, torch.where(scored_rows(batch), own, previous)])
+
+
+def scored_rows(batch: Batch) -> Bool[Tensor, " L"]:
+    """Rows whose prediction enters the loss."""
+    rows = torch.zeros(batch.layout.positions, dtype=torch.bool, device=batch.tokens.device)
+    rows[list(batch.layout.scored)] = True
+    return rows
 
 
 def disallowed(what: Literal["previous_token", "non_labels"], batch: Batch) -> Bool[Tensor, "L K"]:
@@ -152,9 +219,7 @@ def disallowed(what: Literal["previous_token", "non_labels"], batch: Batch) -> B
     position = torch.arange(length, device=truth.previous.device)
     if what == "previous_token":
         return (truth.previous[:, None] == position) & (truth.previous != position)[:, None]
-    scored = torch.zeros(length, dtype=torch.bool, device=position.device)
-    scored[list(batch.layout.scored)] = True
-    return scored[:, None] & ~truth.labels
+    return scored_rows(batch)[:, None] & ~truth.labels
 
 
 def previous_token_pattern(truth: Truth, strength: float, like: Tensor) -> Float[Tensor, "L K"]:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.errors import ConfigError, DivergedError, log
-from opsin.model import Members, Transformer, init_parameters, position_table
+from opsin.model import Members, Tap, Transformer, forward, init_parameters, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Writer, build_plan
 from opsin.runs import History
@@ -308,8 +308,14 @@ class OpsinModule(pl.LightningModule):
     def observe(self, batch: Batch, sites: Collection[str]) -> dict[str, Tensor]:
         """Activations ``[M, B, ...]`` on a batch, under the interventions as they stood at the last step."""
         gates = self._gates(max(self.steps_done - 1, 0), 1)[0]
-        tap = self.plan.tap(gates, self.constants.masks, batch)
-        return observe(self.transformer, self.parameters_by_name(), self.constants.table, batch, tap, sites)
+        parameters, table = self.parameters_by_name(), self.constants.table
+
+        def run(tap: Tap) -> Tensor:
+            return forward(parameters, table, batch, self.transformer, tap)
+
+        with torch.no_grad():
+            tap = self.plan.tap(gates, self.constants.masks, batch, run)
+        return observe(self.transformer, parameters, table, batch, tap, sites)
 
     def _evaluation_batch(self, name: str, size: int) -> Batch:
         """Fixed sequences of an evaluation set, the same for every member and every run of the task."""

@@ -7,81 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions import Value, overwrite
+from opsin.interventions import overwrite
 from opsin.model import Tap
-from opsin.schedules import Schedule
-from opsin.sites import Site, SiteTable
+from opsin.passes import Intervention, Pass, Source, Value
+from opsin.sites import SiteTable
 from opsin.task import Batch
-
-SELECTED_AXES = {"heads": "H", "neurons": "N", "positions": "L", "members": "M"}
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which entries of a site; None selects all along that axis."""
-
-    heads: tuple[int, ...] | None = None
-    neurons: tuple[int, ...] | None = None
-    positions: tuple[int, ...] | None = None
-    members: tuple[int, ...] | None = None
-
-    def mask(self, site: Site, members: int, field_name: str) -> Float[Tensor, "..."]:
-        """1 at selected entries and 0 elsewhere, broadcastable to the site.
-
-        Raises:
-            ConfigError: the site has no such axis, or the axis no such entry.
-        """
-        mask = torch.ones([1] * len(site.axes))
-        for name, axis in SELECTED_AXES.items():
-            chosen = getattr(self, name)
-            if chosen is None:
-                continue
-            size = members if axis == "M" else site.sizes.get(axis)
-            if size is None:
-                raise ConfigError(f"{field_name}.{name}", list(chosen), f"nothing: {site.name} has no {name}")
-            wrong = [index for index in chosen if not 0 <= index < size]
-            if wrong or not chosen:
-                expected = f"{name} from 0 to {size - 1} of {site.name}"
-                raise ConfigError(f"{field_name}.{name}", wrong[0] if wrong else [], expected)
-            along = torch.zeros(size).index_fill(0, torch.tensor(chosen), 1.0)
-            mask = mask * along.view([size if a == axis else 1 for a in site.axes])
-        return mask
-
-    def __str__(self) -> str:
-        parts = [f"{name} {list(chosen)}" for name in SELECTED_AXES if (chosen := getattr(self, name)) is not None]
-        return ", ".join(parts) or "all"
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """One overwriting: where, what, by which value, when.
-
-    Args:
-        writer: the callback that asks for it, for messages.
-        site: name of the site.
-        selection: which entries of it.
-        value: what they are overwritten by.
-        schedule: how strongly at which step.
-        order: rank among interventions that touch the same entries; the later wins.
-    """
-
-    writer: str
-    site: str
-    selection: Selection
-    value: Value
-    schedule: Schedule = field(default_factory=Schedule)
-    order: int | None = None
 
 
 @runtime_checkable
@@ -93,14 +33,30 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
+class PlannedPass:
+    """One forward pass of every step.
+
+    Args:
+        run: what it is; None for the run's own pass, which comes last and whose logits count.
+        items: its interventions, as places in the plan, in order of application.
+        keeps: sites that later passes take from it.
+    """
+
+    run: Pass | None
+    items: tuple[int, ...]
+    keeps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All interventions of a run in order of application, with their masks.
+    """All interventions of a run, with their masks, pass by pass in order of application.
 
     Build with ``build_plan``. The plan never changes while training; gates do.
     """
 
     interventions: tuple[Intervention, ...]
     masks: tuple[Tensor, ...]
+    passes: tuple[PlannedPass, ...]
 
     def gates(self, first: int, count: int, members: int, batch_size: int) -> Float[np.ndarray, "S I M"]:
         """Strength of every intervention at steps ``first .. first + count - 1``."""
@@ -109,21 +65,52 @@ class Plan:
         gates = np.stack(rows, axis=1) if rows else np.zeros((count, 0))
         return np.repeat(gates[:, :, None], members, axis=2)
 
-    def tap(self, gates: Float[Tensor, "I M"], masks: Sequence[Tensor], batch: Batch) -> Tap:
-        """The tap that applies the interventions to one batch, at these strengths."""
+    def tap(
+        self,
+        gates: Float[Tensor, "I M"],
+        masks: Sequence[Tensor],
+        batch: Batch,
+        forward: Callable[[Tap], object] | None = None,
+    ) -> Tap:
+        """The tap that applies the interventions to one batch, at these strengths.
+
+        Args:
+            forward: runs the model on the batch with a tap; called here for every pass that a value
+                is taken from. Not needed where there is none.
+        """
+        kept: dict[tuple[Pass | None, str], Tensor] = {}
+        for planned in self.passes[:-1]:
+            assert forward is not None, "values of this plan are taken from another pass"
+            forward(self._pass_tap(planned, gates, masks, batch, kept))
+        return self._pass_tap(self.passes[-1], gates, masks, batch, kept)
+
+    def _pass_tap(
+        self,
+        planned: PlannedPass,
+        gates: Float[Tensor, "I M"],
+        masks: Sequence[Tensor],
+        batch: Batch,
+        kept: dict[tuple[Pass | None, str], Tensor],
+    ) -> Tap:
         at_site: dict[str, list[int]] = defaultdict(list)
-        for index, item in enumerate(self.interventions):
-            at_site[item.site].append(index)
+        for index in planned.items:
+            at_site[self.interventions[index].site].append(index)
 
         def tap(name: str, activation: Tensor) -> Tensor:
             for index in at_site.get(name, ()):
-                activation = self._apply(index, activation, gates[index], masks[index], batch)
+                sources = self.interventions[index].value.sources
+                taken = [kept[s.of, s.site].detach() if s.detach else kept[s.of, s.site] for s in sources]
+                activation = self._apply(index, activation, gates[index], masks[index], batch, taken)
+            if name in planned.keeps:
+                kept[planned.run, name] = activation
             return activation
 
         return tap
 
-    def _apply(self, index: int, x: Tensor, gate: Float[Tensor, " M"], mask: Tensor, batch: Batch) -> Tensor:
-        chosen = self.interventions[index].value(x, batch)
+    def _apply(
+        self, index: int, x: Tensor, gate: Float[Tensor, " M"], mask: Tensor, batch: Batch, taken: Sequence[Tensor]
+    ) -> Tensor:
+        chosen = self.interventions[index].value(x, batch, *taken)
         weight = gate.view(-1, *[1] * (x.dim() - 1)) * mask
         if chosen.where is not None:
             weight = weight * chosen.where.to(weight.dtype)
@@ -131,17 +118,22 @@ class Plan:
 
     def describe(self) -> list[dict[str, str]]:
         """One row per intervention, in order of application: what ``opsin sites`` prints."""
-        return [
-            {
-                "writer": item.writer,
-                "site": item.site,
-                "selection": str(item.selection),
-                "value": str(item.value),
-                "gradient": item.value.gradient,
-                "schedule": str(item.schedule),
-            }
-            for item in self.interventions
-        ]
+        names = {planned.run: f"pass {number}" for number, planned in enumerate(self.passes, 1)}
+        rows = []
+        for planned in self.passes:
+            for item in (self.interventions[index] for index in planned.items):
+                taken = ", ".join(f"{names[source.of]} {source.site}" for source in item.value.sources)
+                row = {
+                    "pass": names[planned.run].removeprefix("pass "),
+                    "writer": item.writer,
+                    "site": item.site,
+                    "selection": str(item.selection),
+                    "value": _shown(item.value) + (f" from {taken}" if taken else ""),
+                    "gradient": item.value.gradient,
+                    "schedule": str(item.schedule),
+                }
+                rows.append(row)
+        return rows
 
     def digest(self) -> str:
         """A short hash of everything the plan says; equal plans have equal digests."""
@@ -158,16 +150,52 @@ def build_plan(writers: Iterable[Writer], sites: SiteTable, members: int, steps:
         ConfigError: an unknown site or selection, a schedule that never acts within the run, or two
             interventions that touch the same entries without an order.
     """
-    wanted = [item for writer in writers for item in writer.interventions(sites)]
+    own = Pass(tuple(item for writer in writers for item in writer.interventions(sites)))
+    items: list[Intervention] = []
+    planned = []
+    for run in [*_passes_before(own), own]:
+        ordered = _checked(run, sites, members, steps, batch_size)
+        planned.append((run, tuple(range(len(items), len(items) + len(ordered)))))
+        items += ordered
+    taken: dict[Pass, set[str]] = defaultdict(set)
+    for item in items:
+        for source in item.value.sources:
+            taken[source.of].add(sites.find(source.site, item.writer).name)
+    masks = tuple(item.selection.mask(sites[item.site], members, item.writer) for item in items)
+    passes = [PlannedPass(run, at, tuple(sorted(taken[run]))) for run, at in planned]
+    # the run's own pass is not one that values are taken from, even where a pass like it is
+    passes[-1] = PlannedPass(None, passes[-1].items)
+    return Plan(tuple(items), masks, tuple(passes))
+
+
+def _passes_before(run: Pass) -> list[Pass]:
+    """The passes that values of ``run`` are taken from, each once, after those it takes from itself."""
+    found: dict[Pass, None] = {}
+    for item in run.interventions:
+        for source in item.value.sources:
+            found |= dict.fromkeys([*_passes_before(source.of), source.of])
+    return list(found)
+
+
+def _checked(run: Pass, sites: SiteTable, members: int, steps: int, batch_size: int) -> list[Intervention]:
+    """The interventions of one pass in order of application, or the reason why they cannot be."""
     rank = {site.name: index for index, site in enumerate(sites)}
+    wanted = list(run.interventions)
     wanted.sort(key=lambda item: (rank[sites.find(item.site, item.writer).name], item.order or 0))
-    masks = tuple(item.selection.mask(sites[item.site], members, item.writer) for item in wanted)
+    masks = [item.selection.mask(sites[item.site], members, item.writer) for item in wanted]
     for item in wanted:
         if not item.schedule.strength(np.arange(steps), batch_size).any():
             raise ConfigError(f"{item.writer}.schedule", str(item.schedule), f"to act within the run's {steps} steps")
     for (a, mask_a), (b, mask_b) in combinations(zip(wanted, masks, strict=True), 2):
         _refuse_contest(a, b, bool((mask_a * mask_b).any()) if a.site == b.site else False)
-    return Plan(tuple(wanted), masks)
+    return wanted
+
+
+def _shown(value: Value) -> str:
+    """A value without the passes it is taken from, which have rows of their own."""
+    settings = {f.name: getattr(value, f.name) for f in fields(value) if not isinstance(getattr(value, f.name), Source)}  # type: ignore[arg-type]
+    inside = ", ".join(f"{name}={setting!r}" for name, setting in settings.items())
+    return f"{type(value).__name__}({inside})" if inside else type(value).__name__
 
 
 def _refuse_contest(a: Intervention, b: Intervention, overlap: bool) -> None:

@@ -88,8 +88,11 @@ class Step:
         """
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
-        tap = self.plan.tap(gates, constants.masks, batch)
-        logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
+
+        def run(tap: Tap) -> Tensor:
+            return forward(parameters, constants.table, batch, self.model, tap)
+
+        logits = scored_logits(run(self.plan.tap(gates, constants.masks, batch, run)), batch)
         loss = cross_entropy(logits, batch).mean((1, 2))
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))

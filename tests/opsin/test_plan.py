@@ -7,7 +7,8 @@ from opsin.callbacks.optogenetics import Ablate, Clamp
 from opsin.errors import ConfigError
 from opsin.interventions import Constant
 from opsin.model import Transformer
-from opsin.plan import Intervention, Selection, Writer, parse_pairs
+from opsin.passes import Intervention, Selection
+from opsin.plan import Writer, parse_pairs
 from opsin.schedules import Schedule
 from tests.toys import SMALL, batch_of, few_shot, plan_of, run, tap_of, weights
 
