@@ -124,9 +124,7 @@ def sites_report(sites: SiteTable, members: int, batch: int, plan: Plan) -> str:
     rows += [(site.name, _shape(site, members, batch), site.meaning, _reached_by(site)) for site in sites]
     used = [axis for axis in AXES if any(axis in site.axes for site in sites)]
     legend = ", ".join(f"{axis} {AXES[axis]}" for axis in used if axis != "1")
-    everywhere = (
-        "any site: Clamp site=SITE value=NUMBER holds it there, Ablate sites=[SITE] silences it by zero or its mean"
-    )
+    everywhere = "any: Clamp site=SITE value=NUMBER holds it there, Ablate sites=[SITE] silences it by zero or its mean"
     return "\n".join([*aligned(rows), "", f"axes: {legend}", everywhere, "", *_plan_lines(plan)])
 
 
@@ -138,13 +136,16 @@ def _shape(site: Site, members: int, batch: int) -> str:
 def _reached_by(site: Site) -> str:
     """Callbacks, and the arguments of theirs that mean this site without naming it."""
     special = {
-        "attn.hook_v": ", Ablate heads (zero)",
+        "attn.hook_v": ", Ablate heads (zero), Preserve",
+        "attn.hook_rot_q": ", Preserve",
+        "attn.hook_rot_k": ", Preserve",
         "attn.hook_z": ", Ablate heads (mean)",
-        "attn.hook_attn_scores": ", Disallow",
-        "attn.hook_pattern": ", Clamp pattern",
+        "attn.hook_attn_scores": ", Disallow, HeadTemperature",
+        "attn.hook_pattern": ", Clamp pattern, Preserve",
         "mlp.hook_post": ", Ablate neurons",
+        "hook_logits": ", CopyFromPattern",
     }
-    return "Clamp, Ablate" + next((text for ending, text in special.items() if site.name.endswith(ending)), "")
+    return "any" + next((text for ending, text in special.items() if site.name.endswith(ending)), "")
 
 
 def _plan_lines(plan: Plan) -> list[str]:

@@ -169,6 +169,7 @@ def test_the_description_tells_every_intervention():
     writers = [Clamp(heads=["1:0"], pattern="induction", schedule=Schedule(start=3)), Ablate(sites=["hook_embed"])]
     assert build(*writers).describe() == [
         {
+            "pass": "1",
             "writer": "Ablate",
             "site": "hook_embed",
             "selection": "all",
@@ -177,6 +178,7 @@ def test_the_description_tells_every_intervention():
             "schedule": "always",
         },
         {
+            "pass": "1",
             "writer": "Clamp",
             "site": PATTERN,
             "selection": "heads [0]",

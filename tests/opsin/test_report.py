@@ -107,12 +107,12 @@ def test_every_site_stands_in_the_table_with_its_shape_and_meaning():
 @pytest.mark.parametrize(
     ("site", "reached"),
     [
-        ("blocks.0.attn.hook_v", "Clamp, Ablate, Ablate heads (zero)"),
-        ("blocks.0.attn.hook_z", "Clamp, Ablate, Ablate heads (mean)"),
-        ("blocks.1.attn.hook_pattern", "Clamp, Ablate, Clamp pattern"),
-        ("blocks.1.attn.hook_attn_scores", "Clamp, Ablate, Disallow"),
-        ("blocks.1.mlp.hook_post", "Clamp, Ablate, Ablate neurons"),
-        ("hook_embed", "Clamp, Ablate"),
+        ("blocks.0.attn.hook_v", "any, Ablate heads (zero), Preserve"),
+        ("blocks.0.attn.hook_z", "any, Ablate heads (mean)"),
+        ("blocks.1.attn.hook_pattern", "any, Clamp pattern, Preserve"),
+        ("blocks.1.attn.hook_attn_scores", "any, Disallow, HeadTemperature"),
+        ("blocks.1.mlp.hook_post", "any, Ablate neurons"),
+        ("hook_embed", "any"),
     ],
 )
 def test_it_says_what_may_be_done_to_a_site(site, reached):
@@ -139,8 +139,8 @@ def test_the_plan_is_listed_in_order_of_application_and_nothing_of_it_is_cut():
     text = sites_report(SITES, 1, 32, made)
     rows = text[text.index("plan ") :].splitlines()
     assert rows[0] == f"plan {made.digest()}, in order of application:"
-    assert rows[2].startswith("1  Clamp   blocks.0.attn.hook_pattern  heads [3]     PreviousToken(strength=0.9,")
-    assert rows[4].startswith("2  Ablate  blocks.1.attn.hook_v        heads [2, 7]  Constant(constant=0.0)  ")
+    assert rows[2].startswith("1  1     Clamp   blocks.0.attn.hook_pattern  heads [3]     PreviousToken(strength=0.9,")
+    assert rows[4].startswith("2  1     Ablate  blocks.1.attn.hook_v        heads [2, 7]  Constant(constant=0.0)  ")
     assert {"labels_only=False)", "of", "every", "10"} <= set(rows[3].split())
 
 
