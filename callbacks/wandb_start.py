@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offli
 UPSTREAM_HOST = "api.wandb.ai"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 300
+SETTLED_SECONDS = 2.0
+"""Longer than the interval in which wandb writes."""
 
 SETTINGS: dict[str, Any] = {
     # nothing on the terminal but what this file prints
@@ -98,6 +101,7 @@ def written_until(folder: Path, run_id: str, otherwise: int) -> int:
     """
     steps: list[int] = []
     for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
+        _wait_until_settled(path)
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if read.returncode:
@@ -105,6 +109,15 @@ def written_until(folder: Path, run_id: str, otherwise: int) -> int:
         records = (json.loads(line) for line in read.stdout.splitlines())
         steps += [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
     return min(otherwise, max(steps, default=otherwise))
+
+
+def _wait_until_settled(path: Path) -> None:
+    """The service of a killed process may still be writing what it was handed; ten seconds at the most."""
+    for _ in range(10):
+        age = time.time() - path.stat().st_mtime
+        if age >= SETTLED_SECONDS:
+            return
+        time.sleep(min(1.0, SETTLED_SECONDS - age))
 
 
 def default_mode() -> Mode:
