@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opsin.errors import ConfigError
-from opsin.module import opsin_module
+from opsin.module import callbacks_of, opsin_module
 from opsin.plots import save_summary
 from opsin.runs import RunFolder, write_atomically
 
@@ -78,6 +78,7 @@ class KeepRun(Callback):
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
         module.summary["plan"] = module.plan.describe()
+        module.summary["plan_digest"] = module.plan.digest()
         self.files.write_json("summary.json", module.summary)
         save_summary(module.history, module.summary, self.files.path / "summary.png")
         # last, so that a run killed before its summary was written goes back and writes it
@@ -104,6 +105,17 @@ class KeepRun(Callback):
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.checkpoint)
         self._last_saved = trainer.global_step
+
+
+def keeper_of(trainer: Trainer) -> KeepRun | None:
+    """The callback that keeps this run, if one does."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, KeepRun)), None)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where this run keeps its files; the Trainer's own folder where nothing keeps it."""
+    keeper = keeper_of(trainer)
+    return keeper.folder if keeper else Path(trainer.default_root_dir)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

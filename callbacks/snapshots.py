@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from opsin.callbacks.phase import KIND
-from opsin.callbacks.run_folder import KeepRun
+from opsin.callbacks.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.module import opsin_module
 from opsin.watching import Event, Observation
@@ -116,13 +115,6 @@ def log_spaced(last: int, per_decade: int) -> set[int]:
         steps.add(step)
         k += 1
     return steps
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Where this run keeps its files."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside the class
-    kept = (callback.files.path for callback in callbacks if isinstance(callback, KeepRun))
-    return next(kept, Path(trainer.default_root_dir))
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.callbacks.run_folder import KeepRun
-from opsin.callbacks.snapshots import log_spaced, run_folder
+from opsin.callbacks.run_folder import keeper_of, run_folder
+from opsin.callbacks.snapshots import log_spaced
 from opsin.callbacks.wandb_start import Ledger, Mode, default_mode, one_line, start
 from opsin.errors import ConfigError, log
 from opsin.metrics.heads import induction_strength
-from opsin.module import OpsinModule, callbacks_of, opsin_module
+from opsin.module import OpsinModule, opsin_module
 from opsin.pictures import as_image, attention_figure, position_names
 from opsin.watching import Event
 
@@ -80,7 +80,7 @@ class WeightsAndBiases(Callback):
         if mode == "disabled":
             return
         self._module = opsin_module(pl_module)
-        keeper = next((callback for callback in callbacks_of(trainer) if isinstance(callback, KeepRun)), None)
+        keeper = keeper_of(trainer)
         folder = Path(self.folder or run_folder(trainer)).absolute()
         config = resolved_config(self._module, keeper.config if keeper else None)
         self._ledger = Ledger.open(folder / "wandb_run.json", fingerprint(config), trainer.ckpt_path is not None)

@@ -5,9 +5,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 
 from opsin.model import Transformer, forward, init_parameters, position_table
+from opsin.module import OpsinModule
 from opsin.optim import MemberAdam
 from opsin.plan import build_plan
 from opsin.step import Constants, Step, cross_entropy, scored_logits
@@ -141,4 +143,21 @@ def script(name):
     # dataclasses look their module up
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def train(module: OpsinModule, steps: int, *callbacks: pl.Callback, resume: str | None = None) -> OpsinModule:
+    """The module after so many steps under a silent Trainer."""
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, ckpt_path=resume, weights_only=True)
     return module

@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -151,21 +151,19 @@ def build_plan(writers: Iterable[Writer], sites: SiteTable, members: int, steps:
             interventions that touch the same entries without an order.
     """
     own = Pass(tuple(item for writer in writers for item in writer.interventions(sites)))
-    items: list[Intervention] = []
-    planned = []
-    for run in [*_passes_before(own), own]:
-        ordered = _checked(run, sites, members, steps, batch_size)
-        planned.append((run, tuple(range(len(items), len(items) + len(ordered)))))
-        items += ordered
+    runs = [*_passes_before(own), own]
+    checked = [_checked(run, sites, members, steps, batch_size) for run in runs]
+    items = [item for found in checked for item, _ in found]
     taken: dict[Pass, set[str]] = defaultdict(set)
     for item in items:
         for source in item.value.sources:
             taken[source.of].add(sites.find(source.site, item.writer).name)
-    masks = tuple(item.selection.mask(sites[item.site], members, item.writer) for item in items)
-    passes = [PlannedPass(run, at, tuple(sorted(taken[run]))) for run, at in planned]
+    ends = list(accumulate(len(found) for found in checked))
+    places = [tuple(range(end - len(found), end)) for end, found in zip(ends, checked, strict=True)]
     # the run's own pass is not one that values are taken from, even where a pass like it is
-    passes[-1] = PlannedPass(None, passes[-1].items)
-    return Plan(tuple(items), masks, tuple(passes))
+    passes = [PlannedPass(run, at, tuple(sorted(taken[run]))) for run, at in zip(runs[:-1], places[:-1], strict=True)]
+    masks = tuple(mask for found in checked for _, mask in found)
+    return Plan(tuple(items), masks, (*passes, PlannedPass(None, places[-1])))
 
 
 def _passes_before(run: Pass) -> list[Pass]:
@@ -177,18 +175,21 @@ def _passes_before(run: Pass) -> list[Pass]:
     return list(found)
 
 
-def _checked(run: Pass, sites: SiteTable, members: int, steps: int, batch_size: int) -> list[Intervention]:
-    """The interventions of one pass in order of application, or the reason why they cannot be."""
+def _checked(
+    run: Pass, sites: SiteTable, members: int, steps: int, batch_size: int
+) -> list[tuple[Intervention, Tensor]]:
+    """The interventions of one pass with their masks, in order of application, or the reason why they cannot be."""
     rank = {site.name: index for index, site in enumerate(sites)}
-    wanted = list(run.interventions)
-    wanted.sort(key=lambda item: (rank[sites.find(item.site, item.writer).name], item.order or 0))
-    masks = [item.selection.mask(sites[item.site], members, item.writer) for item in wanted]
+    wanted = sorted(
+        run.interventions, key=lambda item: (rank[sites.find(item.site, item.writer).name], item.order or 0)
+    )
+    masked = [(item, item.selection.mask(sites[item.site], members, item.writer)) for item in wanted]
     for item in wanted:
         if not item.schedule.strength(np.arange(steps), batch_size).any():
             raise ConfigError(f"{item.writer}.schedule", str(item.schedule), f"to act within the run's {steps} steps")
-    for (a, mask_a), (b, mask_b) in combinations(zip(wanted, masks, strict=True), 2):
+    for (a, mask_a), (b, mask_b) in combinations(masked, 2):
         _refuse_contest(a, b, bool((mask_a * mask_b).any()) if a.site == b.site else False)
-    return wanted
+    return masked
 
 
 def _shown(value: Value) -> str:

@@ -17,6 +17,7 @@ from opsin.errors import ConfigError
 from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.tasks import FewShot, GaussianClusters
+from tests.toys import train
 
 BATCH, LOG = 32, 10
 PLATEAU = float(np.log(2))
@@ -25,22 +26,6 @@ PLATEAU = float(np.log(2))
 def tiny(seed: int | list[int] = 0) -> OpsinModule:
     task = FewShot(exemplars=GaussianClusters(classes=20, features=16), train_classes=12, batch_size=BATCH)
     return OpsinModule(task, Transformer(width=16, heads=2), seed=seed, steps_per_batch=10, log_every=5, compile=False)
-
-
-def train(module: OpsinModule, steps: int, *callbacks: pl.Callback, resume: str | None = None) -> OpsinModule:
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, ckpt_path=resume, weights_only=True)
-    return module
 
 
 class SaveAt(pl.Callback):

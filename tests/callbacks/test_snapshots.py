@@ -13,6 +13,7 @@ from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import Event
+from tests.toys import train
 
 BATCH = 8
 
@@ -24,21 +25,8 @@ def tiny() -> OpsinModule:
     )
 
 
-def train(steps: int, *callbacks: pl.Callback, resume=None) -> OpsinModule:
-    module = tiny()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, ckpt_path=resume, weights_only=True)
-    return module
+def trained(steps: int, *callbacks: pl.Callback, resume=None) -> OpsinModule:
+    return train(tiny(), steps, *callbacks, resume=resume)
 
 
 class Announce(pl.Callback):
@@ -79,30 +67,30 @@ def test_log_spaced_steps_of_a_known_case():
 
 
 def test_without_a_phase_change_only_log_spaced_steps_and_the_last_are_written(tmp_path):
-    train(45, Snapshots(per_decade=2, ring=2, every=5), Announce(20, kind="something else"), KeepRun(tmp_path))
+    trained(45, Snapshots(per_decade=2, ring=2, every=5), Announce(20, kind="something else"), KeepRun(tmp_path))
     assert steps_in(tmp_path) == {0, 1, 3, 10, 32, 45}
 
 
 def test_around_a_phase_change_the_ring_and_as_many_states_after_it_are_written(tmp_path):
-    train(120, Snapshots(per_decade=1, ring=4, every=5), Announce(60), KeepRun(tmp_path))
+    trained(120, Snapshots(per_decade=1, ring=4, every=5), Announce(60), KeepRun(tmp_path))
     assert steps_in(tmp_path) == {0, 1, 10, 100, 120} | {45, 50, 55, 60} | {65, 70, 75, 80}
 
 
 def test_the_dense_stretch_counts_from_the_step_the_event_names(tmp_path):
-    train(120, Snapshots(per_decade=1, ring=4, every=5), Announce(60, late=5), KeepRun(tmp_path))
+    trained(120, Snapshots(per_decade=1, ring=4, every=5), Announce(60, late=5), KeepRun(tmp_path))
     assert steps_in(tmp_path) == {0, 1, 10, 100, 120} | {45, 50, 55, 60} | {65, 70, 75}
 
 
 def test_two_phase_changes_are_both_surrounded(tmp_path):
-    train(120, Snapshots(per_decade=1, ring=2, every=5), Announce(30), Announce(90), KeepRun(tmp_path))
+    trained(120, Snapshots(per_decade=1, ring=2, every=5), Announce(30), Announce(90), KeepRun(tmp_path))
     assert steps_in(tmp_path) == {0, 1, 10, 100, 120} | {25, 30, 35, 40} | {85, 90, 95}
 
 
 def test_a_snapshot_holds_the_weights_of_a_run_that_stopped_there(tmp_path):
-    train(60, Snapshots(per_decade=1, ring=9, every=7), Announce(50), KeepRun(tmp_path))
+    trained(60, Snapshots(per_decade=1, ring=9, every=7), Announce(50), KeepRun(tmp_path))
     for step in (0, 7, 35, 56):
         saved = torch.load(tmp_path / "snapshots" / f"step_{step:07d}.pt", weights_only=True)
-        stopped = train(step).parameters_by_name() if step else tiny().parameters_by_name()
+        stopped = trained(step).parameters_by_name() if step else tiny().parameters_by_name()
         assert (saved["step"], saved["sequences"]) == (step, step * BATCH)
         assert saved["parameters"].keys() == stopped.keys()
         assert all(torch.equal(saved["parameters"][name], tensor) for name, tensor in stopped.items())
@@ -113,17 +101,17 @@ def test_a_killed_and_resumed_run_leaves_the_same_files_bit_for_bit(tmp_path, an
     def callbacks(folder):
         return Snapshots(per_decade=3, ring=8, every=5), Announce(announced), KeepRun(folder, checkpoint_every=30)
 
-    train(100, *callbacks(tmp_path / "whole"))
+    trained(100, *callbacks(tmp_path / "whole"))
     with pytest.raises(Killed):
-        train(100, *callbacks(tmp_path / "killed"), KillAt(killed))
-    train(100, *callbacks(tmp_path / "killed"), resume=tmp_path / "killed/checkpoints/last.ckpt")
+        trained(100, *callbacks(tmp_path / "killed"), KillAt(killed))
+    trained(100, *callbacks(tmp_path / "killed"), resume=tmp_path / "killed/checkpoints/last.ckpt")
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots/step_0000003.pt.part").write_bytes(b"half")
-    train(10, Snapshots(per_decade=1), KeepRun(tmp_path))
+    trained(10, Snapshots(per_decade=1), KeepRun(tmp_path))
     assert steps_in(tmp_path) == {0, 1, 10}
 
 
