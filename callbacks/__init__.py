@@ -1,5 +1,6 @@
 """Who may touch or watch a run."""
 
+from opsin.callbacks.grafts import Graft
 from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
 from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
 from opsin.callbacks.phase import PhaseChange
@@ -14,6 +15,7 @@ __all__ = [
     "Clamp",
     "CopyFromPattern",
     "Disallow",
+    "Graft",
     "HeadTemperature",
     "InductionHeads",
     "KeepRun",

@@ -71,7 +71,7 @@ class Preserve(FromAnotherPass):
         """What it holds on a model with these sites."""
         layers = range(sites.layers) if self.layers is None else self.layers
         for layer in layers:
-            _check_layer("Preserve.layers", layer, sites)
+            check_layer("Preserve.layers", layer, sites)
         names = [f"blocks.{layer}.{PRESERVED[kind]}" for layer in layers for kind in self.what]
         return [self._at(name, FromPass(Source(name, detach=self.detach))) for name in names]
 
@@ -136,7 +136,7 @@ class PerfectPreviousInput(FromAnotherPass):
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it overwrites on a model with these sites."""
-        _check_layer("PerfectPreviousInput", 1, sites)
+        check_layer("PerfectPreviousInput", 1, sites)
         pattern = "blocks.1.attn.hook_pattern"
         return [
             self._at("blocks.0.hook_resid_post", FromPass(Source("blocks.0.hook_resid_pre"))),
@@ -184,6 +184,11 @@ def perfect_input() -> Pass:
     return Pass((Intervention("PerfectPreviousInput", "blocks.0.hook_resid_post", Selection(), value),))
 
 
-def _check_layer(name: str, layer: int, sites: SiteTable) -> None:
+def check_layer(name: str, layer: int, sites: SiteTable) -> None:
+    """A layer must exist.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if not 0 <= layer < sites.layers:
         raise ConfigError(name, layer, f"a layer from 0 to {sites.layers - 1}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class Snapshots(Callback):
     phase change every ``every``-th step: the last ``ring`` of them before it, which wait in memory, and as many
     after it. Without a ``KeepRun`` the files go to the Trainer's ``default_root_dir``.
 
-    A file holds ``{"step", "sequences", "parameters": {name: tensor [M, ...]}}`` and loads with
-    ``torch.load(path, weights_only=True)``. A killed and resumed run ends with the same files as one left alone.
+    A file holds ``{"step", "sequences", "transformer": its settings, "parameters": {name: tensor [M, ...]}}`` and
+    loads with ``torch.load(path, weights_only=True)``. A killed and resumed run ends with the same files as one
+    left alone.
 
     Args:
         per_decade: snapshots in each tenfold of steps, from step 1 on.
@@ -104,7 +106,9 @@ class Snapshots(Callback):
         part = path.with_name(path.name + PART)
         sequences = step * self._module.task.batch_size
         with part.open("wb") as file:
-            torch.save({"step": step, "sequences": sequences, "parameters": parameters}, file)
+            shape = asdict(self._module.transformer)
+            content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
+            torch.save(content, file)
         os.replace(part, path)
 
 

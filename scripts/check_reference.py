@@ -27,7 +27,8 @@ from opsin.callbacks.passes import PRESERVED
 from opsin.model import Transformer, forward, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Plan, Writer, build_plan
-from opsin.step import Constants, Step, cross_entropy, observe, scored_logits
+from opsin.scene import Scene, constants_of, run_passes
+from opsin.step import Moment, Step, cross_entropy, observe, scored_logits
 from opsin.task import Batch
 from opsin.tasks import Exemplars, FewShot, Kind
 
@@ -303,9 +304,9 @@ def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors
     """Activations, losses and gradients of one batch."""
     table = position_table(case.model, case.task.layout.positions, torch.float64)
     leaves = {name: tensor.requires_grad_() for name, tensor in case.parameters.items()}
-    gates = torch.ones(len(plan.masks), 1, dtype=torch.float64)
-    masks = [mask.double() for mask in plan.masks]
-    tap = plan.tap(gates, masks, case.batch, lambda tap: forward(leaves, table, case.batch, case.model, tap))
+    moment = moment_of(plan)
+    constants = constants_of(plan, {}, table, 1, torch.float64)
+    tap = run_passes(plan, Scene(case.model, leaves, constants, case.batch, moment.gates, moment.clock))
     logits = scored_logits(forward(leaves, table, case.batch, case.model, tap), case.batch)
     losses = cross_entropy(logits, case.batch)[0, :, 0]
     gradients = dict(zip(leaves, torch.autograd.grad(losses.mean(), list(leaves.values())), strict=True))
@@ -322,6 +323,12 @@ def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors
         ),
         "gradients": max(relative_error(gradients[name], value) for name, value in reference_gradients(file)),
     }
+
+
+def moment_of(plan: Plan) -> Moment:
+    """Every intervention in force."""
+    count = len(plan.masks)
+    return Moment(torch.ones(count, 1, dtype=torch.float64), torch.zeros(1, 2).long(), torch.zeros(count, 1).long())
 
 
 def reference_gradients(file: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -368,13 +375,13 @@ def check_trajectory(folder: Path, file: dict, base: dict, options: dict) -> Err
     optimizer = MemberAdam(leaves, adam["lr"], 0.0, None, betas)
     step = Step(case.model, task, plan, betas, adam["eps"])
     table = position_table(case.model, task.layout.positions, torch.float64)
-    constants = Constants({"exemplars": torch.from_numpy(bank)}, table, [mask.double() for mask in plan.masks])
-    gates = torch.ones(len(plan.masks), 1, dtype=torch.float64)
+    constants = constants_of(plan, {"exemplars": torch.from_numpy(bank)}, table, 1, torch.float64)
+    moment = moment_of(plan)
     seen = []
     for classes, labels in zip(inputs["class_idx"], inputs["labels"], strict=True):
         drawn = draw(classes[None], labels[None])
         state, hyper = optimizer.adam_state(), optimizer.hyper()
-        seen.append(optimizer.step(lambda d=drawn, s=state, h=hyper: step(s, h, constants, d, gates)))
+        seen.append(optimizer.step(lambda d=drawn, s=state, h=hyper: step(s, h, constants, d, moment)))
     losses, _, norms = torch.stack(seen)[..., 0].unbind(1)
     final = dict(parameters(file, "param/"))
     return {

@@ -12,7 +12,9 @@ from opsin.model import Transformer, forward, init_parameters, position_table
 from opsin.module import OpsinModule
 from opsin.optim import MemberAdam
 from opsin.plan import build_plan
-from opsin.step import Constants, Step, cross_entropy, scored_logits
+from opsin.runs import History
+from opsin.scene import Scene, constants_of, run_passes
+from opsin.step import Moment, Step, cross_entropy, scored_logits
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
 
@@ -99,8 +101,16 @@ def plan_of(model, task, *writers, members=2, steps=10):
 def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
     """The tap of these writers, all at the same strength."""
     plan = plan_of(model, task, *writers, members=members)
+    return run_passes(plan, scene_of(plan, model, {}, batch, gate, dtype))
+
+
+def scene_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
+    """The scene of one batch, every intervention at the same strength, at step 0 of seeds 0, 1, ..."""
+    members = len(batch.tokens)
+    constants = constants_of(plan, {}, position_table(model, batch.layout.positions, dtype), members, dtype)
+    clock = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.int64)], 1)
     gates = torch.full((len(plan.masks), members), gate, dtype=dtype)
-    return plan.tap(gates, [mask.to(dtype) for mask in plan.masks], batch)
+    return Scene(model, values, constants, batch, gates, clock)
 
 
 def losses(model, parameters, batch, tap=None):
@@ -120,15 +130,18 @@ class Training:
         self.step = self.call = Step(model, task, plan, BETAS, EPS)
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
         table = position_table(model, task.layout.positions, dtype)
-        self.constants = Constants(bank, table, [mask.to(dtype) for mask in plan.masks])
-        gates = plan.gates(0, steps, len(seeds), task.batch_size)
+        self.constants = constants_of(plan, bank, table, len(seeds), dtype)
+        gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
+        self.fired = torch.zeros(len(plan.masks), len(seeds), dtype=torch.int64)
 
     def update(self, k, **hyper):
         """Step k; hyper-parameters may be overridden."""
         draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
         state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
-        return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, self.gates[k]))
+        clock = torch.tensor([[seed, k] for seed in self.seeds])
+        moment = Moment(self.gates[k], clock, self.fired)
+        return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, moment))
 
     @property
     def values(self):

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.errors import ConfigError, DivergedError, log
+from opsin.errors import ConfigError, DivergedError, IdleError, log
 from opsin.module import OpsinModule, callbacks_of
 from opsin.plan import Writer, build_plan
 from opsin.report import final_report, sites_report
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"opsin: {str(stopped) or 'interrupted before training began'}", file=sys.stderr)
         return 130
-    except (DivergedError, OSError) as error:
+    except (DivergedError, IdleError, OSError) as error:
         print(f"opsin: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -24,3 +24,7 @@ class ConfigError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss of a member stopped being a number; raised at the step, after the run has been written."""
+
+
+class IdleError(RuntimeError):
+    """A writer was active and never changed an activation; raised after the run has been written."""

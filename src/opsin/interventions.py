@@ -128,7 +128,7 @@ class FromPass(Value):
     source: Source
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def needs(self) -> tuple[Source, ...]:
         return (self.source,)
 
     def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
@@ -150,7 +150,7 @@ class Tempered(Value):
     temperatures: tuple[tuple[int, float], ...]
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def needs(self) -> tuple[Source, ...]:
         return (self.source,)
 
     def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
@@ -172,7 +172,7 @@ class CopyOutput(Value):
     head: int
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def needs(self) -> tuple[Source, ...]:
         return (self.source,)
 
     def __call__(self, x: Float[Tensor, "M B L V"], batch: Batch, *taken: Tensor) -> Overwrite:
@@ -197,7 +197,7 @@ class PreviousInput(Value):
     source: Source
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def needs(self) -> tuple[Source, ...]:
         return (self.source,)
 
     def __call__(self, x: Float[Tensor, "M B L D"], batch: Batch, *taken: Tensor) -> Overwrite:

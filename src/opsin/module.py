@@ -6,6 +6,7 @@ Legend: M members, S optimizer steps of one Lightning batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from opsin.control import Control
 from opsin.errors import ConfigError, DivergedError, log
-from opsin.model import Members, Tap, Transformer, forward, init_parameters, position_table
+from opsin.model import Members, Transformer, init_parameters, position_table
 from opsin.optim import MemberAdam
 from opsin.plan import Writer, build_plan
 from opsin.runs import History
+from opsin.scene import Scene, constants_of, run_passes
 from opsin.step import (
-    Constants,
+    Moment,
     Step,
     accuracy,
     compile_step,
@@ -70,6 +73,7 @@ class OpsinModule(pl.LightningModule):
         compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
             present and the run has at least 5,000 optimizer steps.
         threads: of this process; small models want one.
+        idle: what happens when a writer was active and never changed an activation.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class OpsinModule(pl.LightningModule):
         evaluation_size: int = 512,
         compile: Literal["auto"] | bool = "auto",
         threads: int = 1,
+        idle: Literal["stop", "warn"] = "stop",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,13 +104,14 @@ class OpsinModule(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.steps_per_batch, self.log_every = steps_per_batch, log_every
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
-        self.compile_setting, self.threads = compile, threads
+        self.compile_setting, self.threads, self.idle = compile, threads, idle
         self._check_settings()
         self.sites = transformer.sites(task)
         self.members = Members(init_parameters(transformer, task, self.seeds))
         self.history = History(task.batch_size)
         self.events: list[Event] = []
         self.summary: dict[str, Any] = {}
+        self._saved_control: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._evaluation_batches: dict[tuple[str, int], Batch] = {}
@@ -115,6 +121,8 @@ class OpsinModule(pl.LightningModule):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name}", getattr(self, name), "more than 0")
+        if self.idle not in ("stop", "warn"):
+            raise ConfigError("model.idle", self.idle, "'stop' or 'warn'")
         if self.steps_per_batch % self.log_every:
             raise ConfigError("model.log_every", self.log_every, f"a divisor of steps_per_batch {self.steps_per_batch}")
         if not self.seeds or min(self.seeds) < 0:
@@ -172,9 +180,11 @@ class OpsinModule(pl.LightningModule):
             raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
         self._refuse_uneven_checkpoints()
         torch.set_num_threads(self.threads)
-        self._listeners, self._event_handlers = [], []
+        self._listeners, self._event_handlers, self._saved_control = [], [], None
         writers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Writer)]
         self.plan = build_plan(writers, self.sites, self.n_members, trainer.max_steps, self.task.batch_size)
+        for donor in self.plan.donors:
+            donor.check(self.task)
         self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
 
     def _refuse_uneven_checkpoints(self) -> None:
@@ -202,9 +212,11 @@ class OpsinModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         dtype = next(self.members.parameters()).dtype
-        bank = {name: tensor.to(self.device) for name, tensor in self.task.bank().items()}
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
-        self.constants = Constants(bank, table, [mask.to(self.device, dtype) for mask in self.plan.masks])
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype)
+        self.control = Control(self.plan, self.constants, self.seeds, self.history, self.idle)
+        if self._saved_control is not None:
+            self.control.load_state_dict(self._saved_control)
         self.probe = self._evaluation_batch("train", self.probe_size)
         self._run_step = self._choose_step()
 
@@ -231,27 +243,23 @@ class OpsinModule(pl.LightningModule):
         count = min(self.steps_per_batch, self.trainer.max_steps - first)
         draws = self.task.draw(self.seeds, first, count)
         draws = {name: tensor.to(self.device) for name, tensor in draws.items()}
-        gates = self._gates(first, count)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         results: list[Tensor] = []
-        for index in range(count):
-            optimizer.step(partial(self._update, draws, gates, index, results))
+        for index, moment in enumerate(self.control.moments(first, count)):
+            draw = {name: tensor[index] for name, tensor in draws.items()}
+            optimizer.step(partial(self._update, draw, moment, results))
             self._step_schedulers()
             done = first + index + 1
             self._log_steps(done, results)
             self._notify(done, final=done == self.trainer.max_steps)
         self._finish_batch(first, torch.stack(results))
+        self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
 
-    def _update(self, draws: dict[str, Tensor], gates: Tensor, index: int, results: list[Tensor]) -> None:
+    def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MemberAdam)
-        draw = {name: tensor[index] for name, tensor in draws.items()}
-        results.append(self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, gates[index]))
-
-    def _gates(self, first: int, count: int) -> Float[Tensor, "S I M"]:
-        gates = self.plan.gates(first, count, self.n_members, self.task.batch_size)
-        return torch.from_numpy(gates).to(self.device, self.constants.table.dtype)
+        results.append(self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
 
     def _step_schedulers(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -307,15 +315,12 @@ class OpsinModule(pl.LightningModule):
 
     def observe(self, batch: Batch, sites: Collection[str]) -> dict[str, Tensor]:
         """Activations ``[M, B, ...]`` on a batch, under the interventions as they stood at the last step."""
-        gates = self._gates(max(self.steps_done - 1, 0), 1)[0]
-        parameters, table = self.parameters_by_name(), self.constants.table
-
-        def run(tap: Tap) -> Tensor:
-            return forward(parameters, table, batch, self.transformer, tap)
-
+        moment = self.control.moment(max(self.steps_done - 1, 0))
+        parameters = self.parameters_by_name()
+        scene = Scene(self.transformer, parameters, self.constants, batch, moment.gates, moment.clock)
         with torch.no_grad():
-            tap = self.plan.tap(gates, self.constants.masks, batch, run)
-        return observe(self.transformer, parameters, table, batch, tap, sites)
+            tap = run_passes(self.plan, scene)
+        return observe(self.transformer, parameters, self.constants.table, batch, tap, sites)
 
     def _evaluation_batch(self, name: str, size: int) -> Batch:
         """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
@@ -349,7 +354,9 @@ class OpsinModule(pl.LightningModule):
             "history": self.history.state_dict(),
             "events": [vars(event) for event in self.events],
             "plan": self.plan.digest(),
+            "control": self.control.state_dict(),
             "seeds": self.seeds,
+            "transformer": asdict(self.transformer),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -360,6 +367,7 @@ class OpsinModule(pl.LightningModule):
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
+        self._saved_control = saved["control"]
 
 
 def _numbers(count: int) -> DataLoader:

@@ -6,22 +6,22 @@ Legend: M members, I interventions, S steps.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, combinations
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.donors import Donor
 from opsin.errors import ConfigError
-from opsin.interventions import overwrite
-from opsin.model import Tap
-from opsin.passes import Intervention, Pass, Source, Value
+from opsin.passes import Clock, Intervention, Need, Pass, Relative, Source, Supply, Value, Weight
+from opsin.runs import History
+from opsin.schedules import Schedule
 from opsin.sites import SiteTable
-from opsin.task import Batch
 
 
 @runtime_checkable
@@ -37,95 +37,90 @@ class PlannedPass:
     """One forward pass of every step.
 
     Args:
-        run: what it is; None for the run's own pass, which comes last and whose logits count.
         items: its interventions, as places in the plan, in order of application.
-        keeps: sites that later passes take from it.
+        keeps: sites that other passes or its own later values take from it.
+        donor: place of the donor whose weights it runs; None for those that are trained.
+        inner: whether it runs inside each pass that takes from it, once that one comes to need it.
     """
 
-    run: Pass | None
     items: tuple[int, ...]
     keeps: tuple[str, ...] = ()
+    donor: int | None = None
+    inner: bool = False
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Where one need of a value is found while the plan acts.
+
+    Args:
+        kind: an earlier pass, a pass inside this one, this pass, the asking pass, a weight, a supply or
+            the clock.
+        index: of the pass or the supply.
+        name: of the site or the weight.
+        detach: whether gradient stops there.
+    """
+
+    kind: Literal["pass", "inner", "this", "asking", "weight", "supply", "clock"]
+    index: int = 0
+    name: str = ""
+    detach: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """All interventions of a run, with their masks, pass by pass in order of application.
 
-    Build with ``build_plan``. The plan never changes while training; gates do.
+    Build with ``build_plan``; ``opsin.scene`` runs it. The plan never changes while training; gates and
+    supplied tensors do.
+
+    Args:
+        interventions: of all passes, in order.
+        names: the writer of each; numbered where the run has several of its kind.
+        masks: which entries each selects.
+        taken: where the needs of each one's value are found.
+        always: whether each is in force at every step, outside the run's own pass.
+        passes: the run's own pass, whose logits count, comes last.
+        donors: models other than the trained one.
+        supplies: tensors that writers hand over.
     """
 
     interventions: tuple[Intervention, ...]
+    names: tuple[str, ...]
     masks: tuple[Tensor, ...]
+    taken: tuple[tuple[Taken, ...], ...]
+    always: tuple[bool, ...]
     passes: tuple[PlannedPass, ...]
+    donors: tuple[Donor, ...]
+    supplies: tuple[Supply, ...]
 
-    def gates(self, first: int, count: int, members: int, batch_size: int) -> Float[np.ndarray, "S I M"]:
-        """Strength of every intervention at steps ``first .. first + count - 1``."""
+    def gates(self, first: int, count: int, members: int, history: History) -> Float[np.ndarray, "S I M"]:
+        """Strength of every intervention at steps ``first .. first + count - 1``.
+
+        Args:
+            history: of the run so far, with its batch size.
+        """
         steps = np.arange(first, first + count)
-        rows = [item.schedule.strength(steps, batch_size) for item in self.interventions]
+        rows = [item.schedule.strength(steps, history.batch_size) for item in self.interventions]
         gates = np.stack(rows, axis=1) if rows else np.zeros((count, 0))
         return np.repeat(gates[:, :, None], members, axis=2)
 
-    def tap(
-        self,
-        gates: Float[Tensor, "I M"],
-        masks: Sequence[Tensor],
-        batch: Batch,
-        forward: Callable[[Tap], object] | None = None,
-    ) -> Tap:
-        """The tap that applies the interventions to one batch, at these strengths.
-
-        Args:
-            forward: runs the model on the batch with a tap; called here for every pass that a value
-                is taken from. Not needed where there is none.
-        """
-        kept: dict[tuple[Pass | None, str], Tensor] = {}
-        for planned in self.passes[:-1]:
-            assert forward is not None, "values of this plan are taken from another pass"
-            forward(self._pass_tap(planned, gates, masks, batch, kept))
-        return self._pass_tap(self.passes[-1], gates, masks, batch, kept)
-
-    def _pass_tap(
-        self,
-        planned: PlannedPass,
-        gates: Float[Tensor, "I M"],
-        masks: Sequence[Tensor],
-        batch: Batch,
-        kept: dict[tuple[Pass | None, str], Tensor],
-    ) -> Tap:
-        at_site: dict[str, list[int]] = defaultdict(list)
-        for index in planned.items:
-            at_site[self.interventions[index].site].append(index)
-
-        def tap(name: str, activation: Tensor) -> Tensor:
-            for index in at_site.get(name, ()):
-                sources = self.interventions[index].value.sources
-                taken = [kept[s.of, s.site].detach() if s.detach else kept[s.of, s.site] for s in sources]
-                activation = self._apply(index, activation, gates[index], masks[index], batch, taken)
-            if name in planned.keeps:
-                kept[planned.run, name] = activation
-            return activation
-
-        return tap
-
-    def _apply(
-        self, index: int, x: Tensor, gate: Float[Tensor, " M"], mask: Tensor, batch: Batch, taken: Sequence[Tensor]
-    ) -> Tensor:
-        chosen = self.interventions[index].value(x, batch, *taken)
-        weight = gate.view(-1, *[1] * (x.dim() - 1)) * mask
-        if chosen.where is not None:
-            weight = weight * chosen.where.to(weight.dtype)
-        return overwrite(x, chosen.value, weight)
+    @property
+    def feedback(self) -> bool:
+        """Whether the strength of some intervention depends on what the run has measured."""
+        return any(item.schedule.feedback is not None for item in self.interventions)
 
     def describe(self) -> list[dict[str, str]]:
         """One row per intervention, in order of application: what ``opsin sites`` prints."""
-        names = {planned.run: f"pass {number}" for number, planned in enumerate(self.passes, 1)}
         rows = []
-        for planned in self.passes:
-            for item in (self.interventions[index] for index in planned.items):
-                taken = ", ".join(f"{names[source.of]} {source.site}" for source in item.value.sources)
+        for number, planned in enumerate(self.passes, 1):
+            of = f" (of {self.donors[planned.donor].name})" if planned.donor is not None else ""
+            for index in planned.items:
+                item = self.interventions[index]
+                taken = ", ".join(filter(None, (_named(need, self.supplies) for need in self.taken[index])))
                 row = {
-                    "pass": names[planned.run].removeprefix("pass "),
-                    "writer": item.writer,
+                    "pass": f"{number}{of}",
+                    "writer": self.names[index],
                     "site": item.site,
                     "selection": str(item.selection),
                     "value": _shown(item.value) + (f" from {taken}" if taken else ""),
@@ -150,20 +145,56 @@ def build_plan(writers: Iterable[Writer], sites: SiteTable, members: int, steps:
         ConfigError: an unknown site or selection, a schedule that never acts within the run, or two
             interventions that touch the same entries without an order.
     """
-    own = Pass(tuple(item for writer in writers for item in writer.interventions(sites)))
+    wanted = _wanted(writers, sites)
+    own = Pass(tuple(wanted))
     runs = [*_passes_before(own), own]
-    checked = [_checked(run, sites, members, steps, batch_size) for run in runs]
-    items = [item for found in checked for item, _ in found]
-    taken: dict[Pass, set[str]] = defaultdict(set)
-    for item in items:
-        for source in item.value.sources:
-            taken[source.of].add(sites.find(source.site, item.writer).name)
-    ends = list(accumulate(len(found) for found in checked))
-    places = [tuple(range(end - len(found), end)) for end, found in zip(ends, checked, strict=True)]
+    donors = tuple(dict.fromkeys(run.donor for run in runs if run.donor is not None))
+    tables = [sites if run.donor is None else run.donor.sites(sites.size("L")) for run in runs]
+    checked = [_checked(run, table, members, steps, batch_size) for run, table in zip(runs, tables, strict=True)]
     # the run's own pass is not one that values are taken from, even where a pass like it is
-    passes = [PlannedPass(run, at, tuple(sorted(taken[run]))) for run, at in zip(runs[:-1], places[:-1], strict=True)]
-    masks = tuple(mask for found in checked for _, mask in found)
-    return Plan(tuple(items), masks, (*passes, PlannedPass(None, places[-1])))
+    number = {run: place for place, run in enumerate(runs[:-1])}
+    keeps: list[set[str]] = [set() for _ in runs]
+    for place, found in enumerate(checked):
+        for item, _ in found:
+            _keep(item, place, number, tables, keeps)
+    items = [item for found in checked for item, _ in found]
+    supplies = tuple(dict.fromkeys(need for item in items for need in item.value.needs if isinstance(need, Supply)))
+    ends = list(accumulate(len(found) for found in checked))
+    passes = tuple(
+        PlannedPass(
+            tuple(range(end - len(found), end)),
+            tuple(sorted(kept)),
+            None if run.donor is None else donors.index(run.donor),
+            run.asks,
+        )
+        for run, end, found, kept in zip(runs, ends, checked, keeps, strict=True)
+    )
+    return Plan(
+        tuple(items),
+        tuple(wanted.get(item, item.writer) for item in items),
+        tuple(mask for found in checked for _, mask in found),
+        tuple(tuple(_taken(need, number, supplies) for need in item.value.needs) for item in items),
+        tuple(item.schedule == Schedule() for item in items[: ends[-1] - len(checked[-1])])
+        + (False,) * len(checked[-1]),
+        passes,
+        donors,
+        supplies,
+    )
+
+
+def _wanted(writers: Iterable[Writer], sites: SiteTable) -> dict[Intervention, str]:
+    """What every writer wants, with the name of the writer, numbered where there are several of its kind."""
+    found: list[tuple[Intervention, str, int]] = []
+    seen: Counter[str] = Counter()
+    for writer in writers:
+        items = writer.interventions(sites)
+        seen.update({item.writer for item in items})
+        found += [(item, item.writer, seen[item.writer]) for item in items]
+    for (a, *_), (b, *_) in combinations(found, 2):
+        # equal ones would become one here, and a writer that is nothing new would pass unseen
+        if a == b:
+            _refuse_contest(a, b, overlap=True)
+    return {item: name if seen[name] == 1 else f"{name} {number}" for item, name, number in found}
 
 
 def _passes_before(run: Pass) -> list[Pass]:
@@ -171,8 +202,60 @@ def _passes_before(run: Pass) -> list[Pass]:
     found: dict[Pass, None] = {}
     for item in run.interventions:
         for source in item.value.sources:
-            found |= dict.fromkeys([*_passes_before(source.of), source.of])
+            if isinstance(source.of, Pass):
+                found |= dict.fromkeys([*_passes_before(source.of), source.of])
     return list(found)
+
+
+def _keep(
+    item: Intervention, place: int, number: Mapping[Pass, int], tables: Sequence[SiteTable], keeps: list[set[str]]
+) -> None:
+    """Note what an intervention of the pass at ``place`` takes from which pass."""
+    for source in item.value.sources:
+        if source.of is Relative.ASKING:
+            continue  # noted where it is asked
+        if source.of is Relative.THIS:
+            _keep_earlier(source.site, item, tables[place], keeps[place])
+            continue
+        assert isinstance(source.of, Pass)
+        at = number[source.of]
+        keeps[at].add(tables[at].find(source.site, item.writer).name)
+        for inside in source.of.interventions:
+            for asked in inside.value.sources:
+                if asked.of is Relative.ASKING:
+                    _keep_earlier(asked.site, item, tables[place], keeps[place])
+
+
+def _keep_earlier(site: str, item: Intervention, table: SiteTable, keeps: set[str]) -> None:
+    """Note a site of the same pass, which must have been computed when the intervention acts."""
+    names = [known.name for known in table]
+    if names.index(table.find(site, item.writer).name) >= names.index(item.site):
+        raise ConfigError(item.writer, site, f"a site that is computed before {item.site}")
+    keeps.add(site)
+
+
+def _taken(need: Need, number: Mapping[Pass, int], supplies: Sequence[Supply]) -> Taken:
+    if isinstance(need, Supply):
+        return Taken("supply", index=supplies.index(need))
+    if isinstance(need, Weight):
+        return Taken("weight", name=need.name, detach=need.detach)
+    if isinstance(need, Clock):
+        return Taken("clock")
+    if isinstance(need.of, Relative):
+        return Taken("this" if need.of is Relative.THIS else "asking", name=need.site, detach=need.detach)
+    kind: Literal["inner", "pass"] = "inner" if need.of.asks else "pass"
+    return Taken(kind, number[need.of], need.site, need.detach)
+
+
+def _named(need: Taken, supplies: Sequence[Supply]) -> str:
+    """A need as ``opsin sites`` names it; nothing for weights and the clock, which the value implies."""
+    names = {
+        "pass": f"pass {need.index + 1} {need.name}",
+        "inner": f"pass {need.index + 1} {need.name}",
+        "this": f"this pass {need.name}",
+        "asking": f"the asking pass {need.name}",
+    }
+    return repr(supplies[need.index]) if need.kind == "supply" else names.get(need.kind, "")
 
 
 def _checked(
@@ -194,7 +277,8 @@ def _checked(
 
 def _shown(value: Value) -> str:
     """A value without the passes it is taken from, which have rows of their own."""
-    settings = {f.name: getattr(value, f.name) for f in fields(value) if not isinstance(getattr(value, f.name), Source)}  # type: ignore[arg-type]
+    settings = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+    settings = {name: setting for name, setting in settings.items() if not isinstance(setting, (Source, Supply))}
     inside = ", ".join(f"{name}={setting!r}" for name, setting in settings.items())
     return f"{type(value).__name__}({inside})" if inside else type(value).__name__
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
+from opsin.feedback import Feedback
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Schedule:
     ramp_down: int = 0
     period: int | None = None
     duty: float = 0.5
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in ("steps", "sequences"):

@@ -16,24 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.errors import log
 from opsin.model import Tap, Transformer, forward
 from opsin.plan import Plan
+from opsin.scene import Constants, Scene, run_passes
 from opsin.task import Batch, Task
 
 ABSENT_LOGIT = -1e20
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Tensors that stay the same all run: the task's bank, the position table, the plan's masks."""
-
-    bank: Mapping[str, Tensor]
-    table: Float[Tensor, "2 L half"]
-    masks: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,21 @@ class Hyper:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What the interventions of one step are told; tensors, so that no schedule changes the graph.
+
+    Args:
+        gates: strength of every intervention.
+        clock: seed of every member and the number of the step.
+        fired: steps so far in which each intervention changed an activation; counted up in place.
+    """
+
+    gates: Float[Tensor, "I M"]
+    clock: Int[Tensor, "M 2"]
+    fired: Int[Tensor, "I M"]
+
+
+@dataclass(frozen=True)
 class Step:
     """The step of one run: everything that is fixed before training and shapes the graph."""
 
@@ -79,7 +86,7 @@ class Step:
         hyper: Hyper,
         constants: Constants,
         draw: Mapping[str, Tensor],
-        gates: Float[Tensor, "I M"],
+        moment: Moment,
     ) -> Float[Tensor, "3 M"]:
         """Gather, forward, loss, gradient and Adam, in place.
 
@@ -88,17 +95,18 @@ class Step:
         """
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
-
-        def run(tap: Tap) -> Tensor:
-            return forward(parameters, constants.table, batch, self.model, tap)
-
-        logits = scored_logits(run(self.plan.tap(gates, constants.masks, batch, run)), batch)
+        scene = Scene(self.model, parameters, constants, batch, moment.gates, moment.clock)
+        fired: dict[int, Tensor] = {}
+        tap = run_passes(self.plan, scene, fired)
+        logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
         loss = cross_entropy(logits, batch).mean((1, 2))
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
         with torch.no_grad():
             norm = member_norm(gradients)
             adam_update(state, gradients, norm, hyper, self.betas, self.eps)
+            if fired:
+                moment.fired.add_(torch.stack([fired[index] for index in sorted(fired)]))
             return torch.stack([loss.detach(), accuracy(logits, batch), norm])
 
 

@@ -6,12 +6,13 @@ import torch
 
 from opsin.callbacks import Ablate, Clamp, CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
 from opsin.errors import ConfigError
-from opsin.model import Transformer, forward, position_table
+from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.report import sites_report
+from opsin.scene import run_passes
 from opsin.schedules import Schedule
 from opsin.tasks import FewShot, GaussianClusters
-from tests.toys import SMALL, batch_of, few_shot, plan_of, run, weights
+from tests.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
 
 DEEP = Transformer(layers=3, width=8, heads=2)
 
@@ -26,13 +27,7 @@ class Case:
     def tap(self, *writers, values=None, gate=1.0):
         plan = plan_of(self.model, self.task, *writers)
         values = self.values if values is None else values
-        table = position_table(self.model, 5, torch.float64)
-        gates = torch.full((len(plan.masks), 2), gate, dtype=torch.float64)
-
-        def model(tap):
-            return forward(values, table, self.batch, self.model, tap)
-
-        return plan.tap(gates, [mask.double() for mask in plan.masks], self.batch, model)
+        return run_passes(plan, scene_of(plan, self.model, values, self.batch, gate))
 
     def run(self, *writers):
         return run(self.model, self.values, self.batch, self.tap(*writers))
@@ -181,7 +176,7 @@ def test_the_gradient_through_every_pass_is_the_finite_difference(writers):
 def test_equal_passes_are_one_pass_and_nothing_is_kept_that_nobody_reads():
     plan = plan_of(SMALL, few_shot(), Preserve(["keys"]), HeadTemperature({"0:0": 2.0}), CopyFromPattern("1:0"))
     plain, own = plan.passes
-    assert own.run is None and own.keeps == ()
+    assert own.keeps == () and not plain.inner
     names = [f"blocks.{layer}.attn.hook_{what}" for layer in (0, 1) for what in ("attn_scores", "rot_k")]
     assert plain.keeps == tuple(sorted(names)) and plain.items == ()
 

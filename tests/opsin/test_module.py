@@ -26,6 +26,7 @@ from opsin.callbacks import (
 from opsin.errors import ConfigError, DivergedError
 from opsin.model import Transformer
 from opsin.module import COMPILE_FROM_STEPS, OpsinModule, opsin_module
+from opsin.runs import History
 from opsin.schedules import Schedule
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import Observation
@@ -118,7 +119,7 @@ def test_switching_a_clamp_a_hundred_times_compiles_once():
     torch._dynamo.utils.counters.clear()
     clamp = Clamp(heads=["0:1"], pattern="previous_token", schedule=Schedule(period=2))
     fit(model, steps=200, callbacks=[clamp, InductionHeads(every=50)])
-    gates = model.plan.gates(0, 200, 1, 8)[:, 0, 0]
+    gates = model.plan.gates(0, 200, 1, History(8))[:, 0, 0]
     assert abs(gates[1:] - gates[:-1]).sum() == 199
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

@@ -1,5 +1,7 @@
 """Claims about the plan: nothing is silent, nothing is contested, and gates decide."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,10 @@ from opsin.interventions import Constant
 from opsin.model import Transformer
 from opsin.passes import Intervention, Selection
 from opsin.plan import Writer, parse_pairs
+from opsin.runs import History
+from opsin.scene import run_passes
 from opsin.schedules import Schedule
-from tests.toys import SMALL, batch_of, few_shot, plan_of, run, tap_of, weights
+from tests.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, tap_of, weights
 
 MLP = Transformer(layers=1, width=8, heads=2, mlp_ratio=0.5)
 RESID = "blocks.0.hook_resid_post"
@@ -134,11 +138,11 @@ def test_gates_follow_their_schedules_for_every_member():
         Ablate(heads=["0:0"], schedule=Schedule(start=3)),
         Ablate(heads=["1:0"], schedule=Schedule(stop=5, ramp=4)),
     ]
-    gates = build(*writers).gates(2, 4, 3, 4)
+    gates = build(*writers).gates(2, 4, 3, History(4))
     assert gates.shape == (4, 2, 3)
     assert gates[..., 0].tolist() == [[0, 0.5], [1, 0.75], [1, 1], [1, 0]]
     assert (gates == gates[..., :1]).all()
-    assert build().gates(0, 4, 3, 4).shape == (4, 0, 3)
+    assert build().gates(0, 4, 3, History(4)).shape == (4, 0, 3)
 
 
 def test_a_closed_gate_leaves_the_logits_bitwise_alone(tiny_task):
@@ -151,7 +155,8 @@ def test_a_closed_gate_leaves_the_logits_bitwise_alone(tiny_task):
 def test_a_gate_of_one_member_leaves_the_others_bitwise_alone(tiny_task):
     batch, values = batch_of(tiny_task), weights(MLP, tiny_task, dtype=torch.float32)
     plan = plan_of(MLP, tiny_task, Ablate(heads=["0:0"]), Ablate(neurons=["0:1", "0:3"]))
-    tap = plan.tap(torch.tensor([[0.0, 1.0]] * 2), plan.masks, batch)
+    scene = replace(scene_of(plan, MLP, values, batch, dtype=torch.float32), gates=torch.tensor([[0.0, 1.0]] * 2))
+    tap = run_passes(plan, scene)
     plain, clamped = run(MLP, values, batch)[0], run(MLP, values, batch, tap)[0]
     assert torch.equal(plain[0], clamped[0]) and (plain[1] != clamped[1]).any()
 

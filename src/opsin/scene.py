@@ -1,0 +1,175 @@
+"""How a plan acts: one batch on one set of weights, pass by pass, each activation through its tap.
+
+Everything here is traced into the compiled step, so what is fixed before training is Python and what may
+change is a tensor.
+
+Legend: M members, I interventions, L positions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opsin.interventions import overwrite
+from opsin.model import Parameters, Tap, Transformer, forward
+from opsin.plan import Plan, PlannedPass, Taken
+from opsin.task import Batch
+
+Activations = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Tensors that no gradient moves.
+
+    Args:
+        bank: the task's.
+        table: position table of the model.
+        masks: the plan's, in order.
+        donors: weights of the plan's donors ``[1, ...]``, in order.
+        donor_tables: their position tables.
+        supplied: the plan's supplies, in order; their writers may change them in place between steps.
+    """
+
+    bank: Mapping[str, Tensor]
+    table: Float[Tensor, "2 L half"]
+    masks: Sequence[Tensor]
+    donors: Sequence[Mapping[str, Tensor]] = ()
+    donor_tables: Sequence[Tensor] = ()
+    supplied: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One batch on one set of weights.
+
+    Args:
+        model: shape of the model that is trained.
+        parameters: its weights.
+        constants: of the run.
+        batch: what it sees.
+        gates: strength of every intervention.
+        clock: seed of every member and the number of the step.
+    """
+
+    model: Transformer
+    parameters: Parameters
+    constants: Constants
+    batch: Batch
+    gates: Float[Tensor, "I M"]
+    clock: Int[Tensor, "M 2"]
+
+
+def constants_of(
+    plan: Plan, bank: Mapping[str, Tensor], table: Float[Tensor, "2 L half"], members: int, dtype: torch.dtype
+) -> Constants:
+    """The constants of a run with this plan, on the device of its position table."""
+    length, device = table.shape[1], table.device
+    return Constants(
+        {name: tensor.to(device) for name, tensor in bank.items()},
+        table,
+        [mask.to(device, dtype) for mask in plan.masks],
+        [{name: x.to(device, dtype) for name, x in donor.parameters.items()} for donor in plan.donors],
+        [donor.table(length).to(device, dtype) for donor in plan.donors],
+        [supply.initial(members).to(device, dtype) for supply in plan.supplies],
+    )
+
+
+def run_passes(plan: Plan, scene: Scene, fired: dict[int, Tensor] | None = None) -> Tap:
+    """Run every pass that a value is taken from, and return the tap of the run's own pass.
+
+    Args:
+        fired: receives, once the own pass has been run too, which members' activations each
+            intervention changed: place in the plan and a bool tensor ``[M]``.
+    """
+    acting = _Acting(plan, scene, fired)
+    for number, planned in enumerate(plan.passes[:-1]):
+        if not planned.inner:
+            acting.kept[number] = acting.run(planned, {})
+    return acting.tap(plan.passes[-1], {}, {})
+
+
+@dataclass
+class _Acting:
+    """A plan at work on one scene."""
+
+    plan: Plan
+    scene: Scene
+    fired: dict[int, Tensor] | None
+    kept: dict[int, Activations] = field(default_factory=dict)
+
+    def run(self, planned: PlannedPass, asking: Activations) -> Activations:
+        """Run one pass; returns what it keeps."""
+        scene, here = self.scene, dict[str, Tensor]()
+        parameters, table, model = scene.parameters, scene.constants.table, scene.model
+        if planned.donor is not None:
+            members = scene.batch.tokens.shape[0]
+            donated = scene.constants.donors[planned.donor]
+            parameters = {name: x.expand(members, *x.shape[1:]) for name, x in donated.items()}
+            table = scene.constants.donor_tables[planned.donor]
+            model = self.plan.donors[planned.donor].model
+        forward(parameters, table, scene.batch, model, self.tap(planned, here, asking))
+        return here
+
+    def tap(self, planned: PlannedPass, here: Activations, asking: Activations) -> Tap:
+        """The tap of one pass; what others need of it is put in ``here``."""
+        at_site: dict[str, list[int]] = defaultdict(list)
+        for index in planned.items:
+            at_site[self.plan.interventions[index].site].append(index)
+        inner: dict[int, Activations] = {}
+
+        def take(need: Taken) -> Tensor:
+            if need.kind == "inner" and need.index not in inner:
+                inner[need.index] = self.run(self.plan.passes[need.index], here)
+            return self.take(need, here, asking, inner)
+
+        def tap(name: str, activation: Tensor) -> Tensor:
+            for index in at_site.get(name, ()):
+                taken = [take(need) for need in self.plan.taken[index]]
+                activation = self.apply(index, activation, taken)
+            if name in planned.keeps:
+                here[name] = activation
+            return activation
+
+        return tap
+
+    def take(self, need: Taken, here: Activations, asking: Activations, inner: dict[int, Activations]) -> Tensor:
+        """What one value needs."""
+        match need.kind:
+            case "pass":
+                found = self.kept[need.index][need.name]
+            case "inner":
+                found = inner[need.index][need.name]
+            case "this":
+                found = here[need.name]
+            case "asking":
+                found = asking[need.name]
+            case "weight":
+                found = self.scene.parameters[need.name]
+            case "supply":
+                found = self.scene.constants.supplied[need.index]
+            case _:
+                found = self.scene.clock
+        return found.detach() if need.detach else found
+
+    def apply(self, index: int, x: Tensor, taken: Sequence[Tensor]) -> Tensor:
+        """Overwrite ``x`` as one intervention says, and note whether that changed it."""
+        chosen = self.plan.interventions[index].value(x, self.scene.batch, *taken)
+        weight = self.scene.constants.masks[index]
+        always = self.plan.always[index]
+        if not always:
+            weight = self.scene.gates[index].view(-1, *[1] * (x.dim() - 1)) * weight
+        if chosen.where is not None:
+            weight = weight * chosen.where.to(weight.dtype)
+        whole = always and chosen.where is None and weight.numel() == 1
+        after = chosen.value.expand_as(x) if whole else overwrite(x, chosen.value, weight)
+        if self.fired is not None:
+            changed = (after != x).flatten(1).any(1)
+            self.fired[index] = changed | self.fired[index] if index in self.fired else changed
+        return after
