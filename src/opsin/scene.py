@@ -106,7 +106,8 @@ class _Acting:
 
     def run(self, planned: PlannedPass, asking: Activations) -> Activations:
         """Run one pass; returns what it keeps."""
-        scene, here = self.scene, dict[str, Tensor]()
+        scene = self.scene
+        here: Activations = {}
         parameters, table, model = scene.parameters, scene.constants.table, scene.model
         if planned.donor is not None:
             members = scene.batch.tokens.shape[0]
