@@ -1,0 +1,104 @@
+"""Claims about idle writers and about how often each writer changed something."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from opsin.callbacks import Ablate, Clamp, KeepRun, Preserve
+from opsin.control import PATIENCE
+from opsin.errors import IdleError
+from opsin.module import OpsinModule
+from opsin.schedules import Schedule
+from tests.toys import SMALL, few_shot, train
+
+NOTHING = ["blocks.0.hook_attn_out"]
+
+
+def module(seeds=(0,), idle="stop", **options):
+    small = {"steps_per_batch": 10, "log_every": 5, "probe_size": 4, "compile": False}
+    return OpsinModule(few_shot(), SMALL, list(seeds), idle=idle, **small | options)
+
+
+def idle_pair(schedule=Schedule(), members=None):  # noqa: B008 - frozen
+    """The second writer puts zero where there is zero already."""
+    return [
+        Ablate(sites=NOTHING, order=0),
+        Clamp(site=NOTHING[0], value=0.0, schedule=schedule, members=members, order=1),
+    ]
+
+
+def test_a_writer_that_changes_nothing_stops_the_run_and_is_named():
+    with pytest.raises(IdleError, match=rf"^Clamp: was active for {PATIENCE} steps .* blocks.0.hook_attn_out"):
+        train(module(), 300, *idle_pair())
+
+
+def test_one_of_several_writers_of_a_kind_is_named_by_its_number():
+    writers = [Ablate(heads=["1:0"]), Ablate(sites=NOTHING, order=0), Ablate(sites=NOTHING, order=1)]
+    with pytest.raises(IdleError, match=r"^Ablate 3: "):
+        train(module(), 300, *writers)
+
+
+def test_the_run_goes_on_with_one_warning_where_that_is_asked_for(caplog):
+    with caplog.at_level(logging.WARNING, logger="lightning.pytorch.opsin"):
+        model = train(module(idle="warn"), 300, *idle_pair())
+    assert model.trainer.global_step == 300
+    assert sum("Clamp: was active" in record.message for record in caplog.records) == 1
+
+
+def test_a_writer_still_waiting_for_its_time_is_not_idle():
+    late = Schedule(start=295)
+    with pytest.raises(IdleError, match="was active for 5 steps"):
+        train(module(), 300, *idle_pair(late))
+    assert train(module(), 290, *idle_pair(Schedule(start=289))[:1]).trainer.global_step == 290
+
+
+def test_a_writer_idle_in_one_member_alone_is_named_with_that_member():
+    writers = [
+        Ablate(sites=NOTHING, members=[1], order=0),
+        Clamp(site=NOTHING[0], value=0.0, order=1),
+    ]
+    with pytest.raises(IdleError, match=r"no activation of member 1 \(of"):
+        train(module(seeds=(3, 4)), 300, *writers)
+
+
+def test_members_that_a_writer_does_not_select_do_not_make_it_idle():
+    model = train(module(seeds=(3, 4)), 150, Ablate(heads=["0:1"], members=[1]))
+    (row,) = model.control.counts()
+    assert row["active_steps"] == [0, 150] == row["changed_steps"]
+
+
+def test_a_writer_of_several_sites_is_idle_only_if_none_of_them_changes():
+    # patterns of block 0 are what they were: the ablation lies above them
+    model = train(module(), 120, Ablate(heads=["0:0", "0:1"]), Preserve(["patterns"]))
+    counts = {(row["writer"], row["site"]): row["changed_steps"] for row in model.control.counts()}
+    assert counts["Preserve", "blocks.0.attn.hook_pattern"] == [0]
+    assert counts["Preserve", "blocks.1.attn.hook_pattern"] == [120]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_steps_that_changed_something_are_counted(compiled):
+    pulses = Schedule(start=20, stop=60, period=4, duty=0.25)
+    model = train(module(compile=compiled), 80, Ablate(heads=["1:1"], schedule=pulses))
+    (row,) = model.control.counts()
+    assert row["active_steps"] == row["changed_steps"] == [10]
+
+
+def test_counts_go_on_after_a_resume_and_end_in_the_summary(tmp_path):
+    def run(folder, steps, resume=None):
+        keep = KeepRun(tmp_path / folder, checkpoint_every=10)
+        train(module(), steps, Ablate(heads=["1:1"], schedule=Schedule(period=2)), keep, resume=resume)
+        return json.loads((tmp_path / folder / "summary.json").read_text())["interventions"]
+
+    run("half", 30)
+    assert run("half", 60, str(tmp_path / "half" / "checkpoints" / "last.ckpt")) == run("whole", 60)
+    assert run("again", 60)[0]["changed_steps"] == [30]
+
+
+def test_counting_does_not_change_what_is_learned():
+    values = [
+        torch.cat([p.detach().flatten() for p in train(module(), 20, *writers).parameters()])
+        for writers in ([], [Clamp(site="hook_logits", value=9.0, schedule=Schedule(start=19, stop=20), positions=[0])])
+    ]
+    assert torch.equal(*values)
