@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
@@ -11,7 +12,7 @@ from opsin.callbacks.passes import FromAnotherPass, check_layer
 from opsin.donors import Donor, read_donor
 from opsin.errors import ConfigError
 from opsin.interventions import FromPass
-from opsin.passes import Intervention, Pass, Relative, Selection, Source
+from opsin.passes import Intervention, Pass, Relative, Selection, Source, Value
 from opsin.plan import Writer
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
@@ -31,12 +32,15 @@ class Graft(FromAnotherPass):
         layer: the last block below the cut.
         part: which blocks the donor provides.
         member: of the donor's population.
-        donor_callbacks: writers that act inside the donor; trained weights are out of their reach.
+        donor_callbacks: writers that act inside the donor, with its sites and its weights; passes that they take
+            values from are the donor's too.
+        members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins.
 
     Raises:
-        ConfigError: no such file or member, no such layer, or a donor whose width does not fit.
+        ConfigError: no such file or member, no such layer, a donor whose width does not fit, or one that was
+            trained on another task.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class Graft(FromAnotherPass):
         part: Literal["lower", "upper"] = "lower",
         member: int = 0,
         donor_callbacks: Sequence[Callback] = (),
+        members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        super().__init__(False, schedule, order)
+        super().__init__(False, members, schedule, order)
         if part not in ("lower", "upper"):
             raise ConfigError("Graft.part", part, "'lower' or 'upper'")
-        self.donor = donor if isinstance(donor, Donor) else read_donor("Graft.donor", donor, member)
+        self.donor = donor if isinstance(donor, Donor) else read_donor("Graft", donor, member)
         self.layer, self.part, self.donor_callbacks = layer, part, donor_callbacks
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
@@ -76,7 +81,19 @@ class Graft(FromAnotherPass):
                 expected = "callbacks that overwrite activations"
                 raise ConfigError("Graft.donor_callbacks", type(callback).__name__, expected)
             found += callback.interventions(sites)
-        return tuple(found)
+        return _own(tuple(found), self.donor)
+
+
+def _own(x: Any, donor: Donor) -> Any:
+    """A plan's noun with the donor wherever it speaks of the weights that are trained."""
+    if isinstance(x, tuple):
+        return tuple(_own(each, donor) for each in x)
+    if not isinstance(x, (Intervention, Value, Source, Pass)):
+        return x
+    inside = {f.name: _own(getattr(x, f.name), donor) for f in fields(x)}  # type: ignore[arg-type]
+    if isinstance(x, Pass) and x.donor is None:
+        inside["donor"] = donor
+    return replace(x, **inside)  # type: ignore[type-var]
 
 
 # after whatever else touches the cut inside the donor

@@ -27,14 +27,17 @@ class FromAnotherPass(Callback):
     Args:
         detach: stop the gradient at what is taken; by default it flows into the other pass, as in the
             reference system.
+        members: members it acts in; all when None.
         schedule: when, and how strongly. The other pass runs at every step.
         order: rank among writers that touch the same entries; the later wins.
     """
 
-    def __init__(self, detach: bool, schedule: Schedule, order: int | None) -> None:
+    def __init__(self, detach: bool, members: list[int] | None, schedule: Schedule, order: int | None) -> None:
         self.detach, self.schedule, self.order = detach, schedule, order
+        self.members = None if members is None else tuple(members)
 
-    def _at(self, site: str, value: Value, selection: Selection = Selection()) -> Intervention:  # noqa: B008 - frozen
+    def _at(self, site: str, value: Value) -> Intervention:
+        selection = Selection(members=self.members)
         return Intervention(type(self).__name__, site, selection, value, self.schedule, self.order)
 
 
@@ -48,6 +51,7 @@ class Preserve(FromAnotherPass):
         what: any of ``patterns``, ``values``, ``queries`` and ``keys`` (the latter two after rotation).
         layers: blocks; all when None.
         detach: stop the gradient at what is taken.
+        members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins. Beside an ablation of
             values give the ablation the higher order.
@@ -58,10 +62,11 @@ class Preserve(FromAnotherPass):
         what: list[Literal["patterns", "values", "queries", "keys"]],
         layers: list[int] | None = None,
         detach: bool = False,
+        members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        super().__init__(detach, schedule, order)
+        super().__init__(detach, members, schedule, order)
         unknown = [name for name in what if name not in PRESERVED]
         if unknown or not what:
             raise ConfigError("Preserve.what", unknown[0] if unknown else [], f"any of {', '.join(PRESERVED)}")
@@ -84,6 +89,7 @@ class HeadTemperature(FromAnotherPass):
     Args:
         temperatures: ``"layer:head"`` and its temperature, more than 0; below 1 sharpens.
         detach: stop the gradient at the scores that are taken.
+        members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins.
     """
@@ -92,10 +98,11 @@ class HeadTemperature(FromAnotherPass):
         self,
         temperatures: dict[str, float],
         detach: bool = False,
+        members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        super().__init__(detach, schedule, order)
+        super().__init__(detach, members, schedule, order)
         for head, temperature in temperatures.items():
             if not temperature > 0:
                 raise ConfigError(f"HeadTemperature.temperatures[{head}]", temperature, "more than 0")
@@ -122,6 +129,7 @@ class PerfectPreviousInput(FromAnotherPass):
 
     Args:
         detach: stop the gradient at the patterns that are taken.
+        members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins.
     """
@@ -129,10 +137,11 @@ class PerfectPreviousInput(FromAnotherPass):
     def __init__(
         self,
         detach: bool = False,
+        members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        super().__init__(detach, schedule, order)
+        super().__init__(detach, members, schedule, order)
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it overwrites on a model with these sites."""
@@ -154,6 +163,7 @@ class CopyFromPattern(FromAnotherPass):
         head: ``"layer:head"``.
         perfect_input: take the scores from the pass of ``PerfectPreviousInput`` instead.
         detach: stop the gradient at the scores.
+        members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins.
     """
@@ -163,10 +173,11 @@ class CopyFromPattern(FromAnotherPass):
         head: str,
         perfect_input: bool = False,
         detach: bool = False,
+        members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        super().__init__(detach, schedule, order)
+        super().__init__(detach, members, schedule, order)
         self.head, self.perfect_input = head, perfect_input
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:

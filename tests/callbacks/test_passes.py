@@ -242,3 +242,20 @@ def test_perfect_input_needs_a_second_layer():
 def test_values_preserved_and_ablated_without_an_order_stop_the_build():
     with pytest.raises(ConfigError, match=r"order: got .*both overwrite blocks.0.attn.hook_v"):
         plan_of(SMALL, few_shot(), Preserve(["values"]), Ablate(heads=["0:0"]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda members: [Preserve(["patterns"], members=members), Ablate(heads=["0:0", "0:1"])],
+        lambda members: [HeadTemperature({"1:0": 0.5}, members=members)],
+        lambda members: [PerfectPreviousInput(members=members)],
+        lambda members: [CopyFromPattern("1:0", members=members)],
+    ],
+)
+def test_other_members_are_bitwise_as_without_the_writer(make):
+    case = Case()
+    chosen, rest = case.run(*make([1]))[0], case.run(*make([1])[1:])[0]
+    everyone = case.run(*make(None))[0]
+    assert torch.equal(chosen[0], rest[0]) and torch.equal(chosen[1], everyone[1])
+    assert (chosen[1] != rest[1]).any()
