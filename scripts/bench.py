@@ -3,9 +3,9 @@
 
     python scripts/bench.py [--json FILE] [--rounds N]
 
-Three loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
-features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with three
-clamps and all trackers at their default cadence. They take turns, a few hundred steps each, so that
+Several loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
+features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with what
+``VARIANTS`` names, each thing at its default cadence. They take turns, a few hundred steps each, so that
 a machine whose speed drifts slows all of them alike; ratios are medians over the rounds.
 """
 
@@ -28,7 +28,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.callbacks import Clamp, InductionHeads, KeepRun, PhaseChange, PreviousTokenHeads, Snapshots
+from opsin.callbacks import (
+    Ablate,
+    Clamp,
+    CopyFromPattern,
+    InductionHeads,
+    KeepRun,
+    PhaseChange,
+    PreviousTokenHeads,
+    ProgressMeasures,
+    Snapshots,
+)
 from opsin.errors import ConfigError
 from opsin.model import Transformer
 from opsin.module import OpsinModule
@@ -162,16 +172,34 @@ def instruments(folder: Path) -> list[pl.Callback]:
     ]
 
 
+def progress_measures(_: Path) -> list[pl.Callback]:
+    """Four sets, one of which takes its value from another pass: twice five times the probe every 100 steps."""
+    sets: dict[str, list[pl.Callback]] = {
+        "previous": [Clamp(heads=["0:2"], pattern="previous_token")],
+        "match": [Clamp(heads=["1:5"], pattern="match")],
+        "copy": [CopyFromPattern("1:5")],
+        "without": [Ablate(heads=["1:5"])],
+    }
+    return [ProgressMeasures(sets)]
+
+
+VARIANTS: dict[str, Callable[[Path], list[pl.Callback]]] = {
+    "bare": lambda _: [],
+    "clamps_and_trackers": instruments,
+    "progress_measures": progress_measures,
+}
+"""Opsin's loops: the callbacks of each, made anew for a folder of its own."""
+
+
 def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
     """Steps per second of every loop in every round, after a first round that is thrown away."""
     task = FewShot()
     steps = (rounds + 1) * STEPS_PER_TURN["opsin"]
-    bare, instrumented = OpsinLoop(task, [], steps), OpsinLoop(task, instruments(folder), steps)
+    fits = {name: OpsinLoop(task, callbacks(folder / name), steps) for name, callbacks in VARIANTS.items()}
     loops: dict[str, Callable[[], float]] = {
         "eager": EagerLoop(task, threads=1).turn,
         "eager_two_threads": EagerLoop(task, threads=2).turn,
-        "bare": bare.turn,
-        "clamps_and_trackers": instrumented.turn,
+        **{name: fit.turn for name, fit in fits.items()},
     }
     for loop in loops.values():
         loop()
@@ -179,7 +207,7 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
     for _ in range(rounds):
         for name, loop in loops.items():
             speeds[name].append(loop())
-    for fit in (bare, instrumented):
+    for fit in fits.values():
         fit.thread.join()
     return speeds
 
@@ -190,11 +218,12 @@ def summarise(speeds: dict[str, list[float]]) -> dict[str, float]:
     def ratio(name: str, base: str) -> float:
         return statistics.median(a / b for a, b in zip(speeds[name], speeds[base], strict=True))
 
+    variants = [name for name in speeds if name in VARIANTS and name != "bare"]
     return {
         **{f"steps_per_second_{name}": statistics.median(values) for name, values in speeds.items()},
         "ratio_bare_to_eager": ratio("bare", "eager"),
         "ratio_bare_to_eager_two_threads": ratio("bare", "eager_two_threads"),
-        "ratio_clamps_and_trackers_to_bare": ratio("clamps_and_trackers", "bare"),
+        **{f"ratio_{name}_to_bare": ratio(name, "bare") for name in variants},
         "rounds": len(speeds["bare"]),
     }
 

@@ -5,6 +5,7 @@ Legend: M members, n records of a metric.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from opsin.metrics.onset import monotone
+from opsin.progress import BASE_LINE
 from opsin.runs import History
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 INK, MUTED, FAINT = "#22303c", "#6b7780", "#b9c1c7"
 ACCENT = "#d55e00"
 HELD_OUT = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MEASURES = ("#0072b2", "#7b4b94", "#8a5a2b", "#6b7a00")  # dashed, and darker than what is held out
 LAYERS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 
 STYLE: dict[str, Any] = {
@@ -57,6 +60,8 @@ STYLE: dict[str, Any] = {
 }
 MOST_LABELLED = 6  # heads with a label of their own
 MARKED = 20  # evaluations up to which each is marked
+HIGHEST = 1.5  # what progress measures may add to the loss's axis: a crippled model's loss would flatten all others
+WIDEST = 18  # characters of a progress measure's name
 LABEL_GAP = 0.046  # smallest distance of two labels at line ends, as a share of the height
 
 
@@ -75,7 +80,8 @@ def save_summary(history: History, summary: Mapping[str, Any], path: Path) -> No
     Panels without data are left out. For several members thin lines are members and the bold one their mean.
 
     Args:
-        history: of the run; drawn are ``train/loss``, ``val/SET/loss`` and ``induction_strength``.
+        history: of the run; drawn are ``train/loss``, ``val/SET/loss``, ``progress/NAME/loss`` of all sets but the
+            base line, and ``induction_strength``.
         summary: of the run; read are ``onset``, ``plateau``, ``strongest_heads`` and ``members``.
         path: the file, replaced at once.
     """
@@ -96,7 +102,7 @@ def save_summary(history: History, summary: Mapping[str, Any], path: Path) -> No
 
 def _draw_loss(axes: Axes, history: History, summary: Mapping[str, Any]) -> None:
     ends = _held_out_losses(axes, history)
-    axes.set_title("Loss (nats), training and held out" if ends else "Training loss (nats)")
+    title = "Loss (nats), training and held out" if ends else "Training loss (nats)"
     top = 0.0
     if "train/loss" in history:
         x, loss = _series(history, "train/loss")
@@ -108,6 +114,9 @@ def _draw_loss(axes: Axes, history: History, summary: Mapping[str, Any]) -> None
     if plateau is not None:
         axes.axhline(plateau, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
         ends.append(_End(plateau, f"plateau {plateau:.3f}", MUTED))
+    measured = _measured_losses(axes, history, HIGHEST * max([top, *(end.y for end in ends)]) or math.inf)
+    ends += measured
+    axes.set_title("Loss (nats); dashed: progress measures" if measured else title)
     _frame(axes, history, top=1.06 * max([top, 1e-3, *(end.y for end in ends)]) if ends else 1.0)
     _label_ends(axes, ends)
     _mark_onsets(axes, summary, labelled=True)
@@ -124,6 +133,20 @@ def _held_out_losses(axes: Axes, history: History) -> list[_End]:
         axes.plot(x, loss.mean(1), color=colour, linewidth=0.9, marker=marker, markersize=2.5, zorder=3)
         kind = name.split("/")[1].replace("_", " ")
         ends.append(_End(float(loss[-1].mean()), "train, new draws" if kind == "train" else kind, colour))
+    return ends
+
+
+def _measured_losses(axes: Axes, history: History, highest: float) -> list[_End]:
+    """Losses under interventions that training does not have, the mean of all members; ends at most that high."""
+    names = [name for name in history.names() if name.startswith("progress/") and name.endswith("/loss")]
+    ends = []
+    for index, name in enumerate(name for name in names if name != f"progress/{BASE_LINE}/loss"):
+        x, loss = _series(history, name)
+        mean, colour = loss.mean(1), MEASURES[index % len(MEASURES)]
+        axes.plot(x, mean, color=colour, linewidth=1.1, linestyle=(0, (4, 1.2)), zorder=3.5)
+        text = name.split("/")[1].replace("_", " ")
+        text = text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+        ends.append(_End(min(float(mean[-1]), highest), text, colour))
     return ends
 
 

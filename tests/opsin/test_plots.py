@@ -85,9 +85,10 @@ def test_every_line_is_named_at_its_end(draw):
     assert set(draw.texts(heads)) == {"1:1  0.92", "5 others"}
 
 
-def test_no_label_leaves_the_picture(draw):
+@pytest.mark.parametrize("measures", [{}, {"m" * 40: 50.0, "match": 0.0}])
+def test_no_label_leaves_the_picture(draw, measures):
     for members in (1, 3):
-        draw(history(members), summary() if members == 1 else {"members": [summary()] * 3})
+        draw(with_measures(members, **measures), summary() if members == 1 else {"members": [summary()] * 3})
         figure = draw.figures[-1]
         for axes in figure.axes:
             for text in (*axes.texts, axes.title, axes.xaxis.label):
@@ -99,6 +100,29 @@ def test_without_an_onset_nothing_is_marked(draw):
     for axes in draw(history(), summary(onset=None, strongest_heads=[])):
         assert not axes.patches
         assert not any("onset" in text for text in draw.texts(axes))
+
+
+def with_measures(members: int = 1, **ends: float) -> History:
+    recorded = history(members)
+    for step in range(0, 2001, 100):
+        for name, end in ends.items():
+            recorded.record(f"progress/{name}/loss", step, np.full(members, 0.7 + (end - 0.7) * step / 2000))
+            recorded.record(f"progress/{name}/accuracy", step, np.full(members, 0.5))
+    return recorded
+
+
+def test_progress_measures_are_dashed_lines_and_the_base_line_is_left_out(draw):
+    loss, _ = draw(with_measures(none=0.04, match=0.2, no_layer_0=0.6), summary())
+    dashed = [line for line in loss.lines if line.get_color() in plots.MEASURES]
+    assert [line.get_ydata()[-1] for line in dashed] == pytest.approx([0.2, 0.6])
+    assert all(line.is_dashed() for line in dashed)
+    assert {"match", "no layer 0"} <= set(draw.texts(loss)) and "none" not in draw.texts(loss)
+    assert loss.get_title(loc="left") == "Loss (nats); dashed: progress measures"
+
+
+def test_a_measure_of_a_crippled_model_does_not_flatten_the_loss(draw):
+    height = {end: draw(with_measures(crippled=end), summary())[0].get_ylim()[1] for end in (0.1, 1.2, 50.0)}
+    assert height[0.1] < height[1.2] < height[50.0] < 1.8
 
 
 def test_without_heads_the_loss_has_the_picture_to_itself(draw):
