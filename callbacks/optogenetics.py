@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from lightning.pytorch import Callback
 
 from opsin import interventions
 from opsin.errors import ConfigError
-from opsin.interventions import BatchMean, Constant, Induction, Match, PreviousToken, check_share
+from opsin.interventions import (
+    BatchMean,
+    Constant,
+    Induction,
+    Match,
+    Noise,
+    PreviousToken,
+    Resample,
+    check_share,
+)
+from opsin.noise import salt_of
 from opsin.passes import Intervention, Selection, Value
 from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
@@ -23,16 +34,22 @@ def _chosen(items: list[int] | None) -> tuple[int, ...] | None:
 
 
 class Ablate(Callback):
-    """Silence heads, neurons or whole sites, by zero or by their mean over the batch.
+    """Silence heads, neurons or whole sites: by zero, their mean over the batch, another example or noise.
 
-    Gradient: stopped at what is silenced, and nothing flows through the mean.
+    Gradient: stopped at what is silenced, and nothing flows through what takes its place.
 
     Args:
-        heads: ``"layer:head"``. Zero ablation clears the head's values (``hook_v``), mean ablation
-            replaces what it read (``hook_z``).
-        neurons: ``"layer:neuron"`` after the nonlinearity (``mlp.hook_post``).
+        heads: ``"layer:head"``. Zero clears the head's values (``hook_v``), as the reference system does;
+            the others replace what it read (``hook_z``), which is all that a head hands on. In its values
+            they would still be mixed by the head's own attention.
+        neurons: ``"layer:neuron"``.
         sites: whole sites, for example ``blocks.0.hook_attn_out`` or ``hook_embed``.
-        value: ``zero`` or ``mean`` (over the batch, at each position and member).
+        value: ``zero``; ``mean`` (over the batch, at each position and member); ``resample`` (the
+            activation of another example of the batch, at each step another, the same for all that is
+            resampled in it); ``noise`` (normal, with mean and standard deviation over the batch). A batch of
+            one is its own mean, example and noise: nothing but ``zero`` changes it, which ends the run
+            as an idle writer does.
+        at: neurons ``pre`` (``mlp.hook_pre``) or ``post`` (``mlp.hook_post``) their nonlinearity; post when None.
         positions: positions it is silenced at; all when None.
         members: members it is silenced in; all when None.
         schedule: when, and how strongly.
@@ -44,7 +61,8 @@ class Ablate(Callback):
         heads: list[str] | None = None,
         neurons: list[str] | None = None,
         sites: list[str] | None = None,
-        value: Literal["zero", "mean"] = "zero",
+        value: Literal["zero", "mean", "resample", "noise"] = "zero",
+        at: Literal["pre", "post"] | None = None,
         positions: list[int] | None = None,
         members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
@@ -52,9 +70,12 @@ class Ablate(Callback):
     ) -> None:
         if not (heads or neurons or sites):
             raise ConfigError("Ablate", None, "heads, neurons or sites")
-        if value not in ("zero", "mean"):
-            raise ConfigError("Ablate.value", value, "'zero' or 'mean'")
+        if value not in ("zero", "mean", "resample", "noise"):
+            raise ConfigError("Ablate.value", value, "'zero', 'mean', 'resample' or 'noise'")
+        if at is not None and not neurons:
+            raise ConfigError("Ablate.at", at, "nothing: without neurons it has no effect")
         self.heads, self.neurons, self.sites, self.value = heads, neurons, sites, value
+        self.neuron_site = _neuron_site("Ablate.at", at)
         self.positions, self.members = _chosen(positions), _chosen(members)
         self.schedule, self.order = schedule, order
 
@@ -66,26 +87,24 @@ class Ablate(Callback):
             pairs = parse_pairs("Ablate.heads", self.heads, sites.layers, sites.size("H"), "head")
             found += [self._at(f"blocks.{layer}.{at_head}", heads=tuple(h)) for layer, h in pairs.items()]
         if self.neurons:
-            if not sites.size("N"):
-                raise ConfigError("Ablate.neurons", self.neurons, "nothing: this model has no MLP")
-            pairs = parse_pairs("Ablate.neurons", self.neurons, sites.layers, sites.size("N"), "neuron")
-            found += [self._at(f"blocks.{layer}.mlp.hook_post", neurons=tuple(n)) for layer, n in pairs.items()]
+            pairs = _neurons("Ablate.neurons", self.neurons, sites)
+            found += [self._at(f"blocks.{layer}.{self.neuron_site}", neurons=tuple(n)) for layer, n in pairs.items()]
         return found + [self._at(self._whole(sites, name)) for name in self.sites or ()]
 
     def _whole(self, sites: SiteTable, name: str) -> str:
         site = sites.find(name, "Ablate.sites")
-        if self.value == "mean" and "B" not in site.axes:
-            raise ConfigError("Ablate.value", "mean", f"zero: {name} is the same for the whole batch")
+        if self.value != "zero" and "B" not in site.axes:
+            raise ConfigError("Ablate.value", self.value, f"zero: {name} is the same for the whole batch")
         return site.name
 
     def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
-        value: Value = Constant(0.0) if self.value == "zero" else BatchMean()
+        values = {"zero": Constant(0.0), "mean": BatchMean(), "resample": Resample(), "noise": Noise(salt_of(site))}
         selection = Selection(positions=self.positions, members=self.members, **selected)
-        return Intervention("Ablate", site, selection, value, self.schedule, self.order)
+        return Intervention("Ablate", site, selection, values[self.value], self.schedule, self.order)
 
 
 class Clamp(Callback):
-    """Hold the attention pattern of heads to one the task knows, or any site to a number.
+    """Hold the attention pattern of heads to one the task knows, or neurons or any site to a number.
 
     Gradient: stopped; every value is a constant of the batch.
 
@@ -97,9 +116,10 @@ class Clamp(Callback):
             oneself), or on the matching label (rest on each other label); 1 when None.
         temperature: match pattern: of the softmax; the hard maximum when None or 0.
         labels_only: previous-token pattern: only in rows that hold a label.
-        site: a site to hold at ``value`` instead of a pattern.
+        site: a site to hold at ``value``.
+        neurons: ``"layer:neuron"``, neurons to hold at ``value``.
         value: the number.
-        neurons: neurons of that site; all when None.
+        at: neurons ``pre`` (``mlp.hook_pre``) or ``post`` (``mlp.hook_post``) their nonlinearity; post when None.
         positions: positions (rows of a pattern) it acts at; all when None.
         members: members it acts in; all when None.
         schedule: when, and how strongly.
@@ -114,41 +134,51 @@ class Clamp(Callback):
         temperature: float | None = None,
         labels_only: bool = False,
         site: str | None = None,
+        neurons: list[str] | None = None,
         value: float | None = None,
-        neurons: list[int] | None = None,
+        at: Literal["pre", "post"] | None = None,
         positions: list[int] | None = None,
         members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        if (pattern is None) == (site is None):
-            raise ConfigError("Clamp", {"pattern": pattern, "site": site}, "a pattern or a site, and not both")
+        held = {"pattern": pattern, "site": site, "neurons": neurons}
+        if sum(what is not None for what in held.values()) != 1:
+            raise ConfigError("Clamp", held, "one of pattern, site and neurons, and no more")
         if pattern is not None and not heads:
             raise ConfigError("Clamp.heads", heads, "the heads whose attention is clamped, as layer:head")
-        given = {"strength": strength, "temperature": temperature, "labels_only": labels_only or None, "value": value}
-        _refuse_idle(pattern, given)
-        self.heads, self.site, self.neurons = heads, site, _chosen(neurons)
+        given: dict[str, object] = {"heads": heads, "strength": strength, "temperature": temperature}
+        given |= {"labels_only": labels_only or None, "value": value, "at": at}
+        _refuse_idle(pattern or ("site" if neurons is None else "neurons"), given)
+        self.heads, self.site, self.neurons = heads, site, neurons
+        self.neuron_site = _neuron_site("Clamp.at", at)
         self.positions, self.members = _chosen(positions), _chosen(members)
         self.schedule, self.order = schedule, order
-        self.value = (
-            _constant(site, value) if pattern is None else _pattern(pattern, strength, temperature, labels_only)
-        )
+        if pattern is None:
+            self.value = _constant(site or "neurons", value)
+        else:
+            self.value = _pattern(pattern, strength, temperature, labels_only)
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""
+        if self.neurons is not None:
+            pairs = _neurons("Clamp.neurons", self.neurons, sites)
+            return [self._at(f"blocks.{layer}.{self.neuron_site}", neurons=tuple(n)) for layer, n in pairs.items()]
+        if self.site is not None and self.heads is None:
+            return [self._at(sites.find(self.site, "Clamp.site").name)]
+        return self._at_heads(sites)
+
+    def _at_heads(self, sites: SiteTable) -> list[Intervention]:
+        pairs = parse_pairs("Clamp.heads", self.heads or [], sites.layers, sites.size("H"), "head")
         if self.site is None:
-            pairs = parse_pairs("Clamp.heads", self.heads or [], sites.layers, sites.size("H"), "head")
-            return [self._at(f"blocks.{layer}.attn.hook_pattern", tuple(heads)) for layer, heads in pairs.items()]
+            return [self._at(f"blocks.{layer}.attn.hook_pattern", heads=tuple(h)) for layer, h in pairs.items()]
         site = sites.find(self.site, "Clamp.site")
-        if self.heads is None:
-            return [self._at(site.name, None)]
-        pairs = parse_pairs("Clamp.heads", self.heads, sites.layers, sites.size("H"), "head")
         if list(pairs) != [site.layer]:
             raise ConfigError("Clamp.heads", self.heads, f"heads of the layer of {site.name}")
-        return [self._at(site.name, tuple(heads)) for heads in pairs.values()]
+        return [self._at(site.name, heads=tuple(h)) for h in pairs.values()]
 
-    def _at(self, site: str, heads: tuple[int, ...] | None) -> Intervention:
-        selection = Selection(heads=heads, neurons=self.neurons, positions=self.positions, members=self.members)
+    def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
+        selection = Selection(positions=self.positions, members=self.members, **selected)
         return Intervention("Clamp", site, selection, self.value, self.schedule, self.order)
 
 
@@ -202,25 +232,38 @@ class Disallow(Callback):
 
 
 HAS = {
-    "previous_token": ("strength", "labels_only"),
-    "induction": ("strength",),
-    "match": ("temperature",),
-    None: ("value",),
+    "previous_token": ("heads", "strength", "labels_only"),
+    "induction": ("heads", "strength"),
+    "match": ("heads", "temperature"),
+    "site": ("heads", "value"),
+    "neurons": ("value", "at"),
 }
 
 
-def _refuse_idle(pattern: str | None, given: dict[str, float | bool | None]) -> None:
-    if pattern not in HAS:
-        raise ConfigError("Clamp.pattern", pattern, "'previous_token', 'induction' or 'match'")
+def _refuse_idle(kind: str, given: Mapping[str, object]) -> None:
+    if kind not in HAS:
+        raise ConfigError("Clamp.pattern", kind, "'previous_token', 'induction' or 'match'")
     for name, value in given.items():
-        if value is not None and name not in HAS[pattern]:
-            what = f"pattern {pattern}" if pattern else "a clamp of a site"
-            raise ConfigError(f"Clamp.{name}", value, f"nothing: {what} has {' and '.join(HAS[pattern])} only")
+        if value is not None and name not in HAS[kind]:
+            what = f"a clamp of {'a ' if kind == 'site' else ''}{kind}" if "value" in HAS[kind] else f"pattern {kind}"
+            raise ConfigError(f"Clamp.{name}", value, f"nothing: {what} has {' and '.join(HAS[kind])} only")
 
 
-def _constant(site: str | None, value: float | None) -> Value:
+def _neuron_site(field: str, at: str | None) -> str:
+    if at not in (None, "pre", "post"):
+        raise ConfigError(field, at, "'pre' or 'post'")
+    return f"mlp.hook_{at or 'post'}"
+
+
+def _neurons(field: str, items: list[str], sites: SiteTable) -> dict[int, list[int]]:
+    if not sites.size("N"):
+        raise ConfigError(field, items, "nothing: this model has no MLP")
+    return parse_pairs(field, items, sites.layers, sites.size("N"), "neuron")
+
+
+def _constant(what: str, value: float | None) -> Value:
     if value is None or not abs(value) <= LARGEST:
-        raise ConfigError("Clamp.value", value, f"the number to hold {site} at, finite in single precision")
+        raise ConfigError("Clamp.value", value, f"the number to hold {what} at, finite in single precision")
     return Constant(float(value))
 
 

@@ -5,7 +5,7 @@ Legend: M members, B batch, L positions (query side), K positions (key side), H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.passes import Overwrite, Source, Value
+from opsin.noise import another_example, normals
+from opsin.passes import Clock, Overwrite, Source, Value
 from opsin.task import Batch, Truth
 
 # low enough to vanish in the softmax, far above the causal mask so that a row of nothing else stays finite
@@ -46,6 +47,46 @@ class BatchMean(Value):
 
     def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
         return Overwrite(x.detach().mean(1, keepdim=True).expand_as(x))
+
+
+@dataclass(frozen=True)
+class Resample(Value):
+    """The activation of another example of the same batch; gradient stops.
+
+    Which one is drawn at every step and for every member, and is the same at all sites of the step (resampling
+    ablation, Chan et al. 2022, "Causal scrubbing"). In a batch of one it is the activation itself.
+    """
+
+    @property
+    def needs(self) -> tuple[Clock]:
+        return (Clock(),)
+
+    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+        member = torch.arange(x.shape[0], device=x.device)[:, None]
+        return Overwrite(x.detach()[member, another_example(taken[0], x.shape[1])])
+
+
+@dataclass(frozen=True)
+class Noise(Value):
+    """Normal noise with the activation's own mean and standard deviation over the batch; gradient stops.
+
+    Mean and standard deviation (of the batch itself, divided by B) are per member and entry. What was there is
+    replaced, not added to as Meng et al. (2022, "Locating and editing factual associations", section 2.1) do to
+    embeddings. In a batch of one it is the activation itself.
+
+    Args:
+        salt: of the site (``opsin.noise.salt_of``); others get unrelated noise.
+    """
+
+    salt: int = field(repr=False)
+
+    @property
+    def needs(self) -> tuple[Clock]:
+        return (Clock(),)
+
+    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+        spread, mean = torch.std_mean(x.detach(), 1, correction=0, keepdim=True)
+        return Overwrite(mean + spread * normals(taken[0], x, self.salt))
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ def test_values_can_be_silenced_at_some_positions():
     expect(copied(Ablate(heads=["0:1"], positions=[1])), [0, 0, 0.2, 2.2], [2.2, 0.2, 0, 0])
 
 
+def test_resampling_a_head_of_two_sequences_swaps_what_it_read():
+    expect(copied(Ablate(heads=["0:1"], value="resample")), [2, 2, 0.2, 0.2], [0.2, 0.2, 2, 2])
+
+
 def test_silencing_the_embedding_leaves_the_bias():
     expect(copied(Ablate(sites=["hook_embed"])), [0] * 4, [0] * 4)
 
@@ -114,7 +118,7 @@ def test_silent_neurons_are_neurons_without_output_weights(tiny_task, norm):
             (..., [1, 3], slice(None)),
             2,
         ),
-        (Clamp(site="blocks.1.mlp.hook_pre", value=-1, neurons=[2]), "blocks.1.mlp.hook_pre", (..., 2), -1.0),
+        (Clamp(neurons=["1:2"], value=-1, at="pre"), "blocks.1.mlp.hook_pre", (..., 2), -1.0),
         (
             Clamp(site="blocks.1.attn.hook_attn_scores", value=3, heads=["1:0"]),
             "blocks.1.attn.hook_attn_scores",
@@ -200,10 +204,8 @@ def test_an_argument_without_effect_is_refused(settings, field):
         (Clamp(heads=["0:0"], site="hook_embed", value=1.0), "Clamp.heads"),
         (Clamp(heads=["0:0"], site="blocks.0.hook_attn_out", value=1.0), "Clamp.heads"),
         (Clamp(site="blocks.0.mlp.hook_post", value=1.0), "Clamp.site"),
-        (Clamp(site="hook_embed", value=1.0, neurons=[0]), "Clamp.neurons"),
         (Clamp(site="hook_embed", value=1.0, positions=[7]), "Clamp.positions"),
         (Clamp(heads=["0:0"], pattern="match", members=[2]), "Clamp.members"),
-        (Clamp(heads=["0:0"], pattern="match", neurons=[0]), "Clamp.neurons"),
         (Ablate(heads=["2:0"]), "Ablate.heads"),
         (Ablate(neurons=["0:0"]), "Ablate.neurons"),
         (Ablate(sites=["hook_embedding"]), "Ablate.sites"),

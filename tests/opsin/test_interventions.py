@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from opsin.callbacks.optogenetics import Ablate, Clamp
+from opsin.callbacks.optogenetics import Clamp
 from opsin.errors import ConfigError
 from opsin.interventions import (
     BatchMean,
@@ -20,8 +20,7 @@ from opsin.interventions import (
     match_pattern,
     overwrite,
 )
-from opsin.model import Transformer
-from tests.toys import SMALL, ToyTokens, batch_of, few_shot, hand_batch, losses, plan_of, run, tap_of, weights
+from tests.toys import SMALL, ToyTokens, batch_of, few_shot, hand_batch, losses, run, tap_of, weights
 
 ACTIVATIONS = arrays.arrays(
     np.float32,
@@ -151,12 +150,6 @@ def test_the_mean_is_over_the_batch_and_not_over_members():
     written = BatchMean()(x, THREE)
     assert isinstance(written, Overwrite) and written.where is None
     assert written.value.tolist() == [[[2, 3]] * 3, [[8, 9]] * 3]
-
-
-def test_a_mean_over_the_batch_of_what_has_no_batch_is_refused(tiny_task):
-    model = Transformer(layers=1, width=8, heads=2, positions="learned")
-    with pytest.raises(ConfigError, match=r"Ablate.value: got 'mean', expected zero: hook_pos_embed is the same"):
-        plan_of(model, tiny_task, Ablate(sites=["hook_pos_embed"], value="mean"))
 
 
 @pytest.mark.parametrize("pattern", ["previous_token", "induction", "match"])
