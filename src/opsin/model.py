@@ -209,7 +209,7 @@ def forward(
     for layer in range(model.layers):
         resid = _block(_Scope(parameters, table, tap, f"blocks.{layer}."), resid, model)
     final = _norm(_Scope(parameters, table, tap, ""), "ln_final", resid, model)
-    logits = _linear(final, parameters["unembed.W_U"], parameters["unembed.b_U"])
+    logits = linear(final, parameters["unembed.W_U"], parameters["unembed.b_U"])
     return tap("hook_logits", logits)
 
 
@@ -229,9 +229,10 @@ class _Scope:
         return self.tap_all(self.prefix + name, activation)
 
 
-def _linear(
+def linear(
     x: Float[Tensor, "M B L I"], weight: Float[Tensor, "M I O"], bias: Float[Tensor, "M O"] | None = None
 ) -> Float[Tensor, "M B L O"]:
+    """Every member's activation through its own weight."""
     members, batch, length, _ = x.shape
     flat = x.reshape(members, batch * length, -1)
     out = torch.bmm(flat, weight) if bias is None else torch.baddbmm(bias[:, None], flat, weight)
@@ -244,7 +245,7 @@ def _embed(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B L D"]:
     tokens = table[member, batch.tokens]  # M B Nt D
     if batch.features is None:
         return tokens
-    features = _linear(batch.features.to(table.dtype), parameters["embed.W_F"], parameters["embed.b_F"])
+    features = linear(batch.features.to(table.dtype), parameters["embed.W_F"], parameters["embed.b_F"])
     return torch.cat([features, tokens], dim=2)[:, :, _interleave(batch.layout)]
 
 
@@ -275,15 +276,25 @@ def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer) -
 
 def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
     if model.norm:
-        centred = x - x.mean(-1, keepdim=True)
-        scale = scope.tap(f"{name}.hook_scale", (centred.square().mean(-1, keepdim=True) + NORM_EPS).sqrt())
-        x = centred / scale * scope[f"{name}.w"][:, None, None] + scope[f"{name}.b"][:, None, None]
+        x = layer_norm(x, scope[f"{name}.w"], scope[f"{name}.b"], lambda scale: scope.tap(f"{name}.hook_scale", scale))
     return scope.tap(f"{name}.hook_normalized", x)
+
+
+def layer_norm(
+    x: Float[Tensor, "M B L D"],
+    weight: Float[Tensor, "M D"],
+    bias: Float[Tensor, "M D"],
+    tap: Callable[[Tensor], Tensor] = lambda scale: scale,
+) -> Float[Tensor, "M B L D"]:
+    """Each position by its own mean and standard deviation, which passes the tap (Ba et al. 2016)."""
+    centred = x - x.mean(-1, keepdim=True)
+    scale = tap((centred.square().mean(-1, keepdim=True) + NORM_EPS).sqrt())
+    return centred / scale * weight[:, None, None] + bias[:, None, None]
 
 
 def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
     members, batch, length, width = x.shape
-    qkv = _linear(x, scope["attn.W_QKV"]).view(members, batch, length, 3, model.heads, model.head_width)
+    qkv = linear(x, scope["attn.W_QKV"]).view(members, batch, length, 3, model.heads, model.head_width)
     q, k, v = (scope.tap(f"attn.hook_{name}", part) for name, part in zip("qkv", qkv.unbind(3), strict=True))
     if model.positions == "rope":
         q, k = _rotate(q, scope.table), _rotate(k, scope.table)
@@ -295,7 +306,7 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
     scores = scope.tap("attn.hook_attn_scores", scores)
     pattern = scope.tap("attn.hook_pattern", scores.softmax(-1))
     z = scope.tap("attn.hook_z", _read(pattern, v))  # M B L H E
-    return scope.tap("hook_attn_out", _linear(z.reshape(members, batch, length, width), scope["attn.W_O"]))
+    return scope.tap("hook_attn_out", linear(z.reshape(members, batch, length, width), scope["attn.W_O"]))
 
 
 def _rotate(x: Float[Tensor, "M B L H E"], table: Float[Tensor, "2 L half"]) -> Float[Tensor, "M B L H E"]:
@@ -319,6 +330,6 @@ def _read(pattern: Float[Tensor, "M B H L K"], v: Float[Tensor, "M B K H E"]) ->
 
 
 def _mlp(scope: _Scope, x: Float[Tensor, "M B L D"]) -> Float[Tensor, "M B L D"]:
-    pre = scope.tap("mlp.hook_pre", _linear(x, scope["mlp.W_in"], scope["mlp.b_in"]))
+    pre = scope.tap("mlp.hook_pre", linear(x, scope["mlp.W_in"], scope["mlp.b_in"]))
     post = scope.tap("mlp.hook_post", nn.functional.gelu(pre, approximate="tanh"))
-    return scope.tap("hook_mlp_out", _linear(post, scope["mlp.W_out"], scope["mlp.b_out"]))
+    return scope.tap("hook_mlp_out", linear(post, scope["mlp.W_out"], scope["mlp.b_out"]))
