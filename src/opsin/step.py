@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from opsin.model import Tap, Transformer, forward
 from opsin.plan import Plan
 from opsin.scene import Constants, Scene, run_passes
 from opsin.task import Batch, Task
+from opsin.weights import Changing, moving
 
 ABSENT_LOGIT = -1e20
 
@@ -60,14 +61,16 @@ class Moment:
     """What the interventions of one step are told; tensors, so that no schedule changes the graph.
 
     Args:
-        gates: strength of every intervention.
+        gates: strength of every intervention, then of every change of weights.
         clock: seed of every member and the number of the step.
-        fired: steps so far in which each intervention changed an activation; counted up in place.
+        fired: steps so far in which each of them changed an activation, or a weight; counted up in place.
+        missed: updates that have passed by the entries of every parameter that is ever changed; counted up in place.
     """
 
     gates: Float[Tensor, "I M"]
     clock: Int[Tensor, "M 2"]
     fired: Int[Tensor, "I M"]
+    missed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,17 @@ class Step:
         draw: Mapping[str, Tensor],
         moment: Moment,
     ) -> Float[Tensor, "3 M"]:
-        """Gather, forward, loss, gradient and Adam, in place.
+        """Gather, draw weights anew, forward, loss, gradient and Adam where nothing is frozen, in place.
 
         Returns:
-            Loss (nats, before the update), accuracy and gradient norm of every member.
+            Loss (nats, before the update), accuracy and gradient norm (of what may move) of every member.
         """
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
         scene = Scene(self.model, parameters, constants, batch, moment.gates, moment.clock)
+        changing = self._changing(state, constants, moment)
+        with torch.no_grad():
+            renewed = changing.renew()
         fired: dict[int, Tensor] = {}
         tap = run_passes(self.plan, scene, fired)
         logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
@@ -103,11 +109,25 @@ class Step:
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
         with torch.no_grad():
-            norm = member_norm(gradients)
-            adam_update(state, gradients, norm, hyper, self.betas, self.eps)
-            if fired:
-                moment.fired.add_(torch.stack([fired[index] for index in sorted(fired)]))
+            held = changing.held()
+            norm = member_norm(moving(dict(zip(state.names, gradients, strict=True)), held))
+            before, corrections = changing.copies(held), changing.corrections(hyper.correction, self.betas)
+            adam_update(state, gradients, norm, hyper, self.betas, self.eps, corrections)
+            counts = [*(fired[index] for index in sorted(fired)), *renewed, *changing.hold(held, before)]
+            if counts:
+                moment.fired.add_(torch.stack(counts))
             return torch.stack([loss.detach(), accuracy(logits, batch), norm])
+
+    def _changing(self, state: AdamState, constants: Constants, moment: Moment) -> Changing:
+        """The changes of weights of one step."""
+        first = len(self.plan.interventions)
+        strengths = [
+            moment.gates[row].view(-1, *[1] * (mask.dim() - 1)) * mask
+            for row, mask in enumerate(constants.masks[first:], first)
+        ]
+        tensors = zip(state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
+        by_name = dict(zip(state.names, tensors, strict=True))
+        return Changing(self.plan.changes, strengths, constants.fresh, moment.missed, moment.clock, by_name)
 
 
 def scored_logits(logits: Float[Tensor, "M B L V"], batch: Batch) -> Float[Tensor, "M B Q V"]:
@@ -142,15 +162,19 @@ def adam_update(
     hyper: Hyper,
     betas: tuple[float, float],
     eps: float,
+    corrections: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Adam with decoupled weight decay and per-member clipping, in place and elementwise over members.
 
     Kingma and Ba 2015, algorithm 1, eps outside the square root; decay as Loshchilov and Hutter 2019.
+
+    Args:
+        corrections: the two bias corrections of parameters that have their own, by name.
     """
     # a comparison, since the quotient of an overflown norm and no clipping is no number
     scale = torch.where(norm > hyper.clip, hyper.clip / norm, torch.ones_like(norm))
-    for parameter, gradient, mean, square in zip(
-        state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
+    for name, parameter, gradient, mean, square in zip(
+        state.names, state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
     ):
 
         def per_member(x: Float[Tensor, " M"], dims: int = gradient.dim()) -> Tensor:
@@ -159,7 +183,8 @@ def adam_update(
         gradient = gradient * per_member(scale)
         mean.copy_(betas[0] * mean + (1 - betas[0]) * gradient)
         square.copy_(betas[1] * square + (1 - betas[1]) * gradient * gradient)
-        move = (mean / hyper.correction[0]) / ((square / hyper.correction[1]).sqrt() + eps)
+        correction = (corrections or {}).get(name, hyper.correction)
+        move = (mean / correction[0]) / ((square / correction[1]).sqrt() + eps)
         rate = per_member(hyper.learning_rate)
         parameter.copy_(parameter * (1 - rate * per_member(hyper.weight_decay)) - rate * move)
 
