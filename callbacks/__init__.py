@@ -1,29 +1,38 @@
 """Who may touch or watch a run."""
 
 from opsin.callbacks.grafts import Graft
+from opsin.callbacks.measures import ProgressMeasures
 from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
 from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
+from opsin.callbacks.paths import PathPatch
 from opsin.callbacks.phase import PhaseChange
 from opsin.callbacks.progress import Progress
 from opsin.callbacks.run_folder import KeepRun
 from opsin.callbacks.snapshots import Snapshots
+from opsin.callbacks.subspaces import Project
 from opsin.callbacks.trackers import InductionHeads, PreviousTokenHeads
 from opsin.callbacks.wandb import WeightsAndBiases
+from opsin.callbacks.weights import Freeze, Reinitialise
 
 __all__ = [
     "Ablate",
     "Clamp",
     "CopyFromPattern",
     "Disallow",
+    "Freeze",
     "Graft",
     "HeadTemperature",
     "InductionHeads",
     "KeepRun",
+    "PathPatch",
     "PerfectPreviousInput",
     "PhaseChange",
     "Preserve",
     "PreviousTokenHeads",
     "Progress",
+    "ProgressMeasures",
+    "Project",
+    "Reinitialise",
     "Snapshots",
     "WeightsAndBiases",
 ]

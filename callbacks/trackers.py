@@ -12,6 +12,7 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength, previous_token_strength
 from opsin.module import opsin_module
+from opsin.sites import SiteTable
 from opsin.task import Truth
 from opsin.watching import Observation
 
@@ -32,6 +33,10 @@ class HeadTracker(Callback):
         if every < 1:
             raise ConfigError(f"{type(self).__name__}.every", every, "at least 1 optimizer step")
         self.every = every
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Its metric, for schedules with feedback."""
+        return {self.metric: (sites.layers, sites.size("H"))}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module = opsin_module(pl_module)

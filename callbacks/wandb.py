@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from opsin.callbacks.phase import KIND as PHASE_CHANGE
 from opsin.callbacks.run_folder import keeper_of, run_folder
 from opsin.callbacks.snapshots import log_spaced
 from opsin.callbacks.wandb_start import Ledger, Mode, default_mode, one_line, start
@@ -53,7 +54,7 @@ class WeightsAndBiases(Callback):
             (``WANDB_API_KEY`` or netrc), else offline.
         folder: where its files go; None for the run folder.
         pictures: attention patterns drawn per tenfold of optimizer steps, beside those at the start,
-            at the end and at every event; each at the end of the Lightning batch that reaches it.
+            at the end and at every phase change; each at the end of the Lightning batch that reaches it.
             0 for none at all.
     """
 
@@ -172,9 +173,9 @@ class WeightsAndBiases(Callback):
         return Image(as_image(figure), caption=title)
 
     def _tell(self, event: Event) -> None:
-        """Alert once: a resumed run lives through events again that the killed process told already."""
+        """Alert once of a phase change: a resumed run lives through events that the killed process told already."""
         name = f"{event.kind}, step {event.step}, member {event.member}"
-        if self._run is None or name in self._ledger.told:
+        if self._run is None or event.kind != PHASE_CHANGE or name in self._ledger.told:
             return
         self._draw(self._module.steps_done, [event.member])
         whose = f" (member {event.member})" if self._module.n_members > 1 else ""

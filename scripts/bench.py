@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Training steps per second, interleaved in one process, as ratios.
 
-    python scripts/bench.py [--json FILE] [--rounds N]
+    python scripts/bench.py [--interventions] [--json FILE] [--rounds N]
 
 Several loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
 features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with what
 ``VARIANTS`` names, each thing at its default cadence. They take turns, a few hundred steps each, so that
 a machine whose speed drifts slows all of them alike; ratios are medians over the rounds.
+
+With ``--interventions`` the loops are Opsin bare and Opsin with each of its manipulations, and the ratios are
+of times: how many times as long a training step takes under it. Half of them are pulsed, so that schedules switch
+all the while; ``recompilations`` counts the graphs made after every loop has had its first turn.
 """
 
 from __future__ import annotations
@@ -32,16 +36,27 @@ from opsin.callbacks import (
     Ablate,
     Clamp,
     CopyFromPattern,
+    Disallow,
+    Freeze,
+    Graft,
+    HeadTemperature,
     InductionHeads,
     KeepRun,
+    PathPatch,
+    PerfectPreviousInput,
     PhaseChange,
+    Preserve,
     PreviousTokenHeads,
     ProgressMeasures,
+    Project,
     Snapshots,
 )
+from opsin.donors import Donor, donor_from
 from opsin.errors import ConfigError
-from opsin.model import Transformer
+from opsin.feedback import Feedback
+from opsin.model import Transformer, init_parameters
 from opsin.module import OpsinModule
+from opsin.schedules import Schedule
 from opsin.tasks import FewShot
 
 REFERENCE = Transformer(layers=2, width=64, heads=8)
@@ -191,25 +206,85 @@ VARIANTS: dict[str, Callable[[Path], list[pl.Callback]]] = {
 """Opsin's loops: the callbacks of each, made anew for a folder of its own."""
 
 
-def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Steps per second of every loop in every round, after a first round that is thrown away."""
-    task = FewShot()
-    steps = (rounds + 1) * STEPS_PER_TURN["opsin"]
+PULSED = Schedule(period=20, duty=0.5)
+REST = [f"1:{head}" for head in range(8) if head != 3]
+
+MANIPULATIONS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "previous_token": lambda: [Clamp(["0:2"], "previous_token", schedule=PULSED)],
+    "induction": lambda: [Clamp(["1:3"], "induction", schedule=PULSED)],
+    "match": lambda: [Clamp(["1:3"], "match", schedule=PULSED)],
+    "disallow": lambda: [Disallow(["0:2"], "previous_token", schedule=PULSED)],
+    "silence_non_labels": lambda: [Disallow(["1:3"], "non_labels")],
+    "ablate_heads": lambda: [Ablate(REST, schedule=PULSED)],
+    "ablate_mean": lambda: [Ablate(["1:3"], value="mean")],
+    "ablate_resample": lambda: [Ablate(["1:3"], value="resample")],
+    "ablate_noise": lambda: [Ablate(["1:3"], value="noise")],
+    "ablate_embedding": lambda: [Ablate(sites=["hook_embed"], schedule=PULSED)],
+    "number": lambda: [Clamp(site="blocks.0.hook_attn_out", value=0.5, schedule=PULSED)],
+    "project": lambda: [Project("blocks.0.hook_resid_post", directions=[[1.0] * 64], schedule=PULSED)],
+    "path_patch": lambda: [PathPatch(["0:2"], ["1:3.k"], schedule=PULSED)],
+    "freeze": lambda: [Freeze(["0:2"], parts=["W_Q", "W_K"], schedule=PULSED)],
+    "feedback": lambda: [
+        Ablate(["1:3"], schedule=Schedule(feedback=Feedback("train/loss", below=1e3))),
+    ],
+    "ten": lambda: [
+        *(Clamp([f"0:{head}"], "previous_token", schedule=PULSED) for head in range(5)),
+        *(Clamp([f"1:{head}"], "induction", schedule=PULSED) for head in range(4)),
+        Ablate(["1:7"], schedule=PULSED),
+    ],
+    "preserve": lambda: [Preserve(["patterns"]), Ablate(["0:2"], schedule=PULSED)],
+    "temperature": lambda: [HeadTemperature({"1:3": 0.5}, schedule=PULSED)],
+    "copy": lambda: [CopyFromPattern("1:3", schedule=PULSED)],
+    "perfect_input": lambda: [PerfectPreviousInput(schedule=PULSED)],
+    "graft_lower": lambda: [Graft(donor(), 0, "lower", schedule=PULSED)],
+    "graft_upper": lambda: [Graft(donor(), 0, "upper", schedule=PULSED)],
+}
+"""The manipulations by themselves; from ``preserve`` on they run further passes, ``perfect_input`` two."""
+
+
+def donor() -> Donor:
+    """A model like the one that is trained, of another seed."""
+    return donor_from("bench", REFERENCE, init_parameters(REFERENCE, FewShot(), [9]))
+
+
+def loops_of(kind: str, rounds: int, folder: Path) -> tuple[dict[str, OpsinLoop], dict[str, EagerLoop]]:
+    """The loops of a bench, Opsin's and others, by name."""
+    task, steps = FewShot(), (rounds + 1) * STEPS_PER_TURN["opsin"]
+    if kind == "interventions":
+        made: dict[str, list[pl.Callback]] = {"none": [], **{name: make() for name, make in MANIPULATIONS.items()}}
+        return {name: OpsinLoop(task, callbacks, steps) for name, callbacks in made.items()}, {}
     fits = {name: OpsinLoop(task, callbacks(folder / name), steps) for name, callbacks in VARIANTS.items()}
-    loops: dict[str, Callable[[], float]] = {
-        "eager": EagerLoop(task, threads=1).turn,
-        "eager_two_threads": EagerLoop(task, threads=2).turn,
-        **{name: fit.turn for name, fit in fits.items()},
-    }
+    return fits, {"eager": EagerLoop(task, threads=1), "eager_two_threads": EagerLoop(task, threads=2)}
+
+
+def measure(kind: str, rounds: int, folder: Path) -> tuple[dict[str, list[float]], int]:
+    """Steps per second of every loop in every round, after a first round that is thrown away; and recompilations."""
+    fits, others = loops_of(kind, rounds, folder)
+    loops: dict[str, Callable[[], float]] = {name: loop.turn for name, loop in {**others, **fits}.items()}
     for loop in loops.values():
         loop()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
         for name, loop in loops.items():
             speeds[name].append(loop())
     for fit in fits.values():
         fit.thread.join()
-    return speeds
+    return speeds, torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+
+
+def summarise_interventions(speeds: dict[str, list[float]], recompilations: int) -> dict[str, float]:
+    """How many times as long a step takes under each manipulation: medians of the ratios within a round."""
+
+    def times(name: str) -> float:
+        return statistics.median(none / with_it for none, with_it in zip(speeds["none"], speeds[name], strict=True))
+
+    return {
+        "steps_per_second_none": statistics.median(speeds["none"]),
+        **{f"time_{name}_to_none": times(name) for name in speeds if name != "none"},
+        "recompilations": recompilations,
+        "rounds": len(speeds["none"]),
+    }
 
 
 def summarise(speeds: dict[str, list[float]]) -> dict[str, float]:
@@ -232,13 +307,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--interventions", action="store_true", help="compare manipulations with none")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         raise ConfigError("--rounds", arguments.rounds, "at least 1")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        figures = summarise(measure(arguments.rounds, Path(folder)))
+        kind = "interventions" if arguments.interventions else "loops"
+        speeds, recompilations = measure(kind, arguments.rounds, Path(folder))
+    figures = summarise_interventions(speeds, recompilations) if arguments.interventions else summarise(speeds)
     for name, value in figures.items():
         print(f"{name:40s} {value:10.2f}")
     if arguments.json:

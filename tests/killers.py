@@ -1,13 +1,18 @@
-"""Callbacks that end a run the hard way, for the tests of resuming."""
+"""Callbacks that end a run the hard way, and runs that are ended so, for the tests of resuming."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.module import opsin_module
@@ -55,3 +60,46 @@ class EndAt(Callback):
 def kill() -> None:
     """Ends the run without a chance to save anything but what is written already."""
     raise Killed
+
+
+def opsin(*arguments: str, folder: Path, kill: str = "") -> int:
+    """The exit code of the command line in a process of its own, which ``KillAfter`` ends where ``kill`` says."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OPSIN_TEST_KILL": kill}
+    command = [sys.executable, "-m", "opsin", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+
+
+def whole_and_killed(folder: Path, recipe: str, steps: int, kills: int) -> tuple[Path, Path]:
+    """The folders of an uninterrupted run and of one killed so many times; the recipe has a ``killers.KillAfter``."""
+    (folder / "recipe.yaml").write_text(recipe)
+    start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", str(steps // 10), "--run_folder"]
+    assert opsin(*start, "whole", folder=folder) == 0
+    # any moment will do; a fixed seed only keeps a failure repeatable
+    chance = random.Random(0)
+    moments = sorted(chance.sample(range(1, steps), kills))
+    planned = [f"{step}:{chance.choice([0, 0, 3, 20])}" for step in moments]
+    assert opsin(*start, "killed", folder=folder, kill=planned[0]) == -signal.SIGKILL
+    for kill in planned[1:]:
+        assert opsin("resume", "killed", folder=folder, kill=kill) == -signal.SIGKILL
+    assert opsin("resume", "killed", folder=folder) == 0
+    return folder / "whole", folder / "killed"
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    """The last checkpoint of a run."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_equal_weights(runs: tuple[Path, Path]) -> None:
+    """Bit for bit."""
+    whole, killed = (checkpoint(run)["state_dict"] for run in runs)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def assert_equal_optimizers(runs: tuple[Path, Path], steps: int) -> None:
+    """Bit for bit."""
+    whole, killed = (checkpoint(run)["optimizer_states"][0] for run in runs)
+    assert whole["param_groups"] == killed["param_groups"] and whole["param_groups"][0]["steps"] == steps
+    for index, state in whole["state"].items():
+        assert all(torch.equal(value, killed["state"][index][name]) for name, value in state.items())

@@ -36,7 +36,7 @@ def donor(tmp_path_factory):
 def recipe_of(attached: list[dict], folder: Path) -> Path:
     recipe = yaml.safe_load((ROOT / "recipes" / "induction.yaml").read_text())
     recipe["task"]["init_args"]["exemplars"]["init_args"]["features"] = 16
-    recipe["model"] |= {"transformer": {"layers": 2, "width": 64, "heads": 8, "mlp_ratio": 4}, "probe_size": 8}
+    recipe["model"] |= {"transformer": {"layers": 2, "width": 64, "heads": 8, "mlp_ratio": 4}, "probe_size": 256}
     recipe["trainer"] |= {"callbacks": attached, "max_steps": 2, "enable_progress_bar": False}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -49,6 +49,7 @@ def into_two_steps(callback: dict) -> None:
         schedule = holder.get("init_args", {}).get("schedule", {})
         for name in {"start", "stop", "ramp", "ramp_down"} & set(schedule):
             schedule[name] = {"start": 0, "stop": 2}.get(name, 1)
+        schedule.pop("unit", None)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.split("|")[1].strip()[:60] for row in ROWS])
@@ -73,5 +74,5 @@ def test_every_writer_has_a_row():
 def test_every_reference_option_that_the_check_knows_has_a_row():
     from tests.toys import script
 
-    options = script("check_reference").OPTIONS
+    options = script("reference_files").OPTIONS
     assert {option for option in options if not re.search(rf"`[^`]*{option}[^`]*`", TEXT)} == set()

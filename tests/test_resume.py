@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.killers import assert_equal_optimizers, assert_equal_weights, whole_and_killed
 
 KILLS = 10
 STEPS = 400
@@ -54,45 +51,18 @@ trainer:
 """
 
 
-def opsin(*arguments: str, folder: Path, kill: str = "") -> int:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OPSIN_TEST_KILL": kill}
-    command = [sys.executable, "-m", "opsin", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of an uninterrupted run and of one killed ten times."""
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "40", "--run_folder"]
-    assert opsin(*start, "whole", folder=folder) == 0
-    # any moment will do; a fixed seed only keeps a failure repeatable
-    chance = random.Random(0)
-    moments = sorted(chance.sample(range(1, STEPS), KILLS))
-    kills = [f"{step}:{chance.choice([0, 0, 3, 20])}" for step in moments]
-    assert opsin(*start, "killed", folder=folder, kill=kills[0]) == -signal.SIGKILL
-    for kill in kills[1:]:
-        assert opsin("resume", "killed", folder=folder, kill=kill) == -signal.SIGKILL
-    assert opsin("resume", "killed", folder=folder) == 0
-    return folder / "whole", folder / "killed"
-
-
-def checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return whole_and_killed(tmp_path_factory.mktemp("resume"), RECIPE, STEPS, KILLS)
 
 
 def test_ten_kills_leave_weights_bitwise_as_they_would_have_been(runs):
-    whole, killed = (checkpoint(run)["state_dict"] for run in runs)
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert_equal_weights(runs)
 
 
 def test_ten_kills_leave_the_optimizer_bitwise_as_it_would_have_been(runs):
-    whole, killed = (checkpoint(run)["optimizer_states"][0] for run in runs)
-    assert whole["param_groups"] == killed["param_groups"] and whole["param_groups"][0]["steps"] == STEPS
-    for index, state in whole["state"].items():
-        assert all(torch.equal(value, killed["state"][index][name]) for name, value in state.items())
+    assert_equal_optimizers(runs, STEPS)
 
 
 def test_ten_kills_leave_the_logged_metrics_byte_for_byte(runs):

@@ -17,6 +17,7 @@ from opsin.scene import Scene, constants_of, run_passes
 from opsin.step import Moment, Step, cross_entropy, scored_logits
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.weights import fresh_values, missed_updates, weight_table
 
 SMALL = Transformer(layers=2, width=8, heads=2)
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -95,7 +96,8 @@ def run(model, parameters, batch, tap=None):
 
 def plan_of(model, task, *writers, members=2, steps=10):
     """The plan of these writers."""
-    return build_plan(writers, model.sites(task), members, steps, task.batch_size)
+    table = weight_table(init_parameters(model, task, [0]), model.heads)
+    return build_plan(writers, model.sites(task), members, steps, task.batch_size, table)
 
 
 def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
@@ -130,17 +132,20 @@ class Training:
         self.step = self.call = Step(model, task, plan, BETAS, EPS)
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
         table = position_table(model, task.layout.positions, dtype)
-        self.constants = constants_of(plan, bank, table, len(seeds), dtype)
+        fresh = fresh_values(plan.changes, model, task, self.seeds)
+        self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
         self.fired = torch.zeros(len(plan.masks), len(seeds), dtype=torch.int64)
+        missed = missed_updates(plan.changes, plan.masks[len(plan.interventions) :], len(seeds))
+        self.missed = {name: zeros.to(dtype) for name, zeros in missed.items()}
 
     def update(self, k, **hyper):
         """Step k; hyper-parameters may be overridden."""
         draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
         state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
         clock = torch.tensor([[seed, k] for seed in self.seeds])
-        moment = Moment(self.gates[k], clock, self.fired)
+        moment = Moment(self.gates[k], clock, self.fired, self.missed)
         return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, moment))
 
     @property
@@ -151,6 +156,9 @@ class Training:
 def script(name):
     """The module of a file in scripts/."""
     path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    # where a script that is run finds its neighbours
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up

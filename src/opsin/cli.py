@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from opsin.callbacks import KeepRun, Progress
 from opsin.errors import ConfigError, DivergedError, IdleError, log
 from opsin.module import OpsinModule, callbacks_of
-from opsin.plan import Writer, build_plan
 from opsin.report import final_report, sites_report
 from opsin.task import Task
 
@@ -181,9 +180,7 @@ def sites(args: Sequence[str]) -> None:
     """Print every site of the recipe's model and what the recipe does to them."""
     cli = OpsinCLI(args)
     module = cli.model
-    writers = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, Writer)]
-    steps = max(cli.trainer.max_steps, 1)
-    plan = build_plan(writers, module.sites, module.n_members, steps, module.task.batch_size)
+    plan = module.plan_for(callbacks_of(cli.trainer), max(cli.trainer.max_steps, 1))
     print(sites_report(module.sites, module.n_members, module.task.batch_size, plan))
 
 

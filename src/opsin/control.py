@@ -5,7 +5,7 @@ Legend: M members, I interventions, S optimizer steps of one Lightning batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.errors import IdleError, log
-from opsin.passes import Supply
+from opsin.passes import Intervention, Supply
 from opsin.plan import Plan
 from opsin.runs import History
 from opsin.scene import Constants
 from opsin.step import Moment
+from opsin.watching import Event
+from opsin.weights import missed_updates
+
+KIND = "feedback"
 
 PATIENCE = 100
 """Active steps after which a writer that has changed nothing counts as idle."""
@@ -31,45 +35,90 @@ class Control:
         plan: of the run.
         constants: of the run; its supplied tensors are changed in place.
         seeds: one per member.
-        history: which schedules with feedback read.
+        history: which schedules with feedback read, and in which they record what they do.
         idle: what happens to a run with a writer that was active and changed nothing.
+        announce: is told whenever a schedule with feedback switches on or off.
     """
 
     def __init__(
-        self, plan: Plan, constants: Constants, seeds: Sequence[int], history: History, idle: Literal["stop", "warn"]
+        self,
+        plan: Plan,
+        constants: Constants,
+        seeds: Sequence[int],
+        history: History,
+        idle: Literal["stop", "warn"],
+        announce: Callable[[Event], None],
     ) -> None:
         self.plan, self.constants, self.history, self.idle = plan, constants, history, idle
+        self.announce = announce
+        self._followed = {schedule.feedback.metric for schedule in plan.schedules if schedule.feedback is not None}
         self.seeds = torch.tensor(seeds, device=constants.table.device)
-        shape = (len(plan.interventions), len(seeds))
+        shape = (len(plan.masks), len(seeds))
         self.fired = torch.zeros(shape, dtype=torch.int64, device=constants.table.device)
         self.active = np.zeros(shape, dtype=np.int64)
+        missed = missed_updates(plan.changes, plan.masks[len(plan.interventions) :], len(seeds))
+        self.missed = {name: zeros.to(constants.table) for name, zeros in missed.items()}
         self._covers = covered_members(plan, len(seeds))
         self._warned: set[str] = set()
 
-    def moment(self, step: int) -> Moment:
-        """What the plan is told at one step, from what the history holds now."""
-        return Moment(self._gates(step, 1)[0], self._clock(step, 1)[0], self.fired)
+    def moment(self, step: int, without: Collection[Intervention] = ()) -> Moment:
+        """What the plan is told at one step, from what the history holds now.
+
+        Args:
+            without: interventions of the run's own pass that are switched off.
+        """
+        gates = self._as_gates(self._strengths(step, 1))[0]
+        gates[[index for index, item in enumerate(self.plan.interventions) if item in without]] = 0
+        return Moment(gates, self._clock(step, 1)[0], self.fired, self.missed)
 
     def moments(self, first: int, count: int) -> Iterator[Moment]:
         """What the plan is told at each of some steps; each is made when it is asked for, and counted as active."""
         clock = self._clock(first, count)
-        for index in range(count):
-            # only feedback can make the strength of a step depend on the one before it
-            if index == 0 or self.plan.feedback:
-                gates = self._gates(first + index, 1 if self.plan.feedback else count)
-                self.active += (gates > 0).sum(0).cpu().numpy() * self._covers
-            yield Moment(gates[0 if self.plan.feedback else index], clock[index], self.fired)
+        for step in range(first, first + count):
+            # strengths follow from what is measured, some of it between these steps
+            if step == first or self._newly_measured(step):
+                begin, strengths = step, self._strengths(step, first + count - step)
+                gates = self._as_gates(strengths)
+                self._tell_changes(step)
+            self.active += (strengths[step - begin] > 0) * self._covers
+            yield Moment(gates[step - begin], clock[step - first], self.fired, self.missed)
 
-    def _gates(self, first: int, count: int) -> Float[Tensor, "S I M"]:
-        gates = self.plan.gates(first, count, len(self.seeds), self.history)
-        return torch.from_numpy(gates).to(self.constants.table)
+    def _strengths(self, first: int, count: int) -> Float[np.ndarray, "S I M"]:
+        return self.plan.gates(first, count, len(self.seeds), self.history)
+
+    def _as_gates(self, strengths: Float[np.ndarray, "S I M"]) -> Float[Tensor, "S I M"]:
+        return torch.from_numpy(strengths).to(self.constants.table)
+
+    def _newly_measured(self, step: int) -> bool:
+        """Whether a feedback has a record of just this many steps."""
+        return any(name in self.history and self.history[name].steps[-1] == step for name in self._followed)
+
+    def _tell_changes(self, step: int) -> None:
+        """Record and announce every feedback whose strength is another than at the step before."""
+        for name, row in self.plan.loops.items():
+            feedback, covers = self.plan.schedules[row].feedback, self._covers[row]
+            assert feedback is not None
+            now, before = (feedback.reading(at, len(self.seeds), self.history) for at in (step, step - 1))
+            was = before.strength if step else np.zeros(len(self.seeds))
+            metric = f"feedback/{name}/strength"
+            # a checkpoint saved while this step ran has its records already
+            told = metric in self.history and self.history[metric].steps[-1] == step
+            if told or (now.strength == was)[covers].all():
+                continue
+            self.history.record(metric, step, now.strength * covers)
+            self.history.record(f"feedback/{name}/value", step, now.value)
+            self.history.record(f"feedback/{name}/measured_at", step, now.measured_at)
+            for member in np.flatnonzero(((now.strength > 0) != (was > 0)) & covers).tolist():
+                who = f" in member {member}" if len(self.seeds) > 1 else ""
+                message = f"{name}{who}: {now.tells(feedback.metric, member)}"
+                self.announce(Event(KIND, step, member, message))
 
     def _clock(self, first: int, count: int) -> Int[Tensor, "S M 2"]:
         steps = torch.arange(first, first + count, device=self.seeds.device)[:, None]
         return torch.stack(torch.broadcast_tensors(self.seeds, steps), -1)
 
     def check_idle(self, finished: bool) -> None:
-        """Stop the run, or warn, where a writer was active and never changed an activation.
+        """Stop the run, or warn, where a writer was active and never changed an activation, or a weight.
 
         Args:
             finished: whether this was the last step, after which nothing is given more time.
@@ -86,9 +135,10 @@ class Control:
                 self._tell(name, rows, int(idle.argmax()), int(active[idle.argmax()]))
 
     def _tell(self, name: str, rows: list[int], member: int, active: int) -> None:
-        sites = ", ".join(dict.fromkeys(self.plan.interventions[row].site for row in rows))
+        sites = ", ".join(dict.fromkeys(self.plan.places[row] for row in rows))
         of = f" of member {member}" if len(self.seeds) > 1 else ""
-        text = f"{name}: was active for {active:,} steps and changed no activation{of} (of {sites})"
+        what = "activation" if rows[0] < len(self.plan.interventions) else "weight"
+        text = f"{name}: was active for {active:,} steps and changed no {what}{of} (of {sites})"
         if self.idle == "stop":
             raise IdleError(f"{text}; model.idle: warn lets such a run go on")
         log.warning(f"opsin: {text}")
@@ -99,18 +149,20 @@ class Control:
         self.constants.supplied[self.plan.supplies.index(supply)].copy_(tensor)
 
     def counts(self) -> list[dict[str, Any]]:
-        """Per intervention and member: steps in which it was active, and in which it changed an activation."""
+        """Per row and member: steps in which it was active, and in which it changed an activation (or a weight)."""
         return [
-            {"writer": name, "site": item.site, "active_steps": active.tolist(), "changed_steps": fired.tolist()}
-            for name, item, active, fired in zip(
-                self.plan.names, self.plan.interventions, self.active, self.fired.cpu(), strict=True
+            {"writer": name, "site": place, "active_steps": active.tolist(), "changed_steps": fired.tolist()}
+            for name, place, active, fired in zip(
+                self.plan.names, self.plan.places, self.active, self.fired.cpu(), strict=True
             )
         ]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, for a checkpoint."""
         supplied = [tensor.cpu().clone() for tensor in self.constants.supplied]
-        return {"fired": self.fired.cpu().clone(), "active": torch.from_numpy(self.active), "supplied": supplied}
+        missed = {name: tensor.cpu().clone() for name, tensor in self.missed.items()}
+        active = torch.from_numpy(self.active)
+        return {"fired": self.fired.cpu().clone(), "active": active, "supplied": supplied, "missed": missed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore."""
@@ -118,6 +170,8 @@ class Control:
         self.active = state["active"].numpy().copy()
         for tensor, saved in zip(self.constants.supplied, state["supplied"], strict=True):
             tensor.copy_(saved)
+        for name, tensor in self.missed.items():
+            tensor.copy_(state["missed"][name])
 
 
 def covered_members(plan: Plan, members: int) -> Bool[np.ndarray, "I M"]:

@@ -33,12 +33,14 @@ class Donor:
         digest: of its weights; donors are compared and hashed by it.
         model: its shape.
         parameters: its weights, ``[1, ...]`` under the names of ``init_parameters``.
+        setting: that asked for it, for messages.
     """
 
     name: str = field(compare=False, repr=False)
     digest: str
     model: Transformer
     parameters: Mapping[str, Tensor] = field(compare=False, repr=False)
+    setting: str = field(default="donor", compare=False, repr=False)
 
     def sites(self, positions: int) -> SiteTable:
         """Its activations on sequences of this length."""
@@ -62,41 +64,44 @@ class Donor:
         """Refuse a donor of another task.
 
         Raises:
-            ConfigError: it reads or predicts something else than this task.
+            ConfigError: it reads or predicts something else than this task, or has too few positions.
         """
         features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
         tokens, outputs = self.parameters["embed.W_E"].shape[1], self.parameters["unembed.W_U"].shape[-1]
         theirs = {"features": features, "tokens": tokens, "outputs": outputs}
         ours = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
         if theirs != ours:
-            raise ConfigError("donor", f"{self.name} with {_listed(theirs)}", f"a model of this task: {_listed(ours)}")
-        self.model.sites(task)
+            expected = f"a model of this task: {_listed(ours)}"
+            raise ConfigError(self.setting, f"{self.name} with {_listed(theirs)}", expected)
+        if self.model.positions == "learned" and self.model.max_positions < task.layout.positions:
+            expected = f"at least the task's {task.layout.positions}"
+            raise ConfigError(self.setting, f"{self.name} with {self.model.max_positions} learned positions", expected)
 
 
 def _listed(sizes: Mapping[str, int | None]) -> str:
     return ", ".join(f"{'no' if size is None else size} {name}" for name, size in sizes.items())
 
 
-def donor_from(name: str, model: Transformer, parameters: Mapping[str, Tensor]) -> Donor:
+def donor_from(name: str, model: Transformer, parameters: Mapping[str, Tensor], setting: str = "donor") -> Donor:
     """A donor with these weights (``[1, ...]``)."""
     digest = hashlib.sha256()
     for key in sorted(parameters):
         digest.update(key.encode())
         digest.update(parameters[key].detach().cpu().contiguous().numpy().tobytes())
-    return Donor(name, digest.hexdigest()[:16], model, {k: v.detach() for k, v in parameters.items()})
+    return Donor(name, digest.hexdigest()[:16], model, {k: v.detach() for k, v in parameters.items()}, setting)
 
 
-def read_donor(field_name: str, path: str | Path, member: int = 0) -> Donor:
+def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     """One member of a run, from its checkpoint, one of its snapshots, or its folder (then the last checkpoint).
 
     Args:
-        field_name: the setting that names the file, for messages.
+        writer: whose settings ``donor`` and ``member`` name it, for messages.
 
     Raises:
         ConfigError: no such file, none that a run has written, or no such member in it.
     """
     path = Path(path)
-    saved = _read(field_name, path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    saved = _read(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
     if "parameters" in saved:
         shape, parameters = saved["transformer"], saved["parameters"]
     else:
@@ -104,9 +109,9 @@ def read_donor(field_name: str, path: str | Path, member: int = 0) -> Donor:
         parameters = {name.removeprefix("members."): x for name, x in state.items() if name.startswith("members.")}
     count = next(iter(parameters.values())).shape[0]
     if not 0 <= member < count:
-        raise ConfigError(f"{field_name}.member", member, f"a member from 0 to {count - 1} of {path}")
+        raise ConfigError(f"{writer}.member", member, f"a member from 0 to {count - 1} of {path}")
     own = {name: x[member : member + 1].clone() for name, x in parameters.items()}
-    return donor_from(str(path), Transformer(**shape), own)
+    return donor_from(str(path), Transformer(**shape), own, f"{writer}.donor")
 
 
 def _read(field_name: str, path: Path) -> dict[str, Any]:

@@ -28,3 +28,7 @@ class DivergedError(RuntimeError):
 
 class IdleError(RuntimeError):
     """A writer was active and never changed an activation; raised after the run has been written."""
+
+
+class PopulationError(RuntimeError):
+    """A process that trained some members of a population failed; the other members were trained to their end."""

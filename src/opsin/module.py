@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,33 +21,27 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.control import Control
-from opsin.errors import ConfigError, DivergedError, log
+from opsin.errors import ConfigError, DivergedError
 from opsin.model import Members, Transformer, init_parameters, position_table
 from opsin.optim import MemberAdam
-from opsin.plan import Writer, build_plan
+from opsin.passes import Intervention
+from opsin.plan import Plan, Writer, build_plan
 from opsin.runs import History
 from opsin.scene import Scene, constants_of, run_passes
 from opsin.step import (
     Moment,
     Step,
-    accuracy,
-    compile_step,
-    cross_entropy,
+    choose_step,
+    evaluate,
     has_compiler,
-    keep_compiled,
     observe,
-    restrict,
     scored_logits,
-    timed_first,
 )
 from opsin.task import Batch, Task
-from opsin.watching import Event, Listener, Observation
-
-COMPILE_FROM_STEPS = 5_000
-"""Runs of at least this many optimizer steps repay the compiler's half minute."""
+from opsin.watching import STEP_METRICS, Event, Listener, Observation, recorded_metrics
+from opsin.weights import WeightWriter, fresh_values, weight_table
 
 PROBE_SEED = 0
-STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
 
 
 class OpsinModule(pl.LightningModule):
@@ -181,11 +174,19 @@ class OpsinModule(pl.LightningModule):
         self._refuse_uneven_checkpoints()
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_control = [], [], None
-        writers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Writer)]
-        self.plan = build_plan(writers, self.sites, self.n_members, trainer.max_steps, self.task.batch_size)
+        self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
+        if self.plan.feedback:
+            validates = bool(trainer.limit_val_batches)
+            self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
         for donor in self.plan.donors:
             donor.check(self.task)
         self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
+
+    def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
+        """What those among the callbacks that are writers do in a run of so many steps."""
+        writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
+        weights = weight_table(self.parameters_by_name(), self.transformer.heads)
+        return build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
 
     def _refuse_uneven_checkpoints(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:
@@ -213,24 +214,13 @@ class OpsinModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         dtype = next(self.members.parameters()).dtype
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
-        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype)
-        self.control = Control(self.plan, self.constants, self.seeds, self.history, self.idle)
+        fresh = fresh_values(self.plan.changes, self.transformer, self.task, self.seeds)
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, fresh)
+        self.control = Control(self.plan, self.constants, self.seeds, self.history, self.idle, self.announce)
         if self._saved_control is not None:
             self.control.load_state_dict(self._saved_control)
         self.probe = self._evaluation_batch("train", self.probe_size)
-        self._run_step = self._choose_step()
-
-    def _choose_step(self) -> Callable[..., Tensor]:
-        steps = self.trainer.max_steps
-        wanted = steps >= COMPILE_FROM_STEPS if self.compile_setting == "auto" else self.compile_setting
-        if not (wanted and has_compiler()):
-            reason = "no C++ compiler on the path" if wanted else f"{steps:,} steps do not repay compiling"
-            log.info(f"opsin: the step runs eagerly ({reason if self.compile_setting == 'auto' else 'as set'})")
-            return self.step
-        reason = f"{steps:,} steps repay it" if self.compile_setting == "auto" else "as set"
-        log.info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
-        keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
-        return timed_first(compile_step(self.step))
+        self._run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -313,9 +303,11 @@ class OpsinModule(pl.LightningModule):
         for listener in due:
             listener.notify(observation)
 
-    def observe(self, batch: Batch, sites: Collection[str]) -> dict[str, Tensor]:
-        """Activations ``[M, B, ...]`` on a batch, under the interventions as they stood at the last step."""
-        moment = self.control.moment(max(self.steps_done - 1, 0))
+    def observe(
+        self, batch: Batch, sites: Collection[str], without: Collection[Intervention] = ()
+    ) -> dict[str, Tensor]:
+        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step."""
+        moment = self.control.moment(max(self.steps_done - 1, 0), without)
         parameters = self.parameters_by_name()
         scene = Scene(self.transformer, parameters, self.constants, batch, moment.gates, moment.clock)
         with torch.no_grad():
@@ -334,12 +326,7 @@ class OpsinModule(pl.LightningModule):
         name = self.task.evaluations[int(batch)]
         data = self._evaluation_batch(name, self.evaluation_size)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
-        metrics = {"loss": cross_entropy(logits, data).mean((1, 2)), "accuracy": accuracy(logits, data)}
-        if data.plausible is not None:
-            possible = restrict(logits, data.plausible)
-            metrics["accuracy_in_context"] = accuracy(possible, data)
-            metrics["probability_in_context"] = (-cross_entropy(possible, data)).exp().mean((1, 2))
-        named = {f"val/{name}/{metric}": values for metric, values in metrics.items()}
+        named = {f"val/{name}/{metric}": values for metric, values in evaluate(logits, data).items()}
         for metric, values in named.items():
             self.log(metric, values.mean(), logger=False, batch_size=1)
             if not self.trainer.sanity_checking:

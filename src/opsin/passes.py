@@ -195,6 +195,11 @@ class Supply(ABC):
     def initial(self, members: int) -> Tensor:
         """What it is before the first step, ``[M, ...]``; every later tensor has this shape."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it stays what it is before the first step."""
+        return False
+
 
 Need = Source | Weight | Clock | Supply
 """What a value may be made from."""

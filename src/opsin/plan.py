@@ -18,10 +18,12 @@ from torch import Tensor
 
 from opsin.donors import Donor
 from opsin.errors import ConfigError
+from opsin.feedback import HeadFeedback, by_head
 from opsin.passes import Clock, Intervention, Need, Pass, Relative, Source, Supply, Value, Weight
 from opsin.runs import History
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
+from opsin.weights import WeightChange, WeightTable, WeightWriter, plan_changes
 
 
 @runtime_checkable
@@ -76,13 +78,15 @@ class Plan:
 
     Args:
         interventions: of all passes, in order.
-        names: the writer of each; numbered where the run has several of its kind.
-        masks: which entries each selects.
+        names: the writer of each, and of each change of weights; numbered where the run has several of its kind.
+        masks: which entries each selects, and each change of weights.
         taken: where the needs of each one's value are found.
         always: whether each is in force at every step, outside the run's own pass.
         passes: the run's own pass, whose logits count, comes last.
         donors: models other than the trained one.
         supplies: tensors that writers hand over.
+        changes: of weights, in order of application; their gates, names, masks and counts follow those of the
+            interventions.
     """
 
     interventions: tuple[Intervention, ...]
@@ -93,25 +97,69 @@ class Plan:
     passes: tuple[PlannedPass, ...]
     donors: tuple[Donor, ...]
     supplies: tuple[Supply, ...]
+    changes: tuple[WeightChange, ...] = ()
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Of every intervention, then of every change of weights: one per row of the gates."""
+        return [item.schedule for item in self.interventions] + [change.schedule for change in self.changes]
+
+    @property
+    def places(self) -> list[str]:
+        """The site of every intervention, then the weight of every change."""
+        return [item.site for item in self.interventions] + [change.weight for change in self.changes]
 
     def gates(self, first: int, count: int, members: int, history: History) -> Float[np.ndarray, "S I M"]:
-        """Strength of every intervention at steps ``first .. first + count - 1``.
+        """Strength of every intervention and change of weights at steps ``first .. first + count - 1``.
 
         Args:
             history: of the run so far, with its batch size.
         """
-        steps = np.arange(first, first + count)
-        rows = [item.schedule.strength(steps, history.batch_size) for item in self.interventions]
-        gates = np.stack(rows, axis=1) if rows else np.zeros((count, 0))
-        return np.repeat(gates[:, :, None], members, axis=2)
+        rows = [schedule.gates(first, count, members, history) for schedule in self.schedules]
+        return np.stack(rows, axis=1) if rows else np.zeros((count, 0, members))
 
     @property
     def feedback(self) -> bool:
         """Whether the strength of some intervention depends on what the run has measured."""
-        return any(item.schedule.feedback is not None for item in self.interventions)
+        return any(schedule.feedback is not None for schedule in self.schedules)
+
+    @property
+    def loops(self) -> dict[str, int]:
+        """Every feedback by the name under which the run records what it does: the first row that follows it."""
+        found: dict[str, int] = {}
+        for row, (name, schedule) in enumerate(zip(self.names, self.schedules, strict=True)):
+            feedback = schedule.feedback
+            if feedback is None:
+                continue
+            label = f"{name}/{feedback.head}" if isinstance(feedback, HeadFeedback) else name
+            if label in found and self.schedules[found[label]].feedback != feedback:
+                label = f"{label}/{self.places[row]}"
+            found.setdefault(label, row)
+        return found
+
+    def check_feedback(self, recorded: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse feedback from what the run does not measure.
+
+        Args:
+            recorded: metrics of the run, and the shape of one member's values.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        items: tuple[Intervention | WeightChange, ...] = (*self.interventions, *self.changes)
+        for item in items:
+            if item.schedule.feedback is not None:
+                item.schedule.feedback.check(item.writer, recorded)
+
+    def extra_passes(self) -> list[str]:
+        """What the passes beside the run's own are; runs with equal ones may be one run's members."""
+        return [
+            repr((planned.donor, self.donors, [self.interventions[index] for index in planned.items]))
+            for planned in self.passes[:-1]
+        ]
 
     def describe(self) -> list[dict[str, str]]:
-        """One row per intervention, in order of application: what ``opsin sites`` prints."""
+        """One row per intervention and change of weights, in order of application: what ``opsin sites`` prints."""
         rows = []
         for number, planned in enumerate(self.passes, 1):
             of = f" (of {self.donors[planned.donor].name})" if planned.donor is not None else ""
@@ -128,24 +176,37 @@ class Plan:
                     "schedule": str(item.schedule),
                 }
                 rows.append(row)
-        return rows
+        names = self.names[len(self.interventions) :]
+        return rows + [change.describe(name) for change, name in zip(self.changes, names, strict=True)]
 
     def digest(self) -> str:
         """A short hash of everything the plan says; equal plans have equal digests."""
-        return hashlib.sha256(repr(self.interventions).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((*self.interventions, *self.changes)).encode()).hexdigest()[:16]
 
 
-def build_plan(writers: Iterable[Writer], sites: SiteTable, members: int, steps: int, batch_size: int) -> Plan:
+def build_plan(
+    writers: Iterable[Writer | WeightWriter],
+    sites: SiteTable,
+    members: int,
+    steps: int,
+    batch_size: int,
+    weights: WeightTable = WeightTable({}),  # noqa: B008 - frozen
+) -> Plan:
     """Collect, check and order what all writers want.
 
     Args:
         steps: optimizer steps of the run, to refuse a schedule that never acts.
+        weights: of the model that is trained.
 
     Raises:
-        ConfigError: an unknown site or selection, a schedule that never acts within the run, or two
+        ConfigError: an unknown site, weight or selection, a schedule that never acts within the run, or two
             interventions that touch the same entries without an order.
     """
-    wanted = _wanted(writers, sites)
+    writers = list(writers)
+    wanted = _wanted([writer for writer in writers if isinstance(writer, Writer)], sites)
+    changes = plan_changes([writer for writer in writers if isinstance(writer, WeightWriter)], weights, members)
+    for change, *_ in changes:
+        _refuse_never(change.writer, change.schedule, steps, batch_size)
     own = Pass(tuple(wanted))
     runs = [*_passes_before(own), own]
     donors = tuple(dict.fromkeys(run.donor for run in runs if run.donor is not None))
@@ -171,14 +232,15 @@ def build_plan(writers: Iterable[Writer], sites: SiteTable, members: int, steps:
     )
     return Plan(
         tuple(items),
-        tuple(wanted.get(item, item.writer) for item in items),
-        tuple(mask for found in checked for _, mask in found),
+        (*(wanted.get(item, item.writer) for item in items), *(name for _, name, _ in changes)),
+        (*(mask for found in checked for _, mask in found), *(mask for *_, mask in changes)),
         tuple(tuple(_taken(need, number, supplies) for need in item.value.needs) for item in items),
         tuple(item.schedule == Schedule() for item in items[: ends[-1] - len(checked[-1])])
         + (False,) * len(checked[-1]),
         passes,
         donors,
         supplies,
+        tuple(change for change, *_ in changes),
     )
 
 
@@ -187,7 +249,7 @@ def _wanted(writers: Iterable[Writer], sites: SiteTable) -> dict[Intervention, s
     found: list[tuple[Intervention, str, int]] = []
     seen: Counter[str] = Counter()
     for writer in writers:
-        items = writer.interventions(sites)
+        items = by_head(writer.interventions(sites), lambda item: sites.find(item.site, item.writer).layer)
         seen.update({item.writer for item in items})
         found += [(item, item.writer, seen[item.writer]) for item in items]
     for (a, *_), (b, *_) in combinations(found, 2):
@@ -255,7 +317,7 @@ def _named(need: Taken, supplies: Sequence[Supply]) -> str:
         "this": f"this pass {need.name}",
         "asking": f"the asking pass {need.name}",
     }
-    return repr(supplies[need.index]) if need.kind == "supply" else names.get(need.kind, "")
+    return str(supplies[need.index]) if need.kind == "supply" else names.get(need.kind, "")
 
 
 def _checked(
@@ -268,16 +330,20 @@ def _checked(
     )
     masked = [(item, item.selection.mask(sites[item.site], members, item.writer)) for item in wanted]
     for item in wanted:
-        if not item.schedule.strength(np.arange(steps), batch_size).any():
-            raise ConfigError(f"{item.writer}.schedule", str(item.schedule), f"to act within the run's {steps} steps")
+        _refuse_never(item.writer, item.schedule, steps, batch_size)
     for (a, mask_a), (b, mask_b) in combinations(masked, 2):
         _refuse_contest(a, b, bool((mask_a * mask_b).any()) if a.site == b.site else False)
     return masked
 
 
+def _refuse_never(writer: str, schedule: Schedule, steps: int, batch_size: int) -> None:
+    if not schedule.strength(np.arange(steps), batch_size).any():
+        raise ConfigError(f"{writer}.schedule", str(schedule), f"to act within the run's {steps} steps")
+
+
 def _shown(value: Value) -> str:
-    """A value without the passes it is taken from, which have rows of their own."""
-    settings = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+    """A value without what its row says already, and without the passes it is taken from, which have their own."""
+    settings = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}  # type: ignore[arg-type]
     settings = {name: setting for name, setting in settings.items() if not isinstance(setting, (Source, Supply))}
     inside = ", ".join(f"{name}={setting!r}" for name, setting in settings.items())
     return f"{type(value).__name__}({inside})" if inside else type(value).__name__

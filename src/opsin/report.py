@@ -124,7 +124,11 @@ def sites_report(sites: SiteTable, members: int, batch: int, plan: Plan) -> str:
     rows += [(site.name, _shape(site, members, batch), site.meaning, _reached_by(site)) for site in sites]
     used = [axis for axis in AXES if any(axis in site.axes for site in sites)]
     legend = ", ".join(f"{axis} {AXES[axis]}" for axis in used if axis != "1")
-    everywhere = "any: Clamp site=SITE value=NUMBER holds it there, Ablate sites=[SITE] silences it by zero or its mean"
+    everywhere = (
+        "any: Clamp site=SITE value=NUMBER holds it there; Ablate sites=[SITE] silences it by zero, its mean, "
+        "another example (resample) or noise\n"
+        "weights: Freeze and Reinitialise heads=[LAYER:HEAD], neurons=[LAYER:NEURON] or weights=[NAME or blocks.LAYER]"
+    )
     return "\n".join([*aligned(rows), "", f"axes: {legend}", everywhere, "", *_plan_lines(plan)])
 
 
@@ -139,10 +143,11 @@ def _reached_by(site: Site) -> str:
         "attn.hook_v": ", Ablate heads (zero), Preserve",
         "attn.hook_rot_q": ", Preserve",
         "attn.hook_rot_k": ", Preserve",
-        "attn.hook_z": ", Ablate heads (mean)",
+        "attn.hook_z": ", Ablate heads (all but zero)",
         "attn.hook_attn_scores": ", Disallow, HeadTemperature",
         "attn.hook_pattern": ", Clamp pattern, Preserve",
-        "mlp.hook_post": ", Ablate neurons",
+        "mlp.hook_pre": ", Ablate, Clamp neurons (at pre)",
+        "mlp.hook_post": ", Ablate, Clamp neurons",
         "hook_logits": ", CopyFromPattern",
     }
     return "any" + next((text for ending, text in special.items() if site.name.endswith(ending)), "")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from jaxtyping import Float, Int
 
 COLUMNS = ("step", "sequences", "metric", "member", "layer", "head", "value")
 ROW_AXES = ("member", "layer", "head")
+NEVER = np.iinfo(np.int64).max
+
+Question = Callable[[np.ndarray], np.ndarray]
+"""Of one record ``[M, ...]``: yes or no for each member."""
 
 
 @dataclass
@@ -40,10 +44,22 @@ class Series:
     steps: list[int] = field(default_factory=list)
     values: list[Float[np.ndarray, "M ..."]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    _asked: dict[Question, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def arrays(self) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M ..."]]:
         """Steps and stacked values."""
         return np.array(self.steps, dtype=np.int64), np.stack(self.values) if self.values else np.zeros((0, 1))
+
+    def first(self, question: Question) -> Int[np.ndarray, " M"]:
+        """Steps finished at the first record to which the answer is yes, for each member; ``NEVER`` where none is.
+
+        Every record is asked once, however often this is called, as long as the question is the same object.
+        """
+        asked, found = self._asked.get(question, (0, np.array(NEVER)))
+        for step, values in zip(self.steps[asked:], self.values[asked:], strict=True):
+            found = np.minimum(found, np.where(question(values), step, NEVER))
+        self._asked[question] = (len(self.steps), found)
+        return found
 
 
 class History:

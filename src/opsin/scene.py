@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opsin.interventions import overwrite
 from opsin.model import Parameters, Tap, Transformer, forward
-from opsin.plan import Plan, PlannedPass, Taken
+from opsin.plan import Plan, Taken
 from opsin.task import Batch
 
 Activations = dict[str, Tensor]
@@ -35,6 +35,7 @@ class Constants:
         donors: weights of the plan's donors ``[1, ...]``, in order.
         donor_tables: their position tables.
         supplied: the plan's supplies, in order; their writers may change them in place between steps.
+        fresh: what each of the plan's draws sets its parameter to, in order.
     """
 
     bank: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Constants:
     donors: Sequence[Mapping[str, Tensor]] = ()
     donor_tables: Sequence[Tensor] = ()
     supplied: Sequence[Tensor] = ()
+    fresh: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class Scene:
 
 
 def constants_of(
-    plan: Plan, bank: Mapping[str, Tensor], table: Float[Tensor, "2 L half"], members: int, dtype: torch.dtype
+    plan: Plan,
+    bank: Mapping[str, Tensor],
+    table: Float[Tensor, "2 L half"],
+    members: int,
+    dtype: torch.dtype,
+    fresh: Sequence[Tensor] = (),
 ) -> Constants:
     """The constants of a run with this plan, on the device of its position table."""
     length, device = table.shape[1], table.device
@@ -78,21 +85,42 @@ def constants_of(
         [{name: x.to(device, dtype) for name, x in donor.parameters.items()} for donor in plan.donors],
         [donor.table(length).to(device, dtype) for donor in plan.donors],
         [supply.initial(members).to(device, dtype) for supply in plan.supplies],
+        [value.to(device, dtype) for value in fresh],
     )
 
 
-def run_passes(plan: Plan, scene: Scene, fired: dict[int, Tensor] | None = None) -> Tap:
+def run_passes(
+    plan: Plan, scene: Scene, fired: dict[int, Tensor] | None = None, seen: dict[int, Activations] | None = None
+) -> Tap:
     """Run every pass that a value is taken from, and return the tap of the run's own pass.
 
     Args:
         fired: receives, once the own pass has been run too, which members' activations each
             intervention changed: place in the plan and a bool tensor ``[M]``.
+        seen: receives every activation of every pass as it goes on, by the place of the pass in the plan.
     """
-    acting = _Acting(plan, scene, fired)
+    acting = _Acting(plan, scene, fired, seen)
     for number, planned in enumerate(plan.passes[:-1]):
         if not planned.inner:
-            acting.kept[number] = acting.run(planned, {})
-    return acting.tap(plan.passes[-1], {}, {})
+            acting.kept[number] = acting.run(number, {})
+    return acting.tap(len(plan.passes) - 1, _Running(scene.parameters))
+
+
+@dataclass
+class _Running:
+    """One pass while it runs.
+
+    Args:
+        parameters: its weights.
+        asking: what the pass that asked for it keeps.
+        here: what it keeps itself.
+        inner: what the passes inside it keep.
+    """
+
+    parameters: Parameters
+    asking: Activations = field(default_factory=dict)
+    here: Activations = field(default_factory=dict)
+    inner: dict[int, Activations] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,12 +130,12 @@ class _Acting:
     plan: Plan
     scene: Scene
     fired: dict[int, Tensor] | None
+    seen: dict[int, Activations] | None
     kept: dict[int, Activations] = field(default_factory=dict)
 
-    def run(self, planned: PlannedPass, asking: Activations) -> Activations:
+    def run(self, number: int, asking: Activations) -> Activations:
         """Run one pass; returns what it keeps."""
-        scene = self.scene
-        here: Activations = {}
+        scene, planned = self.scene, self.plan.passes[number]
         parameters, table, model = scene.parameters, scene.constants.table, scene.model
         if planned.donor is not None:
             members = scene.batch.tokens.shape[0]
@@ -115,44 +143,44 @@ class _Acting:
             parameters = {name: x.expand(members, *x.shape[1:]) for name, x in donated.items()}
             table = scene.constants.donor_tables[planned.donor]
             model = self.plan.donors[planned.donor].model
-        forward(parameters, table, scene.batch, model, self.tap(planned, here, asking))
-        return here
+        running = _Running(parameters, asking)
+        forward(parameters, table, scene.batch, model, self.tap(number, running))
+        return running.here
 
-    def tap(self, planned: PlannedPass, here: Activations, asking: Activations) -> Tap:
-        """The tap of one pass; what others need of it is put in ``here``."""
+    def tap(self, number: int, running: _Running) -> Tap:
+        """The tap of one pass."""
+        planned = self.plan.passes[number]
         at_site: dict[str, list[int]] = defaultdict(list)
         for index in planned.items:
             at_site[self.plan.interventions[index].site].append(index)
-        inner: dict[int, Activations] = {}
-
-        def take(need: Taken) -> Tensor:
-            if need.kind == "inner" and need.index not in inner:
-                inner[need.index] = self.run(self.plan.passes[need.index], here)
-            return self.take(need, here, asking, inner)
 
         def tap(name: str, activation: Tensor) -> Tensor:
             for index in at_site.get(name, ()):
-                taken = [take(need) for need in self.plan.taken[index]]
+                taken = [self.take(need, running) for need in self.plan.taken[index]]
                 activation = self.apply(index, activation, taken)
             if name in planned.keeps:
-                here[name] = activation
+                running.here[name] = activation
+            if self.seen is not None:
+                self.seen.setdefault(number, {})[name] = activation
             return activation
 
         return tap
 
-    def take(self, need: Taken, here: Activations, asking: Activations, inner: dict[int, Activations]) -> Tensor:
-        """What one value needs."""
+    def take(self, need: Taken, running: _Running) -> Tensor:
+        """What one value of a pass needs."""
         match need.kind:
             case "pass":
                 found = self.kept[need.index][need.name]
             case "inner":
-                found = inner[need.index][need.name]
+                if need.index not in running.inner:
+                    running.inner[need.index] = self.run(need.index, running.here)
+                found = running.inner[need.index][need.name]
             case "this":
-                found = here[need.name]
+                found = running.here[need.name]
             case "asking":
-                found = asking[need.name]
+                found = running.asking[need.name]
             case "weight":
-                found = self.scene.parameters[need.name]
+                found = running.parameters[need.name]
             case "supply":
                 found = self.scene.constants.supplied[need.index]
             case _:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,9 @@ from opsin.task import Batch, Task
 from opsin.weights import Changing, moving
 
 ABSENT_LOGIT = -1e20
+
+COMPILE_FROM_STEPS = 5_000
+"""Runs of at least this many optimizer steps repay the compiler's half minute."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,16 @@ def restrict(logits: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"])
     return logits + ABSENT_LOGIT * (~plausible[:, :, None]).to(logits.dtype)
 
 
+def evaluate(logits: Float[Tensor, "M B Q V"], batch: Batch) -> dict[str, Float[Tensor, " M"]]:
+    """Loss and accuracy, and where the task names plausible outputs the accuracy and probability among them."""
+    metrics = {"loss": cross_entropy(logits, batch).mean((1, 2)), "accuracy": accuracy(logits, batch)}
+    if batch.plausible is not None:
+        possible = restrict(logits, batch.plausible)
+        metrics["accuracy_in_context"] = accuracy(possible, batch)
+        metrics["probability_in_context"] = (-cross_entropy(possible, batch)).exp().mean((1, 2))
+    return metrics
+
+
 def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, " M"]:
     """2-norm over all tensors, per member."""
     return torch.stack([tensor.square().flatten(1).sum(-1) for tensor in tensors]).sum(0).sqrt()
@@ -199,6 +212,8 @@ def compile_step(step: Step) -> Callable[..., Tensor]:
     """The same step as one compiled graph; shapes are fixed, values are inputs."""
     # without this the gradient inside the step would break the graph
     torch._dynamo.config.trace_autograd_ops = True
+    # every run of a process has a graph of its own, and the compiler counts them as one function's
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     return torch.compile(step.__call__, fullgraph=True, dynamic=False)
 
 
@@ -207,7 +222,11 @@ def keep_compiled(folder: Path) -> None:
 
     A folder the user has chosen through ``TORCHINDUCTOR_CACHE_DIR`` is left alone.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # the compiler, once imported, has put its own default there
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", "") in ("", default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -224,6 +243,19 @@ def timed_first(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return result
 
     return timed
+
+
+def choose_step(step: Step, setting: Literal["auto"] | bool, steps: int) -> Callable[..., Tensor]:
+    """The step, compiled where that is asked for or, with ``auto``, where the run is long enough; says which."""
+    wanted = steps >= COMPILE_FROM_STEPS if setting == "auto" else setting
+    if not (wanted and has_compiler()):
+        reason = "no C++ compiler on the path" if wanted else f"{steps:,} steps do not repay compiling"
+        log.info(f"opsin: the step runs eagerly ({reason if setting == 'auto' else 'as set'})")
+        return step
+    reason = f"{steps:,} steps repay it" if setting == "auto" else "as set"
+    log.info(f"opsin: compiling the step ({reason}); up to a minute the first time, seconds after that")
+    keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
+    return timed_first(compile_step(step))
 
 
 class _Seen(Exception):

@@ -5,12 +5,16 @@ Legend: M members, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from opsin.task import Batch
+from opsin.sites import SiteTable
+from opsin.task import Batch, Task
+
+STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,36 @@ class Listener:
     every: int
     sites: tuple[str, ...]
     notify: Callable[[Observation], None]
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A callback that says which metrics it records, so that schedules with feedback may read them."""
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Names, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+
+
+def recorded_metrics(
+    callbacks: Iterable[object], sites: SiteTable, task: Task, validates: bool
+) -> dict[str, tuple[int, ...]]:
+    """All metrics that a run with these callbacks says it records, and the shape of one member's values.
+
+    Args:
+        validates: whether the run evaluates the task's evaluation sets.
+    """
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(STEP_METRICS, ())
+    for name in task.evaluations if validates else ():
+        found |= {f"val/{name}/{metric}": () for metric in _evaluated(task, name)}
+    for callback in callbacks:
+        if isinstance(callback, Recorder):
+            found |= callback.records(sites)
+    return found
+
+
+def _evaluated(task: Task, name: str) -> tuple[str, ...]:
+    """What is measured on an evaluation set; its first sequence tells."""
+    draw = task.draw([0], 0, 1, f"eval/{name}", 1)
+    batch = task.assemble(task.bank(), {key: tensor[0] for key, tensor in draw.items()})
+    in_context = () if batch.plausible is None else ("accuracy_in_context", "probability_in_context")
+    return ("loss", "accuracy", *in_context)

@@ -37,11 +37,12 @@ ONSET = {"value": 960.0, "low": 900.0, "high": 1000.0}
 
 
 class Announcer(pl.Callback):
-    """Announces a phase change at a step, and knows an onset at the end."""
+    """Announces a phase change and a switch at a step, and knows an onset at the end."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step == 80:
             pl_module.announce(Event("phase change", 80, 0, "the loss fell at step 80"))
+            pl_module.announce(Event("feedback", 80, 0, "a switch is no reason to wake anybody"))
 
     def on_train_end(self, trainer, pl_module):
         pl_module.summary["onset"] = ONSET

@@ -20,14 +20,16 @@ from opsin.callbacks import (
     PhaseChange,
     PreviousTokenHeads,
     Progress,
+    ProgressMeasures,
     Snapshots,
     WeightsAndBiases,
 )
 from opsin.errors import ConfigError, DivergedError
 from opsin.model import Transformer
-from opsin.module import COMPILE_FROM_STEPS, OpsinModule, opsin_module
+from opsin.module import OpsinModule, opsin_module
 from opsin.runs import History
 from opsin.schedules import Schedule
+from opsin.step import COMPILE_FROM_STEPS, choose_step
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import Observation
 
@@ -73,6 +75,7 @@ def test_all_readers_together_leave_the_weights_bitwise_as_they_are(tmp_path, mo
     monkeypatch.setenv("WANDB_MODE", "offline")
     readers = [InductionHeads(every=3), PreviousTokenHeads(every=7), PhaseChange(), Snapshots(every=1)]
     readers += [KeepRun(tmp_path, checkpoint_every=10), Progress(), WeightsAndBiases(), InductionHeads(every=5)]
+    readers += [ProgressMeasures({"match": [Clamp(heads=["1:0"], pattern="match")]}, every=4)]
     watched, alone = module(), module()
     clamp = {"heads": ["0:1"], "pattern": "previous_token", "schedule": Schedule(start=5, stop=25, ramp=10)}
     fit(watched, callbacks=[*readers, Clamp(**clamp)], limit_val_batches=None, val_check_interval=2)
@@ -137,7 +140,7 @@ def test_one_line_says_whether_the_step_is_compiled_and_why(steps, words, caplog
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.opsin"):
         model.trainer = pl.Trainer(max_steps=steps, logger=False, enable_checkpointing=False, accelerator="cpu")
         model.setup("fit")
-        model._choose_step()
+        choose_step(model.step, model.compile_setting, steps)
     (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("opsin")]
     assert words in line and f"{steps:,} steps" in line
 

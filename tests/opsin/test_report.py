@@ -108,10 +108,11 @@ def test_every_site_stands_in_the_table_with_its_shape_and_meaning():
     ("site", "reached"),
     [
         ("blocks.0.attn.hook_v", "any, Ablate heads (zero), Preserve"),
-        ("blocks.0.attn.hook_z", "any, Ablate heads (mean)"),
+        ("blocks.0.attn.hook_z", "any, Ablate heads (all but zero)"),
         ("blocks.1.attn.hook_pattern", "any, Clamp pattern, Preserve"),
         ("blocks.1.attn.hook_attn_scores", "any, Disallow, HeadTemperature"),
-        ("blocks.1.mlp.hook_post", "any, Ablate neurons"),
+        ("blocks.1.mlp.hook_pre", "any, Ablate, Clamp neurons (at pre)"),
+        ("blocks.1.mlp.hook_post", "any, Ablate, Clamp neurons"),
         ("hook_embed", "any"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from opsin.callbacks.optogenetics import Clamp
 from opsin.model import Transformer, position_table
@@ -159,6 +160,13 @@ def test_a_chosen_folder_for_kernels_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
     keep_compiled(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+
+
+def test_kernels_are_kept_where_the_compiler_has_put_its_default(monkeypatch, tmp_path):
+    for there in (default_cache_dir(), ""):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", there)
+        keep_compiled(tmp_path)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no g++ or clang++ on the path: the step can only run eagerly")
