@@ -1,63 +1,68 @@
 #!/usr/bin/env python3
 """Compare Opsin with the reference system's numbers, file by file.
 
-    python scripts/check_reference.py DIR
+    python scripts/check_reference.py DIR [--precision float64|float32|both] [--mode eager|compiled|both]
 
-Works from what a file contains (kind, config, base, options) and not from its name. Prints one line
-a file with the largest relative error of activations, losses and gradients, and a last line with
-the count and the worst. Exit 0 if every file is covered and passes, else 1.
+Works from what a file contains (kind, config, base, options, donor) and not from its name. Prints one
+line a file: the largest relative error of its activations, losses, gradients and so on, in each precision and
+mode; "frequencies" and "moments" are differences of random draws over what chance allows (1 is the limit), and
+have neither. The last line has the counts and the worst errors. Exit 0 if every file is covered and passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from reference_files import (
+    LIMITS,
+    UNREADABLE,
+    Case,
+    File,
+    Uncovered,
+    load,
+    norm_error,
+    parameter_name,
+    parameters,
+    read_case,
+    relative_error,
+    together,
+    transposed,
+)
+from reference_others import check_initialisation, check_sampler, toy_errors
 from torch import Tensor
 
-from opsin.callbacks import Ablate, Clamp, CopyFromPattern, Disallow, HeadTemperature, PerfectPreviousInput, Preserve
-from opsin.callbacks.passes import PRESERVED
+from opsin.errors import ConfigError
 from opsin.model import Transformer, forward, position_table
 from opsin.optim import MemberAdam
-from opsin.plan import Plan, Writer, build_plan
-from opsin.scene import Scene, constants_of, run_passes
-from opsin.step import Moment, Step, cross_entropy, observe, scored_logits
-from opsin.task import Batch
-from opsin.tasks import Exemplars, FewShot, Kind
+from opsin.scene import Constants, Scene, constants_of, run_passes
+from opsin.step import Moment, Step, compile_step, cross_entropy, keep_compiled, scored_logits
 
-LIMIT = 1e-9
-# entries this large are masks, not measurements; they must agree exactly
-MASK = 1e8
+CHANCE = 1.0
+TRAINED = ("base", "clamp", "trajectory")
 INPUT_KINDS = ("donor", "trajectory_batches")
-OPTIONS = {
-    "ablate_embedding",
-    "ablate_heads",
-    "prev_token_heads",
-    "prev_token_head_strength",
-    "prev_token_only_label",
-    "induction_heads",
-    "induction_head_strength",
-    "match_heads",
-    "match_head_temperature",
-    "disallow_prev_token_heads",
-    "disallow_prev_token_only_label",
-    "final_layer_silence_non_label_attn",
-    "set_head_temperature",
-    "preserve_patterns",
-    "preserve_values",
-    "preserve_queries",
-    "preserve_keys",
-    "perfect_copy_from_head_pattern",
-    "specific_fn",
+DRAWN = {"sampler": check_sampler, "init_unscaled": check_initialisation}
+
+SITES = {
+    "token_embedding": "hook_embed",
+    "example_embedding": "hook_embed",
+    "label_embedding": "hook_embed",
+    "pos_embedding": "hook_pos_embed",
+    "embedding": "blocks.0.hook_resid_pre",
+    "final_norm_out": "ln_final.hook_normalized",
+    "logits_all_tokens": "hook_logits",
+    "logits_examples": "hook_logits",
 }
-ACTIVATIONS = {
+BLOCK_SITES = {
     "norm_out": "ln1.hook_normalized",
     "q_prerope": "attn.hook_q",
     "k_prerope": "attn.hook_k",
@@ -74,343 +79,312 @@ ACTIVATIONS = {
     "block_out": "hook_resid_post",
 }
 BY_HEAD = {"q_prerope", "k_prerope", "q", "k", "v"}
-
-
-# what a damaged file, a missing base and a file without an entry it should have raise
-UNREADABLE = (OSError, KeyError, ValueError, StopIteration, zipfile.BadZipFile)
-
-
-class Uncovered(Exception):
-    """A file that asks for something Opsin does not do yet."""
-
-
-class Given(Exemplars):
-    """Exemplars that are already in memory."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def load(self) -> np.ndarray:
-        return self.array
+OF_MLP = {"mlp_norm_out", "mlp_out"}
+UNHELD = ("hook_scale", "mlp.hook_pre", "mlp.hook_post")
 
 
 @dataclass(frozen=True)
-class Case:
-    """Model, task and weights of one base file."""
+class Mode:
+    """How Opsin computes."""
 
-    model: Transformer
-    task: FewShot
-    parameters: dict[str, Tensor]
-    batch: Batch
+    precision: torch.dtype
+    compiled: bool
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.precision]
+
+    def __str__(self) -> str:
+        return f"{str(self.precision).removeprefix('torch.')} {'compiled' if self.compiled else 'eager'}"
+
+    def prepare(self, function: Callable) -> Callable:
+        """The function as this mode calls it."""
+        if not self.compiled:
+            return function
+        # a graph of the same function for each base and precision
+        torch._dynamo.config.recompile_limit = 1_000
+        return compile_step(function)
 
 
 Errors = dict[str, float]
+"""By group of numbers."""
 
 
-def main(folder: Path) -> int:
-    names = sorted(path.name for path in folder.glob("*.npz"))
+def main(folder: Path, modes: Sequence[Mode]) -> int:
+    names = sorted(path.stem for path in folder.glob("*.npz"))
     if not names:
         print(f"{folder}: no .npz files")
         return 1
-    worst, failed, uncovered = 0.0, 0, 0
+    print(f"largest errors, in this order: {', '.join(map(str, modes))}")
+    tally, checker = Tally(), Checker(folder, modes)
     for name in names:
+        began = time.monotonic()
         try:
-            errors = check(folder, load(folder / name))
+            said = tally.count(checker.check(name))
         except Uncovered as reason:
-            uncovered += 1
-            print(f"{name:48s} uncovered: {reason}")
-            continue
+            tally.uncovered += 1
+            said = f"uncovered: {reason}"
         except UNREADABLE as error:
-            failed += 1
-            print(f"{name:48s} FAIL  unreadable: {type(error).__name__}: {error}")
-            continue
-        largest = max(errors.values(), default=0.0)
-        worst, failed = max(worst, largest), failed + (not largest < LIMIT)
-        shown = "  ".join(f"{what} {error:.1e}" for what, error in errors.items()) or "inputs of other files"
-        print(f"{name:48s} {'ok  ' if largest < LIMIT else 'FAIL'}  {shown}")
-    covered = len(names) - uncovered
-    print(f"{len(names)} files, {covered} covered, {failed} failed, {uncovered} uncovered; worst error {worst:.1e}")
-    return int(failed + uncovered > 0)
+            tally.failed += 1
+            why = "refused" if isinstance(error, ConfigError) else "unreadable"
+            said = f"FAIL  {why}: {type(error).__name__}: {error}"
+        print(f"{name:40s} {said}  ({time.monotonic() - began:.1f} s)", flush=True)
+    counts = f"{len(names)} files, {len(names) - tally.uncovered} covered, {tally.failed} failed"
+    worst = ", ".join(f"{mode} {tally.worst.get(mode, 0.0):.1e}" for mode in modes)
+    print(f"{counts}, {tally.uncovered} uncovered; worst error {worst}")
+    return int(tally.failed + tally.uncovered > 0)
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+@dataclass
+class Tally:
+    """What has been found so far."""
+
+    failed: int = 0
+    uncovered: int = 0
+    worst: dict[Mode, float] = field(default_factory=dict)
+
+    def count(self, found: Mapping[Mode | None, Errors]) -> str:
+        """Note the errors of one file, and say them."""
+        good, said = True, {}
+        for mode, errors in found.items():
+            for group, error in errors.items():
+                limit = CHANCE if mode is None else mode.limit
+                good &= error < limit
+                said.setdefault(group, []).append(f"{error:.1e}" + ("" if error < limit else "!"))
+            if mode is not None:
+                self.worst[mode] = max([self.worst.get(mode, 0.0), *errors.values()])
+        self.failed += not good
+        text = "  ".join(f"{group} {' '.join(numbers)}" for group, numbers in said.items())
+        return f"{'ok  ' if good else 'FAIL'}  {text or 'inputs of other files'}"
 
 
-def check(folder: Path, file: dict[str, np.ndarray]) -> Errors:
-    """Largest relative error of each group of numbers in one file."""
-    kind = str(file["kind"])
-    if kind in INPUT_KINDS:
-        return {}
-    if kind not in ("base", "clamp", "trajectory"):
-        raise Uncovered(f"kind {kind}")
-    base = file if kind == "base" else load(folder / f"{file['base']}.npz")
-    options = json.loads(str(file["options"])) if "options" in file else {}
-    if unknown := set(options) - OPTIONS:
-        raise Uncovered(f"options {', '.join(sorted(unknown))}")
-    if kind == "trajectory":
-        return check_trajectory(folder, file, base, options)
-    case = build_case(json.loads(str(base["config"])), base, base["examples"], base["labels"])
-    return check_forward(case, file, plan_for(case, options))
+class Checker:
+    """Checks the files of a folder; files with one base share a compiled graph in each precision."""
+
+    def __init__(self, folder: Path, modes: Sequence[Mode]) -> None:
+        self.folder, self.modes = folder, modes
+        self._joined: dict[str, Case] = {}
+        self._compiled: dict[tuple, Callable] = {}
+
+    def check(self, name: str) -> dict[Mode | None, Errors]:
+        """Errors of each group of numbers in one file, by mode; None for what has no mode."""
+        file = load(self.folder / f"{name}.npz")
+        kind = str(file["kind"])
+        if kind in INPUT_KINDS:
+            return {}
+        if kind in DRAWN:
+            return {None: DRAWN[kind](file)}
+        if kind == "toy":
+            return {mode: toy_errors(file, mode.precision, mode.prepare) for mode in self.modes}
+        if kind not in TRAINED:
+            raise Uncovered(f"kind {kind}")
+        alone = read_case(self.folder, name, file)
+        errors_of = trajectory_errors if kind == "trajectory" else forward_errors
+        found: dict[Mode | None, Errors] = {}
+        for mode in self.modes:
+            case = self.joined(name, alone) if mode.compiled else alone
+            found[mode] = errors_of(case, file, mode.precision, self.function(case, mode))
+        return found
+
+    def joined(self, name: str, alone: Case) -> Case:
+        """The case on the plan of all files with its base."""
+        if name not in self._joined:
+            alike = {}
+            for path in sorted(self.folder.glob("*.npz")):
+                with suppress(Uncovered, *UNREADABLE):
+                    case = read_case(self.folder, path.stem, load(path))
+                    alike |= {path.stem: case} if case.base == alone.base else {}
+            self._joined |= dict(zip(alike, together(list(alike.values())), strict=True))
+        return self._joined[name]
+
+    def function(self, case: Case, mode: Mode) -> Callable:
+        """What a case is computed by: a training step, or everything about one batch."""
+        if (case.base, mode) not in self._compiled or not mode.compiled:
+            name, adam = case.base
+            if mode.compiled:
+                print(f"compiling the clamps of {name} in {mode}; minutes the first time", file=sys.stderr)
+            function = Measured(case) if adam is None else Step(case.model, case.task, case.plan, *adam)
+            self._compiled[case.base, mode] = mode.prepare(function)
+        return self._compiled[case.base, mode]
 
 
-def build_case(config: dict, weights: dict, examples: np.ndarray, labels: np.ndarray) -> Case:
-    """The model of a config with a base file's weights, and these examples ``[B, N, F]`` as one batch."""
-    batch_size, items, features = examples.shape
-    bank = examples.reshape(batch_size * items, 1, features).astype(np.float64)
-    task = few_shot(config, bank)
-    classes = np.arange(batch_size * items).reshape(1, batch_size, items)
-    batch = task.assemble({"exemplars": torch.from_numpy(bank)}, draw(classes, labels[None]))
-    model = Transformer(
-        layers=config["layers"],
-        width=config["width"],
-        heads=config["heads"],
-        mlp_ratio=config["mlp_ratio"],
-        norm=config["norm"],
-        causal=config["causal"],
-        positions=config["positions"],
-        position_base=config["position_base"],
-    )
-    return Case(model, task, dict(parameters(weights, "param/")), batch)
+# ---- one batch ----------------------------------------------------------------------------------------
 
 
-def few_shot(config: dict, bank: np.ndarray) -> FewShot:
-    # one distractor class fills the context, so that any number of pairs and labels makes a task
-    kinds = [Kind(distractor_copies=None)]
-    return FewShot(Given(bank), config["labels"], context=config["pairs"], train_classes=len(bank), kinds=kinds)
+@dataclass(frozen=True)
+class Measured:
+    """Logits, losses, gradients and activations of one batch, as a function that can be compiled like a step.
+
+    Every site that some file holds is returned, so that one compiled graph does for all clamps.
+    """
+
+    case: Case
+
+    def __call__(
+        self, leaves: Mapping[str, Tensor], constants: Constants, draw: Mapping[str, Tensor], moment: Moment
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor], dict[int, dict[str, Tensor]]]:
+        case, seen = self.case, {}
+        batch = case.task.assemble(constants.bank, draw)
+        scene = Scene(case.model, leaves, constants, batch, moment.gates, moment.clock)
+        tap = run_passes(case.plan, scene, seen=seen)
+        logits = scored_logits(forward(leaves, constants.table, batch, case.model, tap), batch)
+        losses = cross_entropy(logits, batch)
+        gradients = torch.autograd.grad(losses.mean(), list(leaves.values()))
+        held = {
+            place: {site: x.detach() for site, x in sites.items() if not site.endswith(UNHELD)}
+            for place, sites in seen.items()
+        }
+        return logits.detach(), losses.detach(), gradients, held
 
 
-def draw(classes: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
-    """The reference's choices (``[M, B, N]``) as the task's own."""
-    return {
-        "classes": torch.from_numpy(classes.astype(np.int64)),
-        "exemplars": torch.zeros(classes.shape, dtype=torch.int64),
-        "labels": torch.from_numpy(labels.astype(np.int64)),
-        "answers": torch.from_numpy(labels[..., -1].astype(np.int64)),
-    }
-
-
-def parameters(file: dict[str, np.ndarray], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Opsin's name and ``[1, input, output]`` tensor of every weight the file holds under the prefix."""
-    for key, value in file.items():
-        if not key.startswith(prefix):
-            continue
-        name, tensor = opsin_name(key.removeprefix(prefix)), torch.from_numpy(value.astype(np.float64))
-        # matrices are output x input there; the position table and the label embedding are d x entries
-        yield name, (tensor.T if tensor.dim() == 2 else tensor)[None].contiguous()
-
-
-def opsin_name(reference: str) -> str:
-    """``layer0.qkv.weight`` as ``blocks.0.attn.W_QKV``."""
-    outside = {
-        "example_embed.weight": "embed.W_F",
-        "example_embed.bias": "embed.b_F",
-        "label_embed.weight": "embed.W_E",
-        "pos_embed.weight": "pos_embed.W_pos",
-        "final_norm.weight": "ln_final.w",
-        "final_norm.bias": "ln_final.b",
-        "unembed.weight": "unembed.W_U",
-        "unembed.bias": "unembed.b_U",
-    }
-    if reference in outside:
-        return outside[reference]
-    inside = {
-        "norm.weight": "ln1.w",
-        "norm.bias": "ln1.b",
-        "qkv.weight": "attn.W_QKV",
-        "proj.weight": "attn.W_O",
-        "mlp_norm.weight": "ln2.w",
-        "mlp_norm.bias": "ln2.b",
-        "mlp.fc1.weight": "mlp.W_in",
-        "mlp.fc1.bias": "mlp.b_in",
-        "mlp.fc2.weight": "mlp.W_out",
-        "mlp.fc2.bias": "mlp.b_out",
-    }
-    layer, leaf = reference.split(".", 1)
-    return f"blocks.{layer.removeprefix('layer')}.{inside[leaf]}"
-
-
-def plan_for(case: Case, options: dict) -> Plan:
-    """The callbacks a user would attach for these options, as a plan."""
-    sites = case.model.sites(case.task)
-    if options.get("specific_fn") is not None:
-        return build_plan(perfect_input(options), sites, members=1, steps=1, batch_size=1)
-    writers = [*ablations(options), *patterns(options), *scores(options, case.model.layers - 1)]
-    if preserved := [name for name in PRESERVED if options.get(f"preserve_{name}")]:
-        writers.append(Preserve(preserved, order=0))
-    if head := options.get("perfect_copy_from_head_pattern"):
-        writers.append(CopyFromPattern(head))
-    return build_plan(writers, sites, members=1, steps=1, batch_size=1)
-
-
-def perfect_input(options: dict) -> list[Writer]:
-    """The mode in which the reference ignores all other options but two."""
-    if options["specific_fn"] != "perfect_prev_token_input":
-        raise Uncovered(f"specific_fn {options['specific_fn']}")
-    if head := options.get("perfect_copy_from_head_pattern"):
-        return [CopyFromPattern(head, perfect_input=True)]
-    writers: list[Writer] = [PerfectPreviousInput()]
-    if heads := [head for head in options.get("ablate_heads") or () if head.startswith("1:")]:
-        writers.append(Ablate(heads=heads))
-    return writers
-
-
-def ablations(options: dict) -> list[Writer]:
-    writers: list[Writer] = []
-    if options.get("ablate_embedding"):
-        writers.append(Ablate(sites=["hook_embed"]))
-    if heads := options.get("ablate_heads"):
-        writers.append(Ablate(heads=heads, order=1))
-    return writers
-
-
-def patterns(options: dict) -> list[Writer]:
-    """Clamped patterns; where two touch one head the later of the reference's order wins."""
-    writers: list[Writer] = []
-    if heads := options.get("prev_token_heads"):
-        # beside preserved patterns the reference's flag is void
-        labels_only = options.get("prev_token_only_label", False) and not options.get("preserve_patterns")
-        strength = options.get("prev_token_head_strength", 1.0)
-        writers.append(Clamp(heads, "previous_token", strength=strength, labels_only=labels_only, order=1))
-    if heads := options.get("induction_heads"):
-        writers.append(Clamp(heads, "induction", strength=options.get("induction_head_strength", 1.0), order=2))
-    if heads := options.get("match_heads"):
-        writers.append(Clamp(heads, "match", temperature=options.get("match_head_temperature", 0.0), order=3))
-    return writers
-
-
-def scores(options: dict, last: int) -> list[Writer]:
-    """Changed scores; temperatures first."""
-    writers: list[Writer] = []
-    triplets = [text.rsplit(":", 1) for text in options.get("set_head_temperature") or ()]
-    tempered = {head: float(temperature) for head, temperature in triplets}
-    if tempered:
-        writers.append(HeadTemperature(tempered, order=0))
-    if heads := options.get("disallow_prev_token_heads"):
-        labels_only = options.get("disallow_prev_token_only_label", False)
-        # in a layer whose temperature is set the reference's flag is void
-        hot = {head.split(":")[0] for head in tempered}
-        for void in (True, False):
-            some = [head for head in heads if (head.split(":")[0] in hot) == void]
-            if some:
-                writers.append(Disallow(some, "previous_token", labels_only=labels_only and not void, order=1))
-    if silent := options.get("final_layer_silence_non_label_attn"):
-        writers.append(Disallow([f"{last}:{head}" for head in silent], "non_labels", order=2))
-    return writers
-
-
-def check_forward(case: Case, file: dict[str, np.ndarray], plan: Plan) -> Errors:
+def forward_errors(case: Case, file: File, precision: torch.dtype, measured: Callable) -> Errors:
     """Activations, losses and gradients of one batch."""
-    table = position_table(case.model, case.task.layout.positions, torch.float64)
-    leaves = {name: tensor.requires_grad_() for name, tensor in case.parameters.items()}
-    moment = moment_of(plan)
-    constants = constants_of(plan, {}, table, 1, torch.float64)
-    tap = run_passes(plan, Scene(case.model, leaves, constants, case.batch, moment.gates, moment.clock))
-    logits = scored_logits(forward(leaves, table, case.batch, case.model, tap), case.batch)
-    losses = cross_entropy(logits, case.batch)[0, :, 0]
-    gradients = dict(zip(leaves, torch.autograd.grad(losses.mean(), list(leaves.values())), strict=True))
-    sites = [site.name for site in case.model.sites(case.task)]
-    seen = observe(case.model, leaves, table, case.batch, tap, sites)
-    found = activations(seen, case)
-    compared = [key for key in file if key.startswith("act/") and key in found]
+    leaves, constants, moment = tensors(case, precision)
+    logits, losses, gradients, seen = measured(leaves, constants, case.draws[0], moment)
+    compared = activations(file, case)
+    slopes = dict(zip(leaves, gradients, strict=True))
+    reference = {key.removeprefix("grad/"): value for key, value in file.items() if key.startswith("grad/")}
+    scale = max(1.0, *(float(np.abs(value).max()) for value in reference.values()))
     return {
-        "activations": max((relative_error(found[key], file[key]) for key in compared), default=0.0),
+        "activations": max(
+            (relative_error(a.found(seen[a.place][a.site]), a.expected(file[a.key])) for a in compared), default=0.0
+        ),
         "losses": max(
             relative_error(logits[0, :, 0], file["logits"]),
-            relative_error(losses, file["loss_per_example"]),
+            relative_error(losses[0, :, 0], file["loss_per_example"]),
             relative_error(losses.mean(), file["loss"]),
         ),
-        "gradients": max(relative_error(gradients[name], value) for name, value in reference_gradients(file)),
+        "gradients": max(
+            relative_error(slopes[parameter_name(name)], transposed(value), scale) for name, value in reference.items()
+        ),
     }
 
 
-def moment_of(plan: Plan) -> Moment:
-    """Every intervention in force."""
-    count = len(plan.masks)
-    return Moment(torch.ones(count, 1, dtype=torch.float64), torch.zeros(1, 2).long(), torch.zeros(count, 1).long())
+def tensors(case: Case, precision: torch.dtype) -> tuple[dict[str, Tensor], Constants, Moment]:
+    """Weights that take gradient, the run's constants, and the case's interventions in force."""
+    leaves = {name: x.detach().to(precision, copy=True).requires_grad_() for name, x in case.parameters.items()}
+    table = position_table(case.model, case.task.layout.positions, precision)
+    bank, count = {name: x.to(precision) for name, x in case.bank.items()}, len(case.plan.masks)
+    gates = torch.ones(count, 1, dtype=precision)
+    gates[[index for index in case.plan.passes[-1].items if index not in case.items]] = 0.0
+    moment = Moment(gates, torch.zeros(1, 2).long(), torch.zeros(count, 1).long())
+    return leaves, constants_of(case.plan, bank, table, 1, precision), moment
 
 
-def reference_gradients(file: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in file.items():
-        if key.startswith("grad/"):
-            yield opsin_name(key.removeprefix("grad/")), (value.T if value.ndim == 2 else value)[None]
+# ---- some steps ---------------------------------------------------------------------------------------
 
 
-def activations(seen: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """What was seen at the sites, under the reference's names and in its shapes ``[B, ...]``."""
-    one = {name: tensor[0] for name, tensor in seen.items()}
-    every_other = slice(0, None, 2)
-    found = {
-        "act/token_embedding": one["hook_embed"],
-        "act/example_embedding": one["hook_embed"][:, every_other],
-        "act/embedding": one["blocks.0.hook_resid_pre"],
-        "act/final_norm_out": one["ln_final.hook_normalized"],
-        "act/logits_all_tokens": one["hook_logits"],
-        "act/logits_examples": one["hook_logits"][:, every_other],
-    }
-    if "hook_pos_embed" in one:
-        found["act/pos_embedding"] = one["hook_pos_embed"]
-    for layer in range(case.model.layers):
-        block = {
-            name: one[f"blocks.{layer}.{site}"] for name, site in ACTIVATIONS.items() if f"blocks.{layer}.{site}" in one
-        }
-        block = {name: x.transpose(1, 2) if name in BY_HEAD else x for name, x in block.items()}
-        block["z"] = block["z"].flatten(-2)
-        # without an MLP the block ends where the reference calls it the middle
-        block.setdefault("resid_mid", block["block_out"])
-        found |= {f"act/layer{layer}.{name}": x for name, x in block.items()}
-    return found
+def trajectory_errors(case: Case, file: File, precision: torch.dtype, step: Callable) -> Errors:
+    """Losses, gradient norms and final weights of some Adam steps.
 
-
-def check_trajectory(folder: Path, file: dict, base: dict, options: dict) -> Errors:
-    """Losses, gradient norms and final weights of some Adam steps."""
-    inputs = next(data for path in folder.glob("*.npz") if str((data := load(path))["kind"]) == "trajectory_batches")
-    config, adam = json.loads(str(file["config"])), json.loads(str(file["adam"]))
-    bank = inputs["bank"][:, None].astype(np.float64)
-    case = build_case(config, base, base["examples"], base["labels"])
-    task, plan = few_shot(config, bank), plan_for(case, options)
-    leaves = [(name, tensor.requires_grad_()) for name, tensor in case.parameters.items()]
-    betas = (adam["b1"], adam["b2"])
-    optimizer = MemberAdam(leaves, adam["lr"], 0.0, None, betas)
-    step = Step(case.model, task, plan, betas, adam["eps"])
-    table = position_table(case.model, task.layout.positions, torch.float64)
-    constants = constants_of(plan, {"exemplars": torch.from_numpy(bank)}, table, 1, torch.float64)
-    moment = moment_of(plan)
+    Adam's first move of a weight is g / (|g| + eps), a sign. A gradient below single precision's rounding can
+    have any, so there a tensor's weights are compared as a whole: 2-norm of the difference over its own.
+    """
+    leaves, constants, moment = tensors(case, precision)
+    adam = json.loads(str(file["adam"]))
+    optimizer = MemberAdam(list(leaves.items()), adam["lr"], 0.0, None, (adam["b1"], adam["b2"]))
     seen = []
-    for classes, labels in zip(inputs["class_idx"], inputs["labels"], strict=True):
-        drawn = draw(classes[None], labels[None])
+    for draw in case.draws:
         state, hyper = optimizer.adam_state(), optimizer.hyper()
-        seen.append(optimizer.step(lambda d=drawn, s=state, h=hyper: step(s, h, constants, d, moment)))
+        seen.append(optimizer.step(lambda d=draw, s=state, h=hyper: step(s, h, constants, d, moment)))
     losses, _, norms = torch.stack(seen)[..., 0].unbind(1)
     final = dict(parameters(file, "param/"))
+    weights_error = relative_error if precision == torch.float64 else norm_error
     return {
         "losses": relative_error(losses, file["loss"]),
         "gradients": relative_error(norms, file["grad_norm"]),
-        "weights": max(relative_error(tensor, final[name].numpy()) for name, tensor in leaves),
+        "weights": max(weights_error(leaves[name], final[name].numpy()) for name in leaves),
     }
 
 
-def relative_error(found: Tensor, expected: np.ndarray) -> float:
-    """Largest difference over the larger of the entry and the array's root mean square.
+# ---- activations --------------------------------------------------------------------------------------
 
-    Where the reference is stored in single precision, its rounding (half a unit in the last place)
-    is not counted. Masked entries must agree exactly.
+
+@dataclass(frozen=True)
+class Activation:
+    """One array of activations that a file holds: which pass of the plan computes it, and at which site."""
+
+    key: str
+    place: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        return self.key.rsplit("/", 1)[1].rsplit(".", 1)[-1]
+
+    def expected(self, array: np.ndarray) -> np.ndarray:
+        """What the file holds, without the query's label, which no model is given."""
+        return array[:, :-1] if self.name == "label_embedding" else array
+
+    def found(self, x: Tensor) -> Tensor:
+        """The site's activation of the only member in the reference's shape."""
+        x = x[0]
+        if self.name in ("example_embedding", "logits_examples"):
+            return x[:, ::2]
+        if self.name == "label_embedding":
+            return x[:, 1::2]
+        if self.name == "z":
+            return x.flatten(-2)
+        return x.transpose(1, 2) if self.name in BY_HEAD else x
+
+
+def activations(file: File, case: Case) -> list[Activation]:
+    """What the file holds and a model computes.
+
+    Raises:
+        Uncovered: an activation without a site, or a pass that our plan has not.
     """
-    ours = np.broadcast_to(found.detach().numpy(), expected.shape)
-    theirs = expected.astype(np.float64)
-    masked = np.abs(theirs) >= MASK
-    if not np.array_equal(ours[masked], theirs[masked]) or not np.isfinite(ours).all():
-        return float("inf")
-    difference = np.abs(ours - theirs)[~masked]
-    if expected.dtype == np.float32:
-        difference = np.maximum(difference - np.spacing(np.abs(expected[~masked])) / 2, 0.0)
-    # gradients that are zero in theory are rounding noise, so below this size the tolerance is absolute (1e-15)
-    size = max(float(np.sqrt(np.mean(theirs[~masked] ** 2))) if (~masked).any() else 0.0, 1e-6)
-    return float(np.max(difference / np.maximum(np.abs(theirs[~masked]), size), initial=0.0))
+    found = []
+    for prefix, place in {"act/": answering_pass(case), "pattern_pass/": pattern_pass(case)}.items():
+        for key in (key for key in file if key.startswith(prefix)):
+            if place is None:
+                raise Uncovered(f"{prefix} without such a pass")
+            donor = case.plan.passes[place].donor
+            model = case.model if donor is None else case.plan.donors[donor].model
+            # without an MLP the reference holds what has no meaning
+            if model.neurons is not None or key.rsplit(".", 1)[-1] not in OF_MLP:
+                found.append(Activation(key, place, site_name(key.removeprefix(prefix), model)))
+    return found
+
+
+def answering_pass(case: Case) -> int:
+    """The last pass of the reference: the donor's where it gives the logits, else the run's own."""
+    inner = (need.index for index in case.items for need in case.plan.taken[index] if need.kind == "inner")
+    return next(inner, len(case.plan.passes) - 1)
+
+
+def pattern_pass(case: Case) -> int | None:
+    """The other pass of the trained model that has interventions."""
+    others = {need.index for index in case.items for need in case.plan.taken[index] if need.kind == "pass"}
+    passes = case.plan.passes
+    return next((place for place in sorted(others) if passes[place].items and passes[place].donor is None), None)
+
+
+def site_name(reference: str, model: Transformer) -> str:
+    """``layer0.pattern`` as ``blocks.0.attn.hook_pattern``."""
+    if reference in SITES:
+        return SITES[reference]
+    layer, _, leaf = reference.partition(".")
+    if leaf not in BLOCK_SITES:
+        raise Uncovered(f"activation {reference}")
+    # without an MLP the block ends where the reference calls it the middle
+    leaf = "block_out" if leaf == "resid_mid" and model.neurons is None else leaf
+    return f"blocks.{layer.removeprefix('layer')}.{BLOCK_SITES[leaf]}"
+
+
+def modes_of(precision: str, mode: str) -> list[Mode]:
+    """Every mode that was asked for."""
+    precisions = [p for p in LIMITS if precision in (str(p).removeprefix("torch."), "both")]
+    compiled = [c for c in (False, True) if mode in ("compiled" if c else "eager", "both")]
+    return [Mode(p, c) for p, c in itertools.product(precisions, compiled)]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of reference files")
-    sys.exit(main(parser.parse_args().folder))
+    parser.add_argument("--precision", choices=["float64", "float32", "both"], default="both")
+    parser.add_argument("--mode", choices=["eager", "compiled", "both"], default="both")
+    settings = parser.parse_args()
+    keep_compiled(Path.home() / ".cache" / "opsin" / "kernels")
+    torch.set_num_threads(1)
+    sys.exit(main(settings.folder, modes_of(settings.precision, settings.mode)))

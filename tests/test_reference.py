@@ -13,7 +13,7 @@ from tests.toys import script
 REAL = Path(os.environ.get("OPSIN_REFERENCE", Path(__file__).parents[2] / "shared/reference"))
 WIDTH, HEADS, LABELS, FEATURES, PAIRS, BATCH = 4, 2, 3, 3, 2, 2
 CONFIG = {
-    **{"layers": 2, "width": WIDTH, "heads": HEADS, "labels": LABELS, "features": FEATURES, "pairs": PAIRS},
+    **{"width": WIDTH, "heads": HEADS, "labels": LABELS, "features": FEATURES, "pairs": PAIRS},
     **{"mlp_ratio": None, "norm": True, "causal": True, "positions": "rope", "position_base": 10000.0},
 }
 ADAM = {"lr": 1e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
@@ -24,6 +24,18 @@ CLAMPS = {
     "labels_only": {"prev_token_heads": ["0:0"], "prev_token_only_label": True},
     "induction": {"induction_heads": ["1:1"], "induction_head_strength": 0.8},
     "match": {"match_heads": ["1:0"], "match_head_temperature": 0.5},
+    "graft_in": {"graft_in_model_till_layer": 0, "ablate_heads": ["1:0"], "graft_in_model_ckpt": "its.eqx"},
+    "graft_in_clamped": {"graft_in_model_till_layer": 1, "prev_token_heads": ["0:0"]},
+    # where the donor answers, what the model would answer is without effect
+    "graft_out": {"graft_out_model_from_layer": 0, "ablate_heads": ["0:0"], "perfect_copy_from_head_pattern": "1:0"},
+    "graft_out_void": {"graft_out_model_from_layer": 1},
+    "ignored": {"specific_fn": "perfect_prev_token_input", "graft_out_model_from_layer": 0},
+}
+DEEP = {"deep": {}, "deep_silent": {"ablate_heads": ["2:0"]}, "deep_graft": {"graft_in_model_till_layer": 1}}
+# the reference runs a donor of upper blocks without these
+DONOR_OPTIONS = {
+    "graft_in_clamped": {"prev_token_heads": ["0:1", "2:0"], "ablate_heads": ["1:1"]},
+    "graft_out_void": {"ablate_heads": ["2:0"]},
 }
 
 
@@ -35,19 +47,23 @@ def check_reference():
 # ---- the slow model: one sequence, loops, the reference's own mathematics -----------------------------
 
 
-def shapes():
+def shapes(layers):
     named = {"example_embed.weight": (WIDTH, FEATURES), "example_embed.bias": (WIDTH,)}
     named |= {"label_embed.weight": (WIDTH, LABELS), "unembed.weight": (LABELS, WIDTH), "unembed.bias": (LABELS,)}
-    for norm in ("layer0.norm", "layer1.norm", "final_norm"):
+    for norm in (*(f"layer{layer}.norm" for layer in range(layers)), "final_norm"):
         named |= {f"{norm}.weight": (WIDTH,), f"{norm}.bias": (WIDTH,)}
-    for layer in range(2):
+    for layer in range(layers):
         named |= {f"layer{layer}.qkv.weight": (3 * WIDTH, WIDTH), f"layer{layer}.proj.weight": (WIDTH, WIDTH)}
     return named
 
 
-def weights():
-    numbers = np.random.default_rng(1)
-    return {name: numbers.normal(size=shape) for name, shape in shapes().items()}
+def weights(layers=2, seed=1):
+    numbers = np.random.default_rng(seed)
+    return {name: numbers.normal(size=shape) for name, shape in shapes(layers).items()}
+
+
+def depth(p):
+    return sum(name.endswith("qkv.weight") for name in p)
 
 
 def normalised(x, p, name):
@@ -107,23 +123,58 @@ def attended(h, p, layer, options, examples, labels):
     return z @ p[f"layer{layer}.proj.weight"].T, np.array(patterns)
 
 
-def sequence(p, examples, labels, options):
-    """The query's logits and loss, and the patterns of both layers."""
+def embedded(p, examples, labels):
     tokens = []
     for item in range(PAIRS + 1):
         tokens.append(p["example_embed.weight"] @ examples[item].astype(float) + p["example_embed.bias"])
         tokens.append(p["label_embed.weight"][:, labels[item]] + 0j * tokens[0])
-    h = np.array(tokens[:-1]) * (0 if options.get("ablate_embedding") else 1)
-    patterns = []
-    for layer in range(2):
+    return np.array(tokens[:-1])
+
+
+def blocks(p, examples, labels, options, handed=None):
+    """Output and patterns of every block; ``handed`` are outputs that replace a block's own."""
+    h, found = embedded(p, examples, labels) * (0 if options.get("ablate_embedding") else 1), []
+    for layer in range(depth(p)):
         added, pattern = attended(h, p, layer, options, examples, labels)
-        h, patterns = h + added, [*patterns, pattern]
-    logits = p["unembed.weight"] @ normalised(h[-1], p, "final_norm") + p["unembed.bias"]
-    return logits, np.log(np.exp(logits).sum()) - logits[labels[-1]], patterns
+        h = (handed or {}).get(layer, h + added)
+        found.append((h, pattern))
+    return found
 
 
-def losses(p, examples, labels, options):
-    return np.array([sequence(p, x, y, options)[1] for x, y in zip(examples, labels, strict=True)])
+def sequence(p, examples, labels, options, donor=None, donor_options=()):
+    """The query's logits and loss, and output and patterns of the blocks of the last pass."""
+    handed = {}
+    if options.get("specific_fn"):
+        return perfect(p, examples, labels)
+    if (layer := options.get("graft_in_model_till_layer")) is not None:
+        handed = {layer: blocks(donor, examples, labels, dict(donor_options))[layer][0]}
+    found = blocks(p, examples, labels, options, handed)
+    if (layer := options.get("graft_out_model_from_layer")) is not None:
+        p, found = donor, blocks(donor, examples, labels, {}, {layer: found[layer][0]})
+    return answer(p, found, labels)
+
+
+def perfect(p, examples, labels):
+    """Block 0 hands on the embedding; block 1 attends as if it were moved on by one token, but for the query's."""
+    e = embedded(p, examples, labels)
+    moved = np.array([e[0], *e[:-2], e[-1]])
+    pattern = attended(moved, p, 1, {}, examples, labels)[1]
+    size, z = WIDTH // HEADS, np.zeros_like(e)
+    values = np.array([normalised(row, p, "layer1.norm") for row in e]) @ p["layer1.qkv.weight"][2 * WIDTH :].T
+    for head in range(HEADS):
+        part = slice(head * size, (head + 1) * size)
+        z[:, part] = pattern[head] @ values[:, part]
+    first = attended(e, p, 0, {}, examples, labels)[1]
+    return answer(p, [(e, first), (e + z @ p["layer1.proj.weight"].T, pattern)], labels)
+
+
+def answer(p, found, labels):
+    logits = p["unembed.weight"] @ normalised(found[-1][0][-1], p, "final_norm") + p["unembed.bias"]
+    return logits, np.log(np.exp(logits).sum()) - logits[labels[-1]], found
+
+
+def losses(p, examples, labels, *options):
+    return np.array([sequence(p, x, y, *options)[1] for x, y in zip(examples, labels, strict=True)])
 
 
 def gradients(p, *batch):
@@ -140,15 +191,31 @@ def gradients(p, *batch):
 # ---- its files -------------------------------------------------------------------------------------
 
 
-def results(p, examples, labels, options):
-    passes = [sequence(p, x, y, options) for x, y in zip(examples, labels, strict=True)]
+def results(p, examples, labels, *options):
+    passes = [sequence(p, x, y, *options) for x, y in zip(examples, labels, strict=True)]
     found = {"logits": np.array([each[0].real for each in passes])}
     found["loss_per_example"] = np.array([each[1].real for each in passes])
     found["loss"] = found["loss_per_example"].mean()
-    for layer in range(2):
-        found[f"act/layer{layer}.pattern"] = np.array([each[2][layer].real for each in passes])
-    found |= {f"grad/{name}": value for name, value in gradients(p, examples, labels, options).items()}
-    return found | {"options": json.dumps(options), "config": json.dumps(CONFIG)}
+    for layer in range(len(passes[0][2])):
+        found[f"act/layer{layer}.block_out"] = np.array([each[2][layer][0].real for each in passes])
+        found[f"act/layer{layer}.pattern"] = np.array([each[2][layer][1].real for each in passes])
+    found |= {f"grad/{name}": value for name, value in gradients(p, examples, labels, *options).items()}
+    return found | {"options": json.dumps(options[0]), "config": config(p)}
+
+
+def config(p):
+    return json.dumps(CONFIG | {"layers": depth(p)})
+
+
+def base_file(p, examples, labels):
+    """A base file."""
+    plain = results(p, examples, labels, {})
+    del plain["options"]
+    return plain | held(p) | {"examples": examples, "labels": labels, "kind": "base"}
+
+
+def held(p):
+    return {f"param/{name}": value for name, value in p.items()}
 
 
 def trained(p, bank, classes, labels, options):
@@ -167,24 +234,27 @@ def trained(p, bank, classes, labels, options):
             size = np.sqrt(second[name] / (1 - ADAM["b2"] ** step)) + ADAM["eps"]
             p[name] -= ADAM["lr"] * first[name] / (1 - ADAM["b1"] ** step) / size
     final = {f"param/{name}": value for name, value in p.items()}
-    about = {"options": json.dumps(options), "config": json.dumps(CONFIG), "adam": json.dumps(ADAM)}
+    about = {"options": json.dumps(options), "config": config(p), "adam": json.dumps(ADAM)}
     return {"loss": np.array(loss), "grad_norm": np.array(norms), **final, **about, "kind": "trajectory"}
 
 
 @pytest.fixture(scope="module")
 def written():
-    """Contents of a folder: a base, a file for each clamp, and a trajectory with its inputs."""
-    numbers, p = np.random.default_rng(2), weights()
+    """Contents of a folder: two bases, a file for each clamp, a donor, and a trajectory with its inputs."""
+    numbers, bases = np.random.default_rng(2), {"base": weights(), "deep": weights(3, seed=4)}
+    giver = weights(3, seed=5)
     examples = numbers.normal(size=(BATCH, PAIRS + 1, FEATURES)).astype(np.float32)
     labels = np.array([[0, 2, 0], [1, 2, 2]])
-    files = {name: results(p, examples, labels, options) | {"kind": "clamp"} for name, options in CLAMPS.items()}
-    plain = results(p, examples, labels, {})
-    del plain["options"]
-    inputs = {f"param/{name}": value for name, value in p.items()} | {"examples": examples, "labels": labels}
-    files["base"] = plain | inputs | {"kind": "base"}
+    files = {"giver": held(giver) | {"kind": "donor", "config": config(giver)}}
+    for name, options in (CLAMPS | DEEP).items():
+        base = "deep" if name in DEEP else "base"
+        theirs = DONOR_OPTIONS.get(name, {})
+        files[name] = results(bases[base], examples, labels, options, giver, theirs)
+        files[name] |= {"kind": "clamp", "base": base, "donor": "giver", "donor_options": json.dumps(theirs)}
+    files |= {name: base_file(p, examples, labels) for name, p in bases.items()}
     bank, classes = numbers.normal(size=(4, FEATURES)).astype(np.float32), np.array([[[0, 1, 0]], [[2, 3, 3]]])
     named = np.array([[[0, 1, 0]], [[2, 1, 1]]])
-    files["trajectory"] = trained(p, bank, classes, named, CLAMPS["previous"])
+    files["trajectory"] = trained(bases["base"], bank, classes, named, CLAMPS["previous"]) | {"base": "base"}
     files["batches"] = {"bank": bank, "class_idx": classes, "labels": named, "kind": "trajectory_batches"}
     return files
 
@@ -193,13 +263,14 @@ def written():
 def checked(check_reference, written, tmp_path, capsys):
     """Write a folder with changed or further files; exit code, and the line of each file by its name."""
 
-    def check(changes=(), called=lambda name: name):
+    def check(changes=(), called=lambda name: name, only=None, modes=("both", "eager")):
         for name, content in (written | dict(changes)).items():
-            base = {} if content["kind"] in ("base", "trajectory_batches") else {"base": called("base")}
-            np.savez(tmp_path / called(name), **content, **base)
-        code = check_reference.main(tmp_path)
-        *lines, last = capsys.readouterr().out.splitlines()
-        return code, {line.split()[0].removesuffix(".npz"): line for line in lines}, last
+            if only is None or name in only:
+                named = {key: called(str(content[key])) for key in ("base", "donor") if key in content}
+                np.savez(tmp_path / called(name), **content | named)
+        code = check_reference.main(tmp_path, check_reference.modes_of(*modes))
+        _, *lines, last = capsys.readouterr().out.splitlines()
+        return code, {line.split()[0]: line for line in lines}, last
 
     return check
 
@@ -208,10 +279,26 @@ def test_files_of_an_independent_model_all_pass(checked, written):
     code, lines, last = checked()
     assert code == 0 and set(lines) == set(written)
     assert all(line.split()[1] == "ok" for line in lines.values())
-    assert last.startswith(f"{len(written)} files, {len(written)} covered, 0 failed, 0 uncovered; worst error ")
-    for name in ("base", *CLAMPS):
+    assert last.startswith(f"{len(written)} files, {len(written)} covered, 0 failed, 0 uncovered; worst error float64")
+    for name in ("base", "deep", *CLAMPS):
         assert all(what in lines[name] for what in ("activations", "losses", "gradients"))
     assert all(what in lines["trajectory"] for what in ("losses", "gradients", "weights"))
+
+
+def test_on_the_plan_of_all_files_of_a_base_each_has_its_own_clamps_alone(check_reference, checked, monkeypatch):
+    # what is compiled, without the compiler
+    graphs = []
+    monkeypatch.setattr(check_reference, "compile_step", lambda function: graphs.append(function) or function)
+    code, lines, last = checked(modes=("float64", "compiled"))
+    assert code == 0 and {line.split()[1] for line in lines.values()} == {"ok"}
+    assert len(graphs) == 3, "two bases and a trajectory"
+    assert last.split("; ")[1].startswith("worst error float64 compiled ") and "eager" not in last
+
+
+@pytest.mark.slow
+def test_compiled_files_of_an_independent_model_pass(checked):
+    code, lines, _ = checked(modes=("both", "compiled"))
+    assert code == 0 and {line.split()[1] for line in lines.values()} == {"ok"}
 
 
 WRONG = [
@@ -226,15 +313,28 @@ WRONG = [
 
 @pytest.mark.parametrize(
     ("name", "array"),
-    [*product(["base", "previous"], WRONG), *product(["trajectory"], ["loss", "grad_norm", "param/unembed.bias"])],
+    [
+        *product(["base", "previous"], WRONG),
+        *product(["graft_in_clamped"], ["act/layer1.block_out", "loss", "grad/unembed.weight"]),
+        *product(["graft_out"], ["act/layer2.pattern", "loss", "grad/layer0.qkv.weight"]),
+        *product(["trajectory"], ["loss", "grad_norm", "param/unembed.bias"]),
+    ],
 )
 def test_a_number_that_is_a_millionth_off_fails_its_file_alone(checked, written, name, array):
     off = np.array(written[name][array])
-    off.flat[-1] *= 1 + 1e-6
-    code, lines, last = checked({name: written[name] | {array: off}})
+    off.flat[-1] += 1e-6 * max(abs(off.flat[-1]), np.sqrt(np.mean(off**2)))
+    only = {name, "base", "giver", "batches"}
+    code, lines, last = checked({name: written[name] | {array: off}}, only=only, modes=("float64", "eager"))
     assert code == 1 and "1 failed, 0 uncovered" in last
     assert {other for other, line in lines.items() if line.split()[1] != "ok"} == {name}
-    assert lines[name].split()[1] == "FAIL"
+    assert lines[name].split()[1] == "FAIL" and "!" in lines[name]
+
+
+def test_a_number_that_is_a_thousandth_off_fails_in_single_precision(checked, written):
+    off = written["previous"]["logits"] * (1 + 1e-3)
+    changes = {"previous": written["previous"] | {"logits": off}}
+    code, lines, _ = checked(changes, only=("base", "previous", "giver"), modes=("float32", "eager"))
+    assert code == 1 and "losses 1.0e-03!" in lines["previous"] and lines["base"].split()[1] == "ok"
 
 
 def test_an_option_that_changes_nothing_in_the_file_it_should_change_fails(checked, written):
@@ -244,9 +344,19 @@ def test_an_option_that_changes_nothing_in_the_file_it_should_change_fails(check
 
 def test_an_unknown_option_and_an_unknown_kind_are_uncovered_and_no_success(checked, written):
     odd = written["previous"] | {"options": json.dumps({"levitate_heads": ["0:1"]})}
-    code, lines, last = checked({"odd": odd, "toy": {"kind": "toy"}})
-    assert code == 1 and "0 failed, 2 uncovered" in last
-    assert "uncovered: options levitate_heads" in lines["odd"] and "uncovered: kind toy" in lines["toy"]
+    strange = written["base"] | {"act/layer0.aura": np.zeros(2)}
+    inside = written["graft_in"] | {"donor_options": json.dumps({"levitate_heads": ["0:1"]})}
+    changes = {"odd": odd, "riddle": {"kind": "riddle"}, "base": strange, "inside": inside}
+    code, lines, last = checked(changes, only=("odd", "riddle", "base", "giver", "inside"))
+    assert code == 1 and "0 failed, 4 uncovered" in last
+    assert "uncovered: options levitate_heads" in lines["odd"] and "uncovered: kind riddle" in lines["riddle"]
+    assert "uncovered: activation layer0.aura" in lines["base"] and "levitate_heads" in lines["inside"]
+
+
+def test_a_graft_without_its_donor_fails(checked, written):
+    lonely = {key: value for key, value in written["graft_in"].items() if key != "donor"}
+    code, lines, last = checked({"graft_in": lonely}, only=("base", "graft_in", "graft_out"))
+    assert code == 1 and "2 failed" in last and "giver" in lines["graft_out"] and "donor" in lines["graft_in"]
 
 
 def test_what_a_file_is_called_does_not_matter(checked):
@@ -255,33 +365,39 @@ def test_what_a_file_is_called_does_not_matter(checked):
 
 
 def test_a_folder_without_files_is_no_success(check_reference, tmp_path, capsys):
-    assert check_reference.main(tmp_path) == 1
+    assert check_reference.main(tmp_path, []) == 1
     assert "no .npz files" in capsys.readouterr().out
 
 
 # ---- the real ones -----------------------------------------------------------------------------------
 
 
-def test_every_covered_file_of_the_reference_system_passes(check_reference, capsys):
+def real(check_reference, capsys, precision, mode):
+    """State of every real file by its name, and the last line."""
     if not (REAL / "base.npz").exists():
         pytest.skip(f"no reference files in {REAL} (set OPSIN_REFERENCE to their folder)")
-    check_reference.main(REAL)
-    *lines, last = capsys.readouterr().out.splitlines()
-    states = {line.split()[0].removesuffix(".npz"): line.split()[1] for line in lines}
-    assert len(states) == len(list(REAL.glob("*.npz"))) and " 0 failed" in last
-    assert set(states.values()) <= {"ok", "uncovered:"}
-    beginnings = ("base", "ablate_l", "prev_", "induction_", "match_", "trajectory_")
-    found = {name: state for name, state in states.items() if name.startswith(beginnings)}
-    assert {state for state in found.values()} == {"ok"}
-    assert all(any(name.startswith(beginning) for name in found) for beginning in beginnings)
-    for name in ("ablate_embedding_only", "fig5b_noclamp", "fig5b_perfect_match", "fig5b_prev_token_single"):
-        assert states[name] == "ok"
+    code = check_reference.main(REAL, check_reference.modes_of(precision, mode))
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {path.stem for path in REAL.glob("*.npz")}
+    return code, {line.split()[0]: line.split()[1] for line in lines}, last
 
 
-def test_a_file_that_cannot_be_read_fails_and_the_others_are_checked(tmp_path, capsys):
+def test_every_file_of_the_reference_system_passes(check_reference, capsys):
+    code, states, last = real(check_reference, capsys, "both", "eager")
+    assert code == 0 and set(states.values()) == {"ok"}
+    assert last.startswith(f"{len(states)} files, {len(states)} covered, 0 failed, 0 uncovered; ")
+
+
+@pytest.mark.slow
+def test_every_file_of_the_reference_system_passes_compiled(check_reference, capsys):
+    code, states, _ = real(check_reference, capsys, "both", "compiled")
+    assert code == 0 and set(states.values()) == {"ok"}
+
+
+def test_a_file_that_cannot_be_read_fails_and_the_others_are_checked(check_reference, tmp_path, capsys):
     (tmp_path / "broken.npz").write_bytes(b"not a zip file")
     np.savez(tmp_path / "lonely.npz", kind="clamp", base="nowhere", options="{}")
-    assert script("check_reference").main(tmp_path) == 1
-    broken, lonely, last = capsys.readouterr().out.splitlines()
+    assert check_reference.main(tmp_path, check_reference.modes_of("both", "both")) == 1
+    _, broken, lonely, last = capsys.readouterr().out.splitlines()
     assert "FAIL  unreadable" in broken and "FAIL  unreadable" in lonely and "nowhere" in lonely
     assert last.startswith("2 files, 2 covered, 2 failed, 0 uncovered")

@@ -42,9 +42,11 @@ def test_the_bench_states_medians_of_the_ratios_within_a_round():
         "eager_two_threads": [50.0, 50.0, 100.0],
         "bare": [300.0, 400.0, 250.0],
         "clamps_and_trackers": [150.0, 300.0, 225.0],
+        "progress_measures": [270.0, 380.0, 200.0],
     }
     figures = script("bench").summarise(speeds)
     assert figures["ratio_bare_to_eager"] == 3
     assert figures["ratio_bare_to_eager_two_threads"] == 6
     assert figures["ratio_clamps_and_trackers_to_bare"] == 0.75
+    assert figures["ratio_progress_measures_to_bare"] == 0.9
     assert figures["steps_per_second_clamps_and_trackers"] == 225 and figures["rounds"] == 3
