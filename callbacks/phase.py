@@ -108,7 +108,8 @@ class PhaseChange(Callback):
             # taken before it is announced: a handler may save a checkpoint
             self._taken = index + 1
             for member, loss in enumerate(series.values[index].tolist()):
-                self._update(module, member, series.steps[index], loss)
+                if math.isfinite(loss):
+                    self._update(module, member, series.steps[index], loss)
 
     def _update(self, module: OpsinModule, member: int, step: int, loss: float) -> None:
         x = float(step * module.history.batch_size)
@@ -130,6 +131,7 @@ class PhaseChange(Callback):
         formed = [name for name, head in heads.items() if head["strength"] >= self.head_threshold]
         last = max(1, math.ceil(FINAL * len(loss)))
         return {
+            **module.ended.get(member, {}),
             **_crossings(change),
             "plateau": float(self._level),
             "final_loss": float(loss[-last:].mean()) if len(loss) else None,
@@ -162,7 +164,9 @@ def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np
         return np.zeros(0), np.zeros(0)
     steps, values = module.history[metric].arrays()
     at: tuple[Any, ...] = (slice(None), *index)
-    return module.history.sequences(steps), values[at]
+    # a member that has ended has no numbers from there on
+    known = np.isfinite(values[at])
+    return module.history.sequences(steps)[known], values[at][known]
 
 
 def _crossings(change: Transition | None) -> dict[str, Mapping[str, float] | None]:

@@ -136,6 +136,7 @@ class Training:
         self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
+        self.alive = torch.ones(len(seeds), dtype=torch.bool)
         self.fired = torch.zeros(len(plan.masks), len(seeds), dtype=torch.int64)
         missed = missed_updates(plan.changes, plan.masks[len(plan.interventions) :], len(seeds))
         self.missed = {name: zeros.to(dtype) for name, zeros in missed.items()}
@@ -145,7 +146,7 @@ class Training:
         draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
         state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
         clock = torch.tensor([[seed, k] for seed in self.seeds])
-        moment = Moment(self.gates[k], clock, self.fired, self.missed)
+        moment = Moment(self.gates[k], clock, self.fired, self.alive, self.missed)
         return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, moment))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,14 +14,19 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.errors import ConfigError, DivergedError, IdleError, log
+from opsin.cli_population import arranged, default_arrangement, lay_out, train_population, write_population
+from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, log
+from opsin.fleet import end_with_parent
 from opsin.module import OpsinModule, callbacks_of
+from opsin.plan import Plan
+from opsin.population import Population
 from opsin.report import final_report, sites_report
 from opsin.task import Task
 
@@ -79,6 +85,7 @@ class OpsinCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Task, "task", help="what is learned", required=True)
         parser.link_arguments("task", "model.task", apply_on="instantiate")
+        parser.add_argument("--population", type=Population | None, default=None)
         parser.add_argument(
             "--run_folder", type=str | None, default=None, help="default: runs/RECIPE-DATE-TIME-PROCESS"
         )
@@ -118,6 +125,9 @@ class OpsinCLI(LightningCLI):
 def fit(args: Sequence[str]) -> None:
     """Train as the recipe says, and say where the phase change happened."""
     cli = OpsinCLI(args)
+    if cli.config.population is not None:
+        fit_population(cli)
+        return
     if cli.config.ckpt_path is not None:
         _check_fits(Path(cli.config.ckpt_path), cli.model)
     try:
@@ -131,11 +141,36 @@ def fit(args: Sequence[str]) -> None:
     print(final_report(cli.model.summary, cli.keeper.folder))
 
 
+def fit_population(cli: OpsinCLI) -> None:
+    """Train every seed in every condition, in as many processes as the machine has cores."""
+
+    def build(path: Path) -> tuple[OpsinModule, Plan]:
+        one = OpsinCLI(["--config", str(path)])
+        return one.model, one.model.plan_for(callbacks_of(one.trainer), max(one.trainer.max_steps, 1))
+
+    if cli.config.ckpt_path is not None:
+        raise ConfigError("ckpt_path", cli.config.ckpt_path, "none beside a population; `opsin resume` continues one")
+    if cli.trainer.max_steps < 1:
+        raise ConfigError("trainer.max_steps", cli.trainer.max_steps, "the number of optimizer steps")
+    folder = cli.keeper.folder
+    if (folder / "population.json").exists():
+        raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
+    recipe = yaml.safe_load(cli._resolved())
+    with tempfile.TemporaryDirectory() as scratch:
+        layout = lay_out(recipe, Path(scratch), build)
+    arrangement = default_arrangement(recipe["population"])
+    write_population(layout, folder, arranged(layout, arrangement), arrangement)
+    train_population(folder)
+
+
 def resume(args: Sequence[str]) -> None:
     """Continue a killed run."""
     if len(args) != 1:
         raise ConfigError("opsin resume", " ".join(args), "one run folder")
     folder = Path(args[0])
+    if (folder / "population.json").exists():
+        train_population(folder)
+        return
     config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     if not config.exists():
         raise ConfigError("opsin resume", str(folder), "a run folder with a config.yaml")
@@ -195,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     _quieten()
+    end_with_parent()
     try:
         if verb not in VERBS:
             raise ConfigError("verb", verb, f"one of {', '.join(VERBS)} (`opsin --help`)")
@@ -202,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"opsin: {str(stopped) or 'interrupted before training began'}", file=sys.stderr)
         return 130
-    except (DivergedError, IdleError, OSError) as error:
+    except (DivergedError, IdleError, PopulationError, OSError) as error:
         print(f"opsin: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opsin.errors import IdleError, log
+from opsin.errors import DivergedError, IdleError, log
 from opsin.passes import Intervention, Supply
 from opsin.plan import Plan
 from opsin.runs import History
@@ -37,7 +37,8 @@ class Control:
         seeds: one per member.
         history: which schedules with feedback read, and in which they record what they do.
         idle: what happens to a run with a writer that was active and changed nothing.
-        announce: is told whenever a schedule with feedback switches on or off.
+        announce: is told whenever a schedule with feedback switches on or off, and when a member ends.
+        ended: how and when members ended that learn no more; filled here.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Control:
         history: History,
         idle: Literal["stop", "warn"],
         announce: Callable[[Event], None],
+        ended: dict[int, dict[str, Any]],
     ) -> None:
         self.plan, self.constants, self.history, self.idle = plan, constants, history, idle
         self.announce = announce
@@ -56,6 +58,8 @@ class Control:
         shape = (len(plan.masks), len(seeds))
         self.fired = torch.zeros(shape, dtype=torch.int64, device=constants.table.device)
         self.active = np.zeros(shape, dtype=np.int64)
+        self.alive = torch.ones(len(seeds), dtype=torch.bool, device=constants.table.device)
+        self.ended = ended
         missed = missed_updates(plan.changes, plan.masks[len(plan.interventions) :], len(seeds))
         self.missed = {name: zeros.to(constants.table) for name, zeros in missed.items()}
         self._covers = covered_members(plan, len(seeds))
@@ -69,7 +73,7 @@ class Control:
         """
         gates = self._as_gates(self._strengths(step, 1))[0]
         gates[[index for index, item in enumerate(self.plan.interventions) if item in without]] = 0
-        return Moment(gates, self._clock(step, 1)[0], self.fired, self.missed)
+        return Moment(gates, self._clock(step, 1)[0], self.fired, self.alive, self.missed)
 
     def moments(self, first: int, count: int) -> Iterator[Moment]:
         """What the plan is told at each of some steps; each is made when it is asked for, and counted as active."""
@@ -81,7 +85,7 @@ class Control:
                 gates = self._as_gates(strengths)
                 self._tell_changes(step)
             self.active += (strengths[step - begin] > 0) * self._covers
-            yield Moment(gates[step - begin], clock[step - first], self.fired, self.missed)
+            yield Moment(gates[step - begin], clock[step - first], self.fired, self.alive, self.missed)
 
     def _strengths(self, first: int, count: int) -> Float[np.ndarray, "S I M"]:
         return self.plan.gates(first, count, len(self.seeds), self.history)
@@ -144,6 +148,40 @@ class Control:
         log.warning(f"opsin: {text}")
         self._warned.add(name)
 
+    def check_diverged(self, first: int, finite: Bool[Tensor, "S M"]) -> None:
+        """Take leave of members whose loss or gradient stopped being a number; the others go on without them.
+
+        Args:
+            first: the first of these steps.
+            finite: whether each member still had a loss.
+
+        Raises:
+            DivergedError: nobody is left.
+        """
+        for member in (~finite).any(0).nonzero().flatten().tolist():
+            if member not in self.ended:
+                step = first + int((~finite[:, member]).nonzero()[0])
+                self.end(member, "diverged", step, f"its loss or gradient was no finite number at step {step:,}")
+        if len(self.ended) == len(self.seeds) and all(how["status"] == "diverged" for how in self.ended.values()):
+            step, member = min((how["stopped_at"], member) for member, how in self.ended.items())
+            raise DivergedError(
+                f"train/loss: got no finite number at step {step} of member {member}, expected a finite loss and "
+                "gradient; the run up to there is kept (try a lower model.learning_rate)"
+            )
+
+    def end(self, member: int, status: str, step: int, why: str) -> None:
+        """Let a member learn no more; its weights stay as they are.
+
+        Args:
+            status: in a word or two, for the summary.
+            step: optimizer steps it has made.
+            why: for people.
+        """
+        self.alive[member] = False
+        self.ended[member] = {"status": status, "stopped_at": step}
+        if len(self.seeds) > 1:
+            self.announce(Event(status, step, member, f"member {member} {status}: {why}"))
+
     def supply(self, supply: Supply, tensor: Tensor) -> None:
         """Put another tensor in the place of a supply, from the next step on."""
         self.constants.supplied[self.plan.supplies.index(supply)].copy_(tensor)
@@ -162,12 +200,20 @@ class Control:
         supplied = [tensor.cpu().clone() for tensor in self.constants.supplied]
         missed = {name: tensor.cpu().clone() for name, tensor in self.missed.items()}
         active = torch.from_numpy(self.active)
-        return {"fired": self.fired.cpu().clone(), "active": active, "supplied": supplied, "missed": missed}
+        return {
+            "fired": self.fired.cpu().clone(),
+            "active": active,
+            "supplied": supplied,
+            "missed": missed,
+            "ended": {member: dict(how) for member, how in self.ended.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore."""
         self.fired.copy_(state["fired"])
         self.active = state["active"].numpy().copy()
+        self.ended.update({int(member): dict(how) for member, how in state["ended"].items()})
+        self.alive[list(self.ended)] = False
         for tensor, saved in zip(self.constants.supplied, state["supplied"], strict=True):
             tensor.copy_(saved)
         for name, tensor in self.missed.items():

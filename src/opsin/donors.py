@@ -82,6 +82,19 @@ def _listed(sizes: Mapping[str, int | None]) -> str:
     return ", ".join(f"{'no' if size is None else size} {name}" for name, size in sizes.items())
 
 
+@dataclass(frozen=True)
+class Start:
+    """Weights that a member starts from.
+
+    Args:
+        path: of a run folder, a checkpoint or a snapshot.
+        place: which member of it, the only one where it has one.
+    """
+
+    path: str
+    place: int = 0
+
+
 def donor_from(name: str, model: Transformer, parameters: Mapping[str, Tensor], setting: str = "donor") -> Donor:
     """A donor with these weights (``[1, ...]``)."""
     digest = hashlib.sha256()

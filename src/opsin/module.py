@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.control import Control
-from opsin.errors import ConfigError, DivergedError
+from opsin.donors import Start, read_donor
+from opsin.errors import ConfigError
 from opsin.model import Members, Transformer, init_parameters, position_table
 from opsin.optim import MemberAdam
 from opsin.passes import Intervention
@@ -51,8 +52,8 @@ class OpsinModule(pl.LightningModule):
         task: what is learned.
         transformer: shape of the model.
         seed: seeds initialisation and data; a list trains one member per seed.
-        learning_rate: of Adam.
-        weight_decay: decoupled (AdamW).
+        learning_rate: of Adam; a list has one for each member.
+        weight_decay: decoupled (AdamW); a list has one for each member.
         gradient_clip: largest gradient norm of a member; None for none.
         betas: of Adam.
         eps: of Adam, added outside the square root.
@@ -67,6 +68,7 @@ class OpsinModule(pl.LightningModule):
             present and the run has at least 5,000 optimizer steps.
         threads: of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
+        initial: for each member, whose weights it starts from; its own initialisation where None.
     """
 
     def __init__(
@@ -74,8 +76,8 @@ class OpsinModule(pl.LightningModule):
         task: Task,
         transformer: Transformer = Transformer(),  # noqa: B008 - frozen
         seed: int | list[int] = 0,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
+        learning_rate: float | list[float] = 1e-3,
+        weight_decay: float | list[float] = 0.0,
         gradient_clip: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -87,6 +89,7 @@ class OpsinModule(pl.LightningModule):
         compile: Literal["auto"] | bool = "auto",
         threads: int = 1,
         idle: Literal["stop", "warn"] = "stop",
+        initial: list[Start | None] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -100,17 +103,37 @@ class OpsinModule(pl.LightningModule):
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         self._check_settings()
         self.sites = transformer.sites(task)
-        self.members = Members(init_parameters(transformer, task, self.seeds))
+        self.members = Members(self._first_weights(initial))
         self.history = History(task.batch_size)
         self.events: list[Event] = []
+        self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self._saved_control: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._evaluation_batches: dict[tuple[str, int], Batch] = {}
 
+    def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
+        values = init_parameters(self.transformer, self.task, self.seeds)
+        for member, start in enumerate(initial or ()):
+            if start is not None:
+                donor = read_donor("model.initial", start.path, start.place)
+                if donor.model != self.transformer:
+                    raise ConfigError("model.initial", f"{start.path} of {donor.model}", f"a {self.transformer}")
+                donor.check(self.task)
+                for name, value in values.items():
+                    value[member] = donor.parameters[name][0]
+        return values
+
     def _check_settings(self) -> None:
-        positive = ("learning_rate", "steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads")
+        for name in ("learning_rate", "weight_decay"):
+            given = getattr(self, name)
+            if isinstance(given, list) and len(given) != len(self.seeds):
+                raise ConfigError(f"model.{name}", given, f"one number, or one for each of {len(self.seeds)} seeds")
+            lowest = min(given) if isinstance(given, list) else given
+            if lowest < 0 or (lowest == 0 and name == "learning_rate"):
+                raise ConfigError(f"model.{name}", given, "more than 0" if name == "learning_rate" else "0 or more")
+        positive = ("steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name}", getattr(self, name), "more than 0")
@@ -174,6 +197,7 @@ class OpsinModule(pl.LightningModule):
         self._refuse_uneven_checkpoints()
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_control = [], [], None
+        self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         if self.plan.feedback:
             validates = bool(trainer.limit_val_batches)
@@ -216,7 +240,9 @@ class OpsinModule(pl.LightningModule):
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
         fresh = fresh_values(self.plan.changes, self.transformer, self.task, self.seeds)
         self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, fresh)
-        self.control = Control(self.plan, self.constants, self.seeds, self.history, self.idle, self.announce)
+        self.control = Control(
+            self.plan, self.constants, self.seeds, self.history, self.idle, self.announce, self.ended
+        )
         if self._saved_control is not None:
             self.control.load_state_dict(self._saved_control)
         self.probe = self._evaluation_batch("train", self.probe_size)
@@ -275,14 +301,8 @@ class OpsinModule(pl.LightningModule):
             logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
 
     def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
-        finite = results[:, 0].isfinite()
-        if not finite.all():
-            index, member = (~finite).nonzero()[0].tolist()
-            raise DivergedError(
-                f"train/loss: got {results[index, 0, member].item()} at step {first + index} of member {member}, "
-                "expected a finite loss; the run up to there is kept (try a lower model.learning_rate)"
-            )
-        means = results.mean((0, 2))
+        self.control.check_diverged(first, results[:, 0].isfinite())
+        means = results.nanmean((0, 2))
         for name, value in zip(STEP_METRICS, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)
         for config in self.trainer.lr_scheduler_configs:

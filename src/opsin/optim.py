@@ -7,7 +7,7 @@ holds the state that arithmetic changes, and counts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ class MemberAdam(torch.optim.Optimizer):
 
     Args:
         named_parameters: names and tensors ``[M, ...]``.
-        learning_rate: of every member; a scheduler may change it through ``param_groups``.
-        weight_decay: decoupled.
+        learning_rate: of every member, or one for each; a scheduler changes that of the first through
+            ``param_groups``, and those of the others by the same factor.
+        weight_decay: decoupled, likewise.
         clip: largest gradient norm of a member; None for no clipping.
         betas: decay of the running moments.
     """
@@ -30,14 +31,17 @@ class MemberAdam(torch.optim.Optimizer):
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
-        learning_rate: float,
-        weight_decay: float,
+        learning_rate: float | Sequence[float],
+        weight_decay: float | Sequence[float],
         clip: float | None,
         betas: tuple[float, float],
     ) -> None:
         named = list(named_parameters)
         self.names = [name for name, _ in named]
-        defaults = {"lr": learning_rate, "weight_decay": weight_decay, "clip": clip, "betas": betas, "steps": 0}
+        members = named[0][1].shape[0]
+        self.rates, self.decays = _for_each(learning_rate, members), _for_each(weight_decay, members)
+        first = {"lr": self.rates[0], "weight_decay": self.decays[0]}
+        defaults = {**first, "clip": clip, "betas": betas, "steps": 0}
         super().__init__([tensor for _, tensor in named], defaults)
         for parameter in self.parameters:
             zeros = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
@@ -63,10 +67,9 @@ class MemberAdam(torch.optim.Optimizer):
         group, like = self.param_groups[0], self.parameters[0]
         clip = float("inf") if group["clip"] is None else group["clip"]
         correction = [1 - beta ** (self.steps + 1) for beta in group["betas"]]
-        rate, decay, clip = (
-            _each_member(value, like.shape[0], like.dtype, like.device)
-            for value in (group["lr"], group["weight_decay"], clip)
-        )
+        rates, decays = _moved(self.rates, group["lr"]), _moved(self.decays, group["weight_decay"])
+        each = (rates, decays, (clip,) * like.shape[0])
+        rate, decay, clip = (_as_tensor(values, like.dtype, like.device) for values in each)
         return Hyper(rate, decay, clip, torch.tensor(correction, dtype=like.dtype, device=like.device))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,6 +85,17 @@ class MemberAdam(torch.optim.Optimizer):
         return result
 
 
+def _for_each(value: float | Sequence[float], members: int) -> tuple[float, ...]:
+    return (float(value),) * members if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+
+
+def _moved(values: tuple[float, ...], first: float) -> tuple[float, ...]:
+    """Values changed by the factor by which the first was."""
+    factor = first / values[0] if values[0] else 1.0
+    # exact for the first, and for all that share its value
+    return tuple(first if value == values[0] else value * factor for value in values)
+
+
 @functools.lru_cache(maxsize=64)
-def _each_member(value: float, members: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((members,), value, dtype=dtype, device=device)
+def _as_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

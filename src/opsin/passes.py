@@ -134,7 +134,8 @@ class Pass:
     @property
     def trains(self) -> bool:
         """Whether gradient that enters it can reach a trained weight."""
-        return self.donor is None or any(s.trains for item in self.interventions for s in item.value.sources)
+        taken = [source for item in self.interventions for source in item.value.sources]
+        return self.donor is None or any(source.trains for source in taken if source.of is not Relative.THIS)
 
 
 class Relative(Enum):

@@ -40,12 +40,15 @@ class PlannedPass:
 
     Args:
         items: its interventions, as places in the plan, in order of application.
+        together: the same, those that put one value into different entries of a site side by side: they
+            act at once.
         keeps: sites that other passes or its own later values take from it.
         donor: place of the donor whose weights it runs; None for those that are trained.
         inner: whether it runs inside each pass that takes from it, once that one comes to need it.
     """
 
     items: tuple[int, ...]
+    together: tuple[tuple[int, ...], ...]
     keeps: tuple[str, ...] = ()
     donor: int | None = None
     inner: bool = False
@@ -224,6 +227,7 @@ def build_plan(
     passes = tuple(
         PlannedPass(
             tuple(range(end - len(found), end)),
+            _together(found, end - len(found), own=run is own),
             tuple(sorted(kept)),
             None if run.donor is None else donors.index(run.donor),
             run.asks,
@@ -242,6 +246,25 @@ def build_plan(
         supplies,
         tuple(change for change, *_ in changes),
     )
+
+
+def _together(found: Sequence[tuple[Intervention, Tensor]], first: int, own: bool) -> tuple[tuple[int, ...], ...]:
+    """Places of interventions, neighbours with one value and no common entry in one group."""
+    groups: list[list[int]] = []
+    for place, (item, mask) in enumerate(found):
+        group = groups[-1] if groups else []
+        # a value may look along the last axis, so neurons of one value are not taken apart
+        fits = own and item.selection.neurons is None
+        if fits and all(_apart(item, mask, *found[other]) for other in group) and group:
+            group.append(place)
+        else:
+            groups.append([place])
+    return tuple(tuple(first + place for place in group) for group in groups)
+
+
+def _apart(a: Intervention, mask_a: Tensor, b: Intervention, mask_b: Tensor) -> bool:
+    same = (a.site, a.value) == (b.site, b.value) and b.selection.neurons is None
+    return same and not bool((mask_a * mask_b).any())
 
 
 def _wanted(writers: Iterable[Writer], sites: SiteTable) -> dict[Intervention, str]:

@@ -245,8 +245,10 @@ def _records(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _series(history: History, metric: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M ..."]]:
+    """A metric over sequences; members that ended before the run did are left out where others did not."""
     steps, values = history[metric].arrays()
-    return history.sequences(steps), values
+    whole = np.isfinite(values).all(axis=(0, *range(2, values.ndim)))
+    return history.sequences(steps), values[:, whole] if whole.any() else np.nan_to_num(values)
 
 
 def _smooth(y: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

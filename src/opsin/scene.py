@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.interventions import overwrite
@@ -150,14 +150,14 @@ class _Acting:
     def tap(self, number: int, running: _Running) -> Tap:
         """The tap of one pass."""
         planned = self.plan.passes[number]
-        at_site: dict[str, list[int]] = defaultdict(list)
-        for index in planned.items:
-            at_site[self.plan.interventions[index].site].append(index)
+        at_site: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+        for group in planned.together:
+            at_site[self.plan.interventions[group[0]].site].append(group)
 
         def tap(name: str, activation: Tensor) -> Tensor:
-            for index in at_site.get(name, ()):
-                taken = [self.take(need, running) for need in self.plan.taken[index]]
-                activation = self.apply(index, activation, taken)
+            for group in at_site.get(name, ()):
+                taken = [self.take(need, running) for need in self.plan.taken[group[0]]]
+                activation = self.apply(group, activation, taken)
             if name in planned.keeps:
                 running.here[name] = activation
             if self.seen is not None:
@@ -187,18 +187,26 @@ class _Acting:
                 found = self.scene.clock
         return found.detach() if need.detach else found
 
-    def apply(self, index: int, x: Tensor, taken: Sequence[Tensor]) -> Tensor:
-        """Overwrite ``x`` as one intervention says, and note whether that changed it."""
-        chosen = self.plan.interventions[index].value(x, self.scene.batch, *taken)
-        weight = self.scene.constants.masks[index]
-        always = self.plan.always[index]
-        if not always:
-            weight = self.scene.gates[index].view(-1, *[1] * (x.dim() - 1)) * weight
+    def apply(self, group: Sequence[int], x: Tensor, taken: Sequence[Tensor]) -> Tensor:
+        """Overwrite ``x`` as some interventions of one value say, and note which of them changed it."""
+        chosen = self.plan.interventions[group[0]].value(x, self.scene.batch, *taken)
+        always = self.plan.always[group[0]]
+        weight = sum((self._weight(index, x) for index in group[1:]), start=self._weight(group[0], x))
         if chosen.where is not None:
             weight = weight * chosen.where.to(weight.dtype)
         whole = always and chosen.where is None and weight.numel() == 1
         after = chosen.value.expand_as(x) if whole else overwrite(x, chosen.value, weight)
         if self.fired is not None:
-            changed = (after != x).flatten(1).any(1)
-            self.fired[index] = changed | self.fired[index] if index in self.fired else changed
+            self._note(group, after != x)
         return after
+
+    def _weight(self, index: int, x: Tensor) -> Tensor:
+        mask = self.scene.constants.masks[index]
+        return mask if self.plan.always[index] else self.scene.gates[index].view(-1, *[1] * (x.dim() - 1)) * mask
+
+    def _note(self, group: Sequence[int], different: Bool[Tensor, "M ..."]) -> None:
+        assert self.fired is not None
+        for index in group:
+            own = different if len(group) == 1 else different & (self.scene.constants.masks[index] > 0)
+            changed = own.flatten(1).any(1)
+            self.fired[index] = changed | self.fired[index] if index in self.fired else changed

@@ -67,12 +67,14 @@ class Moment:
         gates: strength of every intervention, then of every change of weights.
         clock: seed of every member and the number of the step.
         fired: steps so far in which each of them changed an activation, or a weight; counted up in place.
+        alive: members that still learn; one whose loss or gradient is no number stops before its weights are touched.
         missed: updates that have passed by the entries of every parameter that is ever changed; counted up in place.
     """
 
     gates: Float[Tensor, "I M"]
     clock: Int[Tensor, "M 2"]
     fired: Int[Tensor, "I M"]
+    alive: Bool[Tensor, " M"]
     missed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -114,12 +116,15 @@ class Step:
         with torch.no_grad():
             held = changing.held()
             norm = member_norm(moving(dict(zip(state.names, gradients, strict=True)), held))
+            # in place, so that what made it stop is the last that it saw
+            moment.alive.logical_and_(loss.isfinite() & norm.isfinite())
             before, corrections = changing.copies(held), changing.corrections(hyper.correction, self.betas)
-            adam_update(state, gradients, norm, hyper, self.betas, self.eps, corrections)
+            adam_update(state, gradients, norm, hyper, moment.alive, self.betas, self.eps, corrections)
             counts = [*(fired[index] for index in sorted(fired)), *renewed, *changing.hold(held, before)]
             if counts:
                 moment.fired.add_(torch.stack(counts))
-            return torch.stack([loss.detach(), accuracy(logits, batch), norm])
+            seen = torch.stack([loss.detach(), accuracy(logits, batch), norm])
+            return seen.masked_fill(~moment.alive, torch.nan)
 
     def _changing(self, state: AdamState, constants: Constants, moment: Moment) -> Changing:
         """The changes of weights of one step."""
@@ -173,6 +178,7 @@ def adam_update(
     gradients: Sequence[Tensor],
     norm: Float[Tensor, " M"],
     hyper: Hyper,
+    alive: Bool[Tensor, " M"],
     betas: tuple[float, float],
     eps: float,
     corrections: Mapping[str, Sequence[Tensor]] | None = None,
@@ -182,6 +188,7 @@ def adam_update(
     Kingma and Ba 2015, algorithm 1, eps outside the square root; decay as Loshchilov and Hutter 2019.
 
     Args:
+        alive: members that are updated; the others stay as they are, bit for bit.
         corrections: the two bias corrections of parameters that have their own, by name.
     """
     # a comparison, since the quotient of an overflown norm and no clipping is no number
@@ -189,17 +196,17 @@ def adam_update(
     for name, parameter, gradient, mean, square in zip(
         state.names, state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
     ):
-
-        def per_member(x: Float[Tensor, " M"], dims: int = gradient.dim()) -> Tensor:
-            return x.view(-1, *[1] * (dims - 1))
-
-        gradient = gradient * per_member(scale)
-        mean.copy_(betas[0] * mean + (1 - betas[0]) * gradient)
-        square.copy_(betas[1] * square + (1 - betas[1]) * gradient * gradient)
+        rate, decay, shrink, living = (
+            x.view(-1, *[1] * (gradient.dim() - 1)) for x in (hyper.learning_rate, hyper.weight_decay, scale, alive)
+        )
         correction = (corrections or {}).get(name, hyper.correction)
-        move = (mean / correction[0]) / ((square / correction[1]).sqrt() + eps)
-        rate = per_member(hyper.learning_rate)
-        parameter.copy_(parameter * (1 - rate * per_member(hyper.weight_decay)) - rate * move)
+        gradient = gradient * shrink
+        first = betas[0] * mean + (1 - betas[0]) * gradient
+        second = betas[1] * square + (1 - betas[1]) * gradient * gradient
+        move = (first / correction[0]) / ((second / correction[1]).sqrt() + eps)
+        moved = parameter * (1 - rate * decay) - rate * move
+        for old, new in ((mean, first), (square, second), (parameter, moved)):
+            old.copy_(torch.where(living, new, old))
 
 
 @functools.cache

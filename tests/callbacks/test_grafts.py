@@ -8,9 +8,10 @@ import torch
 from opsin.callbacks import Ablate, Graft, InductionHeads, KeepRun, Preserve, Snapshots
 from opsin.donors import donor_from, read_donor
 from opsin.errors import ConfigError
+from opsin.interventions import FromPass
 from opsin.model import Transformer, forward, position_table
 from opsin.module import OpsinModule
-from opsin.passes import Intervention, Overwrite, Selection, Value, Weight
+from opsin.passes import Intervention, Overwrite, Relative, Selection, Source, Value, Weight
 from opsin.scene import run_passes
 from opsin.schedules import Schedule
 from opsin.tasks import FewShot, GaussianClusters
@@ -184,6 +185,23 @@ def test_a_graft_says_whether_gradient_flows_and_whose_pass_it_is(part, rule):
     assert row["writer"] == "Graft" and row["gradient"] == rule and "pass 1" in row["value"]
     if part == "upper":
         assert rows[0]["pass"] == "1 (of donor 7)"
+
+
+class Skipped(Ablate):
+    """A block that hands on what it was given, taken from the same pass."""
+
+    def interventions(self, sites):
+        value = FromPass(Source("blocks.0.hook_resid_pre", Relative.THIS))
+        return [Intervention("Skipped", CUT, Selection(), value)]
+
+
+def test_what_a_donor_takes_from_its_own_pass_lets_no_gradient_out():
+    inside = Skipped(sites=[CUT])
+    _, graft = plan_of(SMALL, TASK, Graft(donor(), 1, donor_callbacks=[inside])).describe()
+    assert graft["writer"] == "Graft" and graft["gradient"] == "stops"
+    below = lower_names(Case().values, 1)
+    for name, gradient in Case().gradients(Graft(donor(), 1, donor_callbacks=[inside])).items():
+        assert (gradient == 0).all() == (name in below), name
 
 
 # ---- training --------------------------------------------------------------------------------------------

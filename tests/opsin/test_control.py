@@ -8,7 +8,7 @@ import torch
 
 from opsin.callbacks import Ablate, Clamp, KeepRun, Preserve
 from opsin.control import PATIENCE
-from opsin.errors import IdleError
+from opsin.errors import DivergedError, IdleError
 from opsin.module import OpsinModule
 from opsin.schedules import Schedule
 from tests.toys import SMALL, few_shot, train
@@ -102,3 +102,41 @@ def test_counting_does_not_change_what_is_learned():
         for writers in ([], [Clamp(site="hook_logits", value=9.0, schedule=Schedule(start=19, stop=20), positions=[0])])
     ]
     assert torch.equal(*values)
+
+
+def parameters(model, member):
+    return torch.cat([p.detach()[member].flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_member_that_diverges_is_named_and_leaves_the_others_bitwise_alone(compiled):
+    rates = [[0.01, 1e30, 0.01], [0.01, 0.02, 0.01]]
+    broken, whole = (train(module(seeds=(3, 4, 5), learning_rate=r, compile=compiled), 60) for r in rates)
+    assert list(broken.ended) == [1] and broken.ended[1]["status"] == "diverged"
+    assert [event.kind for event in broken.events] == ["diverged"] and broken.events[0].member == 1
+    for member in (0, 2):
+        assert torch.equal(parameters(broken, member), parameters(whole, member))
+    losses = broken.history["train/loss"].arrays()[1]
+    assert parameters(broken, 1).isfinite().all() and not torch.from_numpy(losses[-1]).isfinite()[1]
+
+
+def test_the_run_stops_when_every_member_has_diverged():
+    with pytest.raises(DivergedError, match=r"at step \d+ of member 0"):
+        train(module(seeds=(3, 4), learning_rate=1e30), 60)
+
+
+def test_a_diverged_member_stays_so_after_a_resume(tmp_path):
+    def run(folder, steps, resume=None):
+        keep = KeepRun(tmp_path / folder, checkpoint_every=10)
+        train(module(seeds=(3, 4), learning_rate=[0.01, 1e30]), steps, keep, resume=resume)
+        return (tmp_path / folder / "metrics.csv").read_text()
+
+    run("half", 30)
+    assert run("half", 60, str(tmp_path / "half" / "checkpoints" / "last.ckpt")) == run("whole", 60)
+
+
+def test_each_member_has_its_own_learning_rate_and_weight_decay():
+    both = train(module(seeds=(3, 4), learning_rate=[0.01, 0.002], weight_decay=[0.0, 0.5]), 40)
+    for member, (rate, decay) in enumerate([(0.01, 0.0), (0.002, 0.5)]):
+        same = train(module(seeds=(3, 4), learning_rate=rate, weight_decay=decay), 40)
+        assert torch.equal(parameters(both, member), parameters(same, member))

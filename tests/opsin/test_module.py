@@ -200,7 +200,7 @@ def test_a_clamp_on_a_missing_head_stops_the_build():
 def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_run(tmp_path):
     model = module(learning_rate=1e30)
     with pytest.raises(
-        DivergedError, match=r"^train/loss: got nan at step \d+ of member 0, expected a finite loss"
+        DivergedError, match=r"^train/loss: got no finite number at step \d+ of member 0, expected a finite loss"
     ) as e:
         fit(model, steps=100, callbacks=[KeepRun(tmp_path)])
     assert "\n" not in str(e.value)

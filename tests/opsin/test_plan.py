@@ -206,3 +206,32 @@ def test_a_pair_that_is_none_is_refused(items):
 
 def test_pairs_are_gathered_by_layer():
     assert parse_pairs("Clamp.heads", ["1:3", "0:1", "1:0"], 2, 4, "head") == {1: [3, 0], 0: [1]}
+
+
+def test_one_value_on_different_heads_or_members_acts_at_once_and_as_one_after_the_other(tiny_task):
+    batch, values = batch_of(tiny_task), weights(SMALL, tiny_task, dtype=torch.float32)
+    writers = [
+        Clamp(["1:0"], "previous_token", members=[0]),
+        Clamp(["1:0"], "previous_token", members=[1]),
+        Clamp(["1:1"], "previous_token"),
+    ]
+    plan = plan_of(SMALL, tiny_task, *writers)
+    apart = replace(plan, passes=(replace(plan.passes[0], together=((0,), (1,), (2,))),))
+    assert plan.passes[0].together == ((0, 1, 2),)
+    gates = torch.tensor([[0.3, 1.0], [1.0, 0.0], [1.0, 0.6]])
+    seen, fired = [], []
+    for each in (plan, apart):
+        fired.append({})
+        scene = replace(scene_of(each, SMALL, values, batch, dtype=torch.float32), gates=gates)
+        seen.append(run(SMALL, values, batch, run_passes(each, scene, fired[-1]))[0])
+    assert torch.equal(*seen)
+    assert fired[0].keys() == fired[1].keys() == {0, 1, 2}
+    assert all(torch.equal(fired[0][index], fired[1][index]) for index in fired[0])
+    assert fired[0][1].tolist() == [False, False] and fired[0][0].tolist() == [True, False]
+
+
+def test_different_values_and_common_entries_act_one_after_the_other(tiny_task):
+    different = plan_of(SMALL, tiny_task, Clamp(["1:0"], "previous_token"), Clamp(["1:1"], "induction"))
+    common = plan_of(SMALL, tiny_task, *(Clamp(["1:0"], "induction", order=order) for order in (0, 1)))
+    for plan in (different, common):
+        assert plan.passes[0].together == ((0,), (1,))

@@ -114,7 +114,7 @@ def test_without_clipping_a_norm_that_overflows_breaks_nothing(tiny_task):
     state = training.optimizer.adam_state()
     steep = [torch.full_like(tensor, 1e19) for tensor in state.parameters]
     with torch.no_grad():
-        adam_update(state, steep, member_norm(steep), training.optimizer.hyper(), BETAS, EPS)
+        adam_update(state, steep, member_norm(steep), training.optimizer.hyper(), training.alive, BETAS, EPS)
     assert all(tensor.isfinite().all() for tensor in state.parameters)
 
 

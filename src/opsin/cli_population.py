@@ -1,0 +1,188 @@
+"""``opsin fit`` and ``opsin resume`` of a population: chunks as processes, their folders, and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from opsin.errors import ConfigError, PopulationError, log
+from opsin.fleet import Job, run_jobs
+from opsin.module import OpsinModule
+from opsin.plan import Plan
+from opsin.population import LARGEST_CHUNK, Member, arrange, chunk_recipe, document, expanded, members_of
+from opsin.population_folder import chunk_folder
+from opsin.population_report import finish_population, population_report
+from opsin.runs import write_atomically
+
+TELL_EVERY_SECONDS = 15.0
+
+Build = Callable[[Path], tuple[OpsinModule, Plan]]
+"""Builds a recipe's model and plan without training it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A population before it is trained.
+
+    Args:
+        recipe: resolved, as plain settings.
+        conditions: settings of each, by name.
+        grid: window of each condition, where they are windows.
+        members: all of them.
+        graphs: of each condition; those with equal ones may train together.
+    """
+
+    recipe: Mapping[str, Any]
+    conditions: Mapping[str, Mapping[str, Any]]
+    grid: Mapping[str, Mapping[str, int] | None]
+    members: Sequence[Member]
+    graphs: Mapping[str, Hashable]
+
+
+def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
+    """Members and conditions of a resolved recipe; every condition is built once, so that a wrong one stops here.
+
+    Args:
+        folder: where a condition's recipe is written for ``build``.
+    """
+    settings, seed = recipe["population"], recipe["model"]["seed"]
+    if not isinstance(seed, int):
+        raise ConfigError("model.seed", seed, "one seed beside a population, which chooses the others")
+    conditions, grid = expanded(recipe)
+    members = members_of(settings["seeds"], seed, list(conditions), settings["paired"])
+    graphs: dict[str, Hashable] = {}
+    windows = [name for name in conditions if grid.get(name) is not None]
+    for name in conditions:
+        # windows differ by their schedule alone
+        if name in windows[1:]:
+            graphs[name] = graphs[windows[0]]
+            continue
+        one = next(member for member in members if member.condition == name)
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(chunk_recipe(recipe, conditions, [one]), sort_keys=False))
+        try:
+            _, plan = build(path)
+        except ConfigError as error:
+            raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
+        graphs[name] = (json.dumps(conditions[name].get("task") or {}, sort_keys=True), *plan.extra_passes())
+    return Layout(recipe, conditions, grid, members, graphs)
+
+
+def write_population(layout: Layout, folder: Path, chunks: Sequence[Sequence[Member]], arrangement: Mapping) -> None:
+    """The folder of a population that has not been trained."""
+    write_atomically(folder / "config.yaml", yaml.safe_dump(dict(layout.recipe), sort_keys=False))
+    for number, chunk in enumerate(chunks):
+        settings = chunk_recipe(layout.recipe, layout.conditions, chunk)
+        write_atomically(chunk_folder(folder, number) / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
+    about: dict[str, Any] = {"arrangement": dict(arrangement)}
+    if layout.grid:
+        about["grid"] = dict(layout.grid)
+    # last: a folder with this file is whole
+    content = document(chunks, list(layout.conditions), **about)
+    write_atomically(folder / "population.json", json.dumps(content, indent=2) + "\n")
+
+
+def default_arrangement(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Processes and members of one, by a rule on the machine where the recipe does not say."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "processes": settings.get("processes") or cores,
+        "members_per_process": settings.get("members_per_process") or LARGEST_CHUNK,
+    }
+
+
+def arranged(layout: Layout, arrangement: Mapping[str, int]) -> list[list[Member]]:
+    """The chunks of an arrangement."""
+    return arrange(layout.members, layout.graphs, arrangement["processes"], arrangement["members_per_process"])
+
+
+def train_population(folder: Path) -> None:
+    """Train every chunk that is not finished, then write the tables and figures and print the report.
+
+    Raises:
+        PopulationError: a worker failed; the others were trained to their end.
+    """
+    content = json.loads((folder / "population.json").read_text())
+    count = 1 + max(row["chunk"] for row in content["members"])
+    jobs = [job for number in range(count) if (job := _job(chunk_folder(folder, number))) is not None]
+    arrangement = content["arrangement"]
+    log.info(
+        f"opsin: {len(content['members'])} members in {count} chunks of at most "
+        f"{arrangement['members_per_process']}, {arrangement['processes']} processes of one thread"
+        + (f"; {count - len(jobs)} chunks are finished" if len(jobs) < count else "")
+    )
+    teller = _Teller(folder, count, count - len(jobs))
+    failed = run_jobs(jobs, arrangement["processes"], teller.ended, teller.tick)
+    summary = finish_population(folder)
+    print(population_report(summary, folder))
+    if failed:
+        names = ", ".join(job.folder.name for job in failed)
+        raise PopulationError(
+            f"chunk {names} of {folder}: ended before it was finished; the others are whole "
+            f"(`opsin resume {folder}` trains it again)"
+        )
+
+
+def _job(folder: Path) -> Job | None:
+    """What remains to be done for one chunk."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not (folder / "config.yaml").exists():
+        return Job(folder, ["fit", "--config", str(folder / "recipe.yaml"), "--run_folder", str(folder)])
+    if checkpoint.exists() and _finished(checkpoint):
+        return None
+    return Job(folder, ["resume", str(folder)])
+
+
+def _finished(checkpoint: Path) -> bool:
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return saved["callbacks"]["KeepRun"]["finished"]
+
+
+@dataclass
+class _Teller:
+    """Says how far a population is.
+
+    Args:
+        folder: of the population.
+        count: of its chunks.
+        done: chunks that are finished.
+    """
+
+    folder: Path
+    count: int
+    done: int
+    _told: float = 0.0
+
+    def ended(self, job: Job, code: int) -> None:
+        """A worker ended."""
+        self.done += code == 0
+        what = "finished" if code == 0 else f"ended with code {code}: {job.last_words()}"
+        log.info(f"opsin: chunk {job.folder.name} {what} ({self.done} of {self.count} done)")
+
+    def tick(self, running: Sequence[Job]) -> None:
+        """A moment has passed."""
+        if time.monotonic() - self._told < TELL_EVERY_SECONDS:
+            return
+        self._told = time.monotonic()
+        steps = ", ".join(f"{job.folder.name} at step {_last_step(job.folder):,}" for job in running)
+        if steps:
+            log.info(f"opsin: chunk {steps}")
+
+
+def _last_step(folder: Path) -> int:
+    """The step of the last number in a chunk's table."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 512))
+        fields = file.read().decode(errors="replace").splitlines()[-1].split(",")
+    return int(fields[0]) if fields[0].isdigit() else 0

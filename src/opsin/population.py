@@ -1,0 +1,239 @@
+"""Populations: seeds x conditions, who is who, and which members train in one process.
+
+A chunk is an ordinary run of several members. Members share a chunk only if they share its graph: the same task and the
+same passes, so that no member pays for a pass that only another needs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+
+from opsin.errors import ConfigError
+
+LARGEST_CHUNK = 16
+"""Members of one process at most: more gain no speed on a CPU, and lose more when the process is killed."""
+
+
+@dataclass
+class Condition:
+    """What some members have that others have not.
+
+    Args:
+        callbacks: writers that act in these members only.
+        learning_rate: of these members; the recipe's when None.
+        weight_decay: of these members; the recipe's when None.
+        task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
+        initial: run folder, checkpoint or snapshot whose weights these members start from. Where it
+            holds several members, the n-th seed takes the n-th.
+    """
+
+    callbacks: list[Callback] = field(default_factory=list)
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    task: dict[str, Any] = field(default_factory=dict)
+    initial: str | None = None
+
+
+@dataclass
+class Windows:
+    """Conditions that are one manipulation in windows of different start and length: a critical-period study.
+
+    Args:
+        callbacks: writers, without a schedule of their own.
+        starts: first position of a window, each with every length.
+        lengths: of the windows.
+        unit: what both count.
+    """
+
+    callbacks: list[Callback]
+    starts: list[int]
+    lengths: list[int]
+    unit: Literal["steps", "sequences"] = "sequences"
+
+
+@dataclass
+class Population:
+    """The members of a recipe: every seed in every condition.
+
+    Args:
+        seeds: a list, or how many from ``model.seed`` on.
+        conditions: by name; the first is the one that others are compared with.
+        windows: further conditions, one for every start and length.
+        paired: the n-th seed has the same initial weights and data in all conditions, so that differences
+            are caused by the condition; else every member has a seed of its own.
+        processes: that train at once, each on one thread; the machine's cores when None.
+        members_per_process: at most so many in one chunk; by a rule on the machine when None.
+    """
+
+    seeds: int | list[int] = 4
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    windows: Windows | None = None
+    paired: bool = True
+    processes: int | None = None
+    members_per_process: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "members_per_process"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"population.{name}", value, "at least 1")
+        few = self.seeds < 1 if isinstance(self.seeds, int) else not self.seeds
+        if few or (isinstance(self.seeds, list) and (min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds))):
+            raise ConfigError("population.seeds", self.seeds, "how many, at least 1, or different seeds of 0 or more")
+        for name in self.conditions:
+            if not name or any(sign in name for sign in ',"/\n'):
+                raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")
+        if self.windows is not None and not (self.windows.starts and self.windows.lengths and self.windows.callbacks):
+            raise ConfigError("population.windows", "nothing", "callbacks, starts and lengths")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a population.
+
+    Args:
+        member: its number in the population.
+        condition: name.
+        seed: of its weights and data.
+        place: the how-manieth seed of its condition this is.
+    """
+
+    member: int
+    condition: str
+    seed: int
+    place: int
+
+
+def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int] | None]]:
+    """The conditions of a resolved recipe as plain settings, windows among them, and the window of each.
+
+    Returns:
+        Settings by name, and start and length by name; None for a condition that is no window. The
+        second is empty where the recipe has no windows.
+    """
+    population = recipe["population"]
+    conditions = dict(population.get("conditions") or {})
+    windows = population.get("windows")
+    if windows is None:
+        return conditions or {"all": {}}, {}
+    conditions = conditions or {"none": {}}
+    grid: dict[str, dict[str, int] | None] = dict.fromkeys(conditions)
+    for start in windows["starts"]:
+        for length in windows["lengths"]:
+            name = f"start_{start}_length_{length}"
+            schedule = {"start": start, "stop": start + length, "unit": windows["unit"]}
+            conditions[name] = {"callbacks": [_scheduled(c, schedule) for c in windows["callbacks"]]}
+            grid[name] = {"start": start, "length": length, "unit": windows["unit"]}
+    return conditions, grid
+
+
+def _scheduled(callback: Mapping[str, Any], schedule: dict[str, Any]) -> dict[str, Any]:
+    settings = copy.deepcopy(dict(callback))
+    settings.setdefault("init_args", {})["schedule"] = schedule
+    return settings
+
+
+def members_of(seeds: int | Sequence[int], first: int, conditions: Sequence[str], paired: bool) -> list[Member]:
+    """All members, condition by condition.
+
+    Args:
+        seeds: a list, or how many from ``first`` on.
+    """
+    chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not paired:
+        # seeds that no other condition has
+        step = max(chosen) - min(chosen) + 1
+        return [
+            Member(index * len(chosen) + place, name, seed + index * step, place)
+            for index, name in enumerate(conditions)
+            for place, seed in enumerate(chosen)
+        ]
+    return [
+        Member(index * len(chosen) + place, name, seed, place)
+        for index, name in enumerate(conditions)
+        for place, seed in enumerate(chosen)
+    ]
+
+
+def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes: int, most: int) -> list[list[Member]]:
+    """Chunks, largest first: members of one graph, at most so many, all processes busy where they suffice.
+
+    Args:
+        graphs: of each condition; equal ones may share a chunk.
+        processes: that run at once.
+        most: members of one chunk.
+    """
+    groups: dict[Hashable, list[Member]] = defaultdict(list)
+    for member in members:
+        groups[graphs[member.condition]].append(member)
+    # an even share keeps the last process from working alone at the end
+    share = max(1, -(-len(members) // processes))
+    chunks: list[list[Member]] = []
+    for group in groups.values():
+        size = min(most, share, len(group))
+        parts = -(-len(group) // size)
+        bounds = [round(part * len(group) / parts) for part in range(parts + 1)]
+        chunks += [group[a:b] for a, b in pairwise(bounds)]
+    return sorted(chunks, key=len, reverse=True)
+
+
+def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
+    """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population."""
+    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in ("population", "run_folder")})
+    own = [conditions[member.condition] or {} for member in members]
+    model = found["model"]
+    model["seed"] = [member.seed for member in members]
+    for name in ("learning_rate", "weight_decay"):
+        values = [model[name] if (value := settings.get(name)) is None else value for settings in own]
+        model[name] = values[0] if len({*values}) == 1 else values
+    paths = [settings.get("initial") for settings in own]
+    places = [
+        None if path is None else {"path": path, "place": m.place} for path, m in zip(paths, members, strict=True)
+    ]
+    model["initial"] = places if any(places) else None
+    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, own[0].get("task") or {})
+    found["trainer"]["callbacks"] = _callbacks(found["trainer"].get("callbacks"), conditions, members)
+    found["trainer"]["enable_progress_bar"] = False
+    return found
+
+
+def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Member]) -> list[dict[str, Any]]:
+    found = list(common) if isinstance(common, list) else [common] if common else []
+    # each member has a W&B run of its own, written from the finished chunk
+    found = [callback for callback in found if not callback["class_path"].endswith(".WeightsAndBiases")]
+    for name in dict.fromkeys(member.condition for member in members):
+        slots = [slot for slot, member in enumerate(members) if member.condition == name]
+        for callback in (conditions[name] or {}).get("callbacks") or []:
+            own = copy.deepcopy(dict(callback))
+            settings = own.setdefault("init_args", {})
+            if settings.get("members") is not None:
+                where = f"population.conditions.{name}.callbacks"
+                raise ConfigError(where, {"members": settings["members"]}, "no members: a condition chooses them")
+            settings["members"] = slots
+            found.append(own)
+    return found
+
+
+def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some replaced; settings inside settings are merged, too."""
+    found = dict(settings)
+    for name, value in overrides.items():
+        inside = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if inside else value
+    return found
+
+
+def document(chunks: Sequence[Sequence[Member]], conditions: Sequence[str], **about: Any) -> dict[str, Any]:
+    """What ``population.json`` says: who trains where, and whatever else is given."""
+    rows = [
+        {**asdict(member), "chunk": number, "slot": slot}
+        for number, chunk in enumerate(chunks)
+        for slot, member in enumerate(chunk)
+    ]
+    return {"members": sorted(rows, key=lambda row: row["member"]), "conditions": list(conditions), **about}

@@ -1,0 +1,148 @@
+"""Claims about populations as a user starts them: chunks, kills, and members equal to runs of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+STEPS = 60
+RECIPE = {
+    "task": {
+        "class_path": "opsin.tasks.FewShot",
+        "init_args": {
+            "exemplars": {
+                "class_path": "opsin.tasks.GaussianClusters",
+                "init_args": {"classes": 60, "exemplars": 5, "features": 16},
+            },
+            "batch_size": 8,
+        },
+    },
+    "model": {
+        **{"transformer": {"layers": 2, "width": 16, "heads": 4}, "seed": 1, "learning_rate": 1e-3},
+        **{"steps_per_batch": 10, "evaluation_size": 16, "probe_size": 16, "compile": False},
+    },
+    "trainer": {"max_steps": STEPS, "callbacks": [{"class_path": "opsin.callbacks.PhaseChange"}]},
+    "population": {
+        "seeds": 2,
+        "processes": 2,
+        "conditions": {
+            "none": {},
+            "previous": {
+                "callbacks": [
+                    {
+                        "class_path": "opsin.callbacks.Clamp",
+                        "init_args": {"heads": ["0:2"], "pattern": "previous_token"},
+                    }
+                ]
+            },
+            "fast": {"learning_rate": 1e-2},
+            "copy": {
+                "callbacks": [{"class_path": "opsin.callbacks.CopyFromPattern", "init_args": {"head": "1:3"}}],
+            },
+            "three_labels": {"task": {"n_labels": 3}},
+            "diverging": {"learning_rate": 1e30},
+        },
+    },
+}
+
+
+def opsin(*arguments, folder, check=True):
+    return subprocess.run(
+        [sys.executable, "-m", "opsin", *map(str, arguments)], cwd=folder, check=check, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds a population left alone, ``whole``, and one whose processes were killed, ``killed``."""
+    here = tmp_path_factory.mktemp("population")
+    (here / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
+    opsin(*start, "whole", folder=here)
+    fit = subprocess.Popen(
+        [sys.executable, "-m", "opsin", *start, "killed"], cwd=here, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    while not list(here.glob("killed/chunks/*/checkpoints/last.ckpt")):
+        assert fit.poll() is None
+        time.sleep(0.02)
+    fit.send_signal(signal.SIGKILL)
+    fit.wait()
+    opsin("resume", "killed", folder=here)
+    return here
+
+
+def weights_of(folder: Path, member: int) -> dict[str, torch.Tensor]:
+    row = json.loads((folder / "population.json").read_text())["members"][member]
+    saved = torch.load(folder / "chunks" / f"{row['chunk']:02d}" / "checkpoints" / "last.ckpt", weights_only=True)
+    return {name: value[row["slot"]] for name, value in saved["state_dict"].items()}
+
+
+def test_a_killed_population_ends_as_one_left_alone(folder):
+    whole, killed = (pd.read_csv(folder / name / "metrics.csv") for name in ("whole", "killed"))
+    pd.testing.assert_frame_equal(whole, killed)
+    for member in range(12):
+        a, b = weights_of(folder / "whole", member), weights_of(folder / "killed", member)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_killing_a_population_ends_its_processes(folder):
+    listed = subprocess.run(["pgrep", "-f", str(folder / "killed")], capture_output=True, text=True, check=False)
+    assert listed.stdout.split() in ([], [str(os.getpid())])
+
+
+def test_members_that_share_no_graph_share_no_chunk(folder):
+    rows = json.loads((folder / "whole" / "population.json").read_text())["members"]
+    together = {frozenset(row["condition"] for row in rows if row["chunk"] == chunk) for chunk in range(9)}
+    assert not any({"none", "copy"} <= names or {"none", "three_labels"} <= names for names in together)
+    assert any({"none", "previous"} <= names for names in together)
+
+
+@pytest.mark.parametrize("condition", ["none", "previous", "fast", "copy", "three_labels"])
+def test_a_member_equals_the_run_of_its_seed_and_condition(folder, condition, tmp_path):
+    settings = RECIPE["population"]["conditions"][condition]
+    alone = {name: value for name, value in RECIPE.items() if name != "population"}
+    alone["model"] = RECIPE["model"] | {"seed": 2, "learning_rate": settings.get("learning_rate", 1e-3)}
+    task = RECIPE["task"]["init_args"] | settings.get("task", {})
+    alone["task"] = RECIPE["task"] | {"init_args": task}
+    callbacks = [*RECIPE["trainer"]["callbacks"], *settings.get("callbacks", [])]
+    alone["trainer"] = RECIPE["trainer"] | {"callbacks": callbacks}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
+    opsin("fit", "--config", "alone.yaml", "--run_folder", "alone", folder=tmp_path)
+    place = 2 * list(RECIPE["population"]["conditions"]).index(condition) + 1
+    member = weights_of(folder / "whole", place)
+    single = torch.load(tmp_path / "alone" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in member.items():
+        # between one member and several other kernels run, which round differently
+        torch.testing.assert_close(value, single[name][0], rtol=1e-3, atol=1e-4)
+
+
+def test_tables_name_conditions_and_a_diverged_member(folder):
+    members = pd.read_csv(folder / "whole" / "members.csv")
+    assert list(members["condition"].unique()) == list(RECIPE["population"]["conditions"])
+    status = members.set_index(["condition", "seed"])["status"]
+    assert set(status["diverging"]) == {"diverged"} and set(status["none"]) == {"complete"}
+    for name in ("conditions.csv", "differences.csv", "summary.json", "population.png", "config.yaml"):
+        assert (folder / "whole" / name).exists()
+
+
+def test_a_finished_population_has_nothing_to_resume(folder):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "whole").glob("chunks/*/metrics.csv")}
+    opsin("resume", "whole", folder=folder)
+    assert before == {path: path.stat().st_mtime_ns for path in before} and before
+
+
+def test_a_wrong_condition_is_refused_before_anything_starts(tmp_path):
+    wrong = yaml.safe_load(yaml.safe_dump(RECIPE, sort_keys=False))
+    wrong["population"]["conditions"]["previous"]["callbacks"][0]["init_args"]["heads"] = ["0:9"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    assert "population.conditions.previous: Clamp.heads: got '0:9'" in ended.stderr.splitlines()[-1]
