@@ -75,6 +75,7 @@ def test_the_toy_follows_the_loops_to_rounding(checked, toy):
     assert checked(toy)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_compiled_toy_does_too(checked, toy):
     assert checked(toy, "float64", "compiled")[0] == 0
 

@@ -223,7 +223,9 @@ def finished(tmp_path_factory):
     return folder, {name: x.detach().clone() for name, x in given.parameters_by_name().items()}
 
 
-@pytest.mark.parametrize(("part", "compiled"), [("lower", False), ("upper", False), ("upper", True)])
+@pytest.mark.parametrize(
+    ("part", "compiled"), [("lower", False), ("upper", False), pytest.param("upper", True, marks=pytest.mark.slow)]
+)
 def test_training_moves_what_the_donor_does_not_give_and_never_the_donor(finished, part, compiled):
     folder, given = finished
     model = module([5, 6], compiled)

@@ -127,6 +127,7 @@ def test_adam_moves_nothing_of_a_head_whose_every_path_is_cut(value):
     assert not moved[:, 4:].any() and moved[:, :4].all()
 
 
+@pytest.mark.slow
 def test_a_run_with_patched_paths_trains_and_compiles_to_the_same():
     def trained(compiled):
         task = FewShot(GaussianClusters(classes=60, features=16), batch_size=8)

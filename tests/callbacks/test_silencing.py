@@ -209,6 +209,7 @@ def test_the_gradient_of_what_is_silenced_by_half_is_half(site, value):
 # ---- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="no g++ or clang++ on the path: the step can only run eagerly")
 def test_compiled_steps_under_noise_are_the_eager_ones_whatever_the_slots_of_the_members():
     writers = [Ablate(heads=["0:0"], value="noise"), Ablate(neurons=["0:1"], value="resample", at="pre")]

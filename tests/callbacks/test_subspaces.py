@@ -352,6 +352,7 @@ def test_a_killed_and_resumed_run_ends_bitwise_as_the_whole_one(tmp_path, name):
             assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_compiled_run_follows_the_eager_one_without_compiling_anew():
     def writers():
         z = Project("blocks.0.attn.hook_z", weight=WeightDirections(name="blocks.0.attn.W_O", every=4), heads=["0:0"])

@@ -75,6 +75,7 @@ def test_a_run_resumed_within_a_window_is_bitwise_the_uninterrupted_one(tmp_path
     assert whole.control.counts() == resumed.control.counts()
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_steps_and_is_bitwise_still_where_it_should_be():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -77,7 +77,7 @@ def test_a_writer_of_several_sites_is_idle_only_if_none_of_them_changes():
     assert counts["Preserve", "blocks.1.attn.hook_pattern"] == [120]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_only_steps_that_changed_something_are_counted(compiled):
     pulses = Schedule(start=20, stop=60, period=4, duty=0.25)
     model = train(module(compile=compiled), 80, Ablate(heads=["1:1"], schedule=pulses))
@@ -108,7 +108,7 @@ def parameters(model, member):
     return torch.cat([p.detach()[member].flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_member_that_diverges_is_named_and_leaves_the_others_bitwise_alone(compiled):
     rates = [[0.01, 1e30, 0.01], [0.01, 0.02, 0.01]]
     broken, whole = (train(module(seeds=(3, 4, 5), learning_rate=r, compile=compiled), 60) for r in rates)

@@ -323,6 +323,7 @@ def test_a_weight_is_found_by_the_names_it_has():
         table.find("blocks.0.mlp.W_inn", "f")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="no g++ or clang++ on the path: the step can only run eagerly")
 def test_the_compiled_step_freezes_and_draws_as_the_eager_one_and_switching_recompiles_nothing(tiny_task):
     tiny, mask = Transformer(layers=1, width=4, heads=2), slice(0, 2)
