@@ -250,7 +250,8 @@ def test_help_is_no_error(opsin):
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_it(fit, tmp_path):
     ended = fit("--run_folder", "run", "--model.learning_rate", "1e30")
-    assert ended.code == 1 and re.fullmatch(r"opsin: train/loss: got no finite number at step \d of member 0, [^\n]+\n", ended.err)
+    line = r"opsin: train/loss: got no finite number at step \d of member 0, [^\n]+\n"
+    assert ended.code == 1 and re.fullmatch(line, ended.err)
     table = pd.read_csv(tmp_path / "run" / "metrics.csv")
     assert "train/loss" in set(table.metric) and (tmp_path / "run" / "config.yaml").exists()
 
