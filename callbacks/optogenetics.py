@@ -20,17 +20,13 @@ from opsin.interventions import (
     check_share,
 )
 from opsin.noise import salt_of
-from opsin.passes import Intervention, Selection, Value
+from opsin.passes import Intervention, Selection, Value, entries
 from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
 
 # beyond it the way from an activation to the value overflows
 LARGEST = 1e38
-
-
-def _chosen(items: list[int] | None) -> tuple[int, ...] | None:
-    return None if items is None else tuple(items)
 
 
 class Ablate(Callback):
@@ -76,7 +72,7 @@ class Ablate(Callback):
             raise ConfigError("Ablate.at", at, "nothing: without neurons it has no effect")
         self.heads, self.neurons, self.sites, self.value = heads, neurons, sites, value
         self.neuron_site = _neuron_site("Ablate.at", at)
-        self.positions, self.members = _chosen(positions), _chosen(members)
+        self.positions, self.members = entries(positions), entries(members)
         self.schedule, self.order = schedule, order
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
@@ -152,7 +148,7 @@ class Clamp(Callback):
         _refuse_idle(pattern or ("site" if neurons is None else "neurons"), given)
         self.heads, self.site, self.neurons = heads, site, neurons
         self.neuron_site = _neuron_site("Clamp.at", at)
-        self.positions, self.members = _chosen(positions), _chosen(members)
+        self.positions, self.members = entries(positions), entries(members)
         self.schedule, self.order = schedule, order
         if pattern is None:
             self.value = _constant(site or "neurons", value)
@@ -211,7 +207,7 @@ class Disallow(Callback):
             raise ConfigError("Disallow.attention", attention, "'previous_token' or 'non_labels'")
         if labels_only and attention == "non_labels":
             raise ConfigError("Disallow.labels_only", True, "false: no label is scored")
-        self.heads, self.members = heads, _chosen(members)
+        self.heads, self.members = heads, entries(members)
         self.value = interventions.Disallow(attention, labels_only)
         self.schedule, self.order = schedule, order
 

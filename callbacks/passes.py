@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from opsin.errors import ConfigError
 from opsin.interventions import CopyOutput, FromPass, PreviousInput, Tempered
-from opsin.passes import Intervention, Pass, Selection, Source, Value
+from opsin.passes import Intervention, Pass, Selection, Source, Value, entries
 from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
@@ -34,7 +34,7 @@ class FromAnotherPass(Callback):
 
     def __init__(self, detach: bool, members: list[int] | None, schedule: Schedule, order: int | None) -> None:
         self.detach, self.schedule, self.order = detach, schedule, order
-        self.members = None if members is None else tuple(members)
+        self.members = entries(members)
 
     def _at(self, site: str, value: Value) -> Intervention:
         selection = Selection(members=self.members)

@@ -8,7 +8,7 @@ from typing import Literal
 from lightning.pytorch import Callback
 
 from opsin.errors import ConfigError
-from opsin.passes import Intervention, Selection
+from opsin.passes import Intervention, Selection, entries
 from opsin.paths import Receiver, Sender, path_patched, read_receiver, read_sender
 from opsin.schedules import Schedule
 from opsin.sites import SiteTable
@@ -60,8 +60,8 @@ class PathPatch(Callback):
             if not given:
                 raise ConfigError(f"PathPatch.{name}", given, "at least one")
         self.senders, self.receivers, self.value, self.detach = senders, receivers, value, detach
-        self.positions = None if positions is None else tuple(positions)
-        self.members = None if members is None else tuple(members)
+        self.positions = entries(positions)
+        self.members = entries(members)
         self.schedule, self.order = schedule, order
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ class KeepRun(Callback):
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.checkpoint)
         self._last_saved = trainer.global_step
+
+
+def is_finished(saved: Mapping[str, Any]) -> bool:
+    """Whether a run's last checkpoint is that of its end."""
+    return saved["callbacks"][KeepRun.__qualname__]["finished"]
 
 
 def keeper_of(trainer: Trainer) -> KeepRun | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.module import opsin_module
 from opsin.nullspace import Learned, labelled_rows, learn_directions
-from opsin.passes import Intervention, Selection
+from opsin.passes import Intervention, Selection, entries
 from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
 from opsin.sites import AXES, Site, SiteTable
@@ -94,8 +94,8 @@ class Project(Callback):
         timed = None if isinstance(origin, GivenDirections) else origin
         self.renewal = None if timed is None else renewal(timed, schedule, f"Project.{named[0]}")
         self.site, self.heads, self.mode, self.about = site, heads, mode, about
-        self.positions = None if positions is None else tuple(positions)
-        self.members = None if members is None else tuple(members)
+        self.positions = entries(positions)
+        self.members = entries(members)
         self.schedule, self.order = schedule, order
 
     # ---- the plan -------------------------------------------------------------------------------

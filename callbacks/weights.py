@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 
 from opsin.errors import ConfigError
-from opsin.passes import Selection
+from opsin.passes import Selection, entries
 from opsin.plan import parse_pairs
 from opsin.schedules import Schedule
 from opsin.weights import Fresh, Frozen, WeightChange, WeightTable
@@ -41,7 +41,7 @@ class OnWeights(Callback):
         if not self.chosen:
             raise ConfigError(self.name, None, "heads, neurons or weights")
         self.parts = self._checked(parts)
-        self.members = None if members is None else tuple(members)
+        self.members = entries(members)
 
     def _checked(self, parts: list[str] | None) -> dict[str, list[str]]:
         """The parts of each kind that is chosen, each of which must have some."""

@@ -57,6 +57,17 @@ class EndAt(Callback):
         self._maybe("on_fit_end", trainer)
 
 
+class KillAt(Callback):
+    """Raises ``Killed`` at the end of the Lightning batch that reaches a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            kill()
+
+
 def kill() -> None:
     """Ends the run without a chance to save anything but what is written already."""
     raise Killed

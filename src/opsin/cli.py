@@ -10,10 +10,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -21,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
+from opsin.callbacks.run_folder import is_finished
 from opsin.cli_population import arranged, default_arrangement, lay_out, train_population, write_population
 from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, log
 from opsin.fleet import end_with_parent
@@ -28,6 +27,7 @@ from opsin.module import OpsinModule, callbacks_of
 from opsin.plan import Plan
 from opsin.population import Population
 from opsin.report import final_report, sites_report
+from opsin.runs import load_saved
 from opsin.task import Task
 
 USAGE = """usage: opsin VERB ...
@@ -144,9 +144,9 @@ def fit(args: Sequence[str]) -> None:
 def fit_population(cli: OpsinCLI) -> None:
     """Train every seed in every condition, in as many processes as the machine has cores."""
 
-    def build(path: Path) -> tuple[OpsinModule, Plan]:
+    def build(path: Path) -> Plan:
         one = OpsinCLI(["--config", str(path)])
-        return one.model, one.model.plan_for(callbacks_of(one.trainer), max(one.trainer.max_steps, 1))
+        return one.model.plan_for(callbacks_of(one.trainer), one.trainer.max_steps)
 
     if cli.config.ckpt_path is not None:
         raise ConfigError("ckpt_path", cli.config.ckpt_path, "none beside a population; `opsin resume` continues one")
@@ -177,7 +177,7 @@ def resume(args: Sequence[str]) -> None:
     again = ["--config", str(config), "--run_folder", str(folder)]
     if checkpoint.exists():
         saved = _load(checkpoint)
-        if saved["callbacks"][KeepRun.__qualname__]["finished"]:
+        if is_finished(saved):
             print(f"{folder} is finished, after {saved['global_step']:,} steps; there is nothing to resume")
             return
         again += ["--ckpt_path", str(checkpoint)]
@@ -192,11 +192,8 @@ def _load(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is nothing that a run has saved.
     """
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError):
-        saved = None
-    if not isinstance(saved, dict) or "opsin" not in saved:
+    saved = load_saved(checkpoint)
+    if saved is None or "opsin" not in saved:
         raise ConfigError("ckpt_path", str(checkpoint), "a checkpoint of a run: RUN/checkpoints/last.ckpt")
     return saved
 

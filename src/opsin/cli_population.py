@@ -10,22 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from opsin.callbacks.run_folder import is_finished
 from opsin.errors import ConfigError, PopulationError, log
 from opsin.fleet import Job, run_jobs
-from opsin.module import OpsinModule
 from opsin.plan import Plan
 from opsin.population import LARGEST_CHUNK, Member, arrange, chunk_recipe, document, expanded, members_of
 from opsin.population_folder import chunk_folder
 from opsin.population_report import finish_population, population_report
-from opsin.runs import write_atomically
+from opsin.runs import load_saved, write_atomically
 
 TELL_EVERY_SECONDS = 15.0
 
-Build = Callable[[Path], tuple[OpsinModule, Plan]]
-"""Builds a recipe's model and plan without training it."""
+Build = Callable[[Path], Plan]
+"""The plan of a recipe, without training it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(chunk_recipe(recipe, conditions, [one]), sort_keys=False))
         try:
-            _, plan = build(path)
+            plan = build(path)
         except ConfigError as error:
             raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
         graphs[name] = (json.dumps(conditions[name].get("task") or {}, sort_keys=True), *plan.extra_passes())
@@ -136,14 +135,10 @@ def _job(folder: Path) -> Job | None:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not (folder / "config.yaml").exists():
         return Job(folder, ["fit", "--config", str(folder / "recipe.yaml"), "--run_folder", str(folder)])
-    if checkpoint.exists() and _finished(checkpoint):
+    saved = load_saved(checkpoint)
+    if saved is not None and is_finished(saved):
         return None
     return Job(folder, ["resume", str(folder)])
-
-
-def _finished(checkpoint: Path) -> bool:
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return saved["callbacks"]["KeepRun"]["finished"]
 
 
 @dataclass

@@ -9,15 +9,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.model import Transformer, position_table
+from opsin.runs import load_saved
 from opsin.sites import SiteTable, build_sites
 from opsin.task import Task
 
@@ -128,11 +127,7 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
 
 
 def _read(field_name: str, path: Path) -> dict[str, Any]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError):
-        saved = None
-    whole = isinstance(saved, dict) and ("transformer" in saved or "transformer" in saved.get("opsin", {}))
-    if not isinstance(saved, dict) or not whole:
+    saved = load_saved(path)
+    if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
         raise ConfigError(field_name, str(path), EXPECTED)
     return saved

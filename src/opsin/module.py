@@ -202,15 +202,16 @@ class OpsinModule(pl.LightningModule):
         if self.plan.feedback:
             validates = bool(trainer.limit_val_batches)
             self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
-        for donor in self.plan.donors:
-            donor.check(self.task)
         self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
         writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
         weights = weight_table(self.parameters_by_name(), self.transformer.heads)
-        return build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
+        plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
+        for donor in plan.donors:
+            donor.check(self.task)
+        return plan
 
     def _refuse_uneven_checkpoints(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:

@@ -26,6 +26,11 @@ from opsin.task import Batch
 SELECTED_AXES = {"heads": "H", "neurons": "N", "positions": "L", "members": "M"}
 
 
+def entries(items: list[int] | None) -> tuple[int, ...] | None:
+    """Entries as a user lists them, in a form that can be hashed; None stays None."""
+    return None if items is None else tuple(items)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which entries of a site; None selects all along that axis."""

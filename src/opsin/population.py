@@ -146,16 +146,10 @@ def members_of(seeds: int | Sequence[int], first: int, conditions: Sequence[str]
         seeds: a list, or how many from ``first`` on.
     """
     chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
-    if not paired:
-        # seeds that no other condition has
-        step = max(chosen) - min(chosen) + 1
-        return [
-            Member(index * len(chosen) + place, name, seed + index * step, place)
-            for index, name in enumerate(conditions)
-            for place, seed in enumerate(chosen)
-        ]
+    # without pairing, seeds that no other condition has
+    step = 0 if paired else max(chosen) - min(chosen) + 1
     return [
-        Member(index * len(chosen) + place, name, seed, place)
+        Member(index * len(chosen) + place, name, seed + index * step, place)
         for index, name in enumerate(conditions)
         for place, seed in enumerate(chosen)
     ]
@@ -205,8 +199,6 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
 
 def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Member]) -> list[dict[str, Any]]:
     found = list(common) if isinstance(common, list) else [common] if common else []
-    # each member has a W&B run of its own, written from the finished chunk
-    found = [callback for callback in found if not callback["class_path"].endswith(".WeightsAndBiases")]
     for name in dict.fromkeys(member.condition for member in members):
         slots = [slot for slot, member in enumerate(members) if member.condition == name]
         for callback in (conditions[name] or {}).get("callbacks") or []:

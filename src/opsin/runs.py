@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,15 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write one JSON document."""
         return write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def load_saved(path: Path) -> dict[str, Any] | None:
+    """A checkpoint or snapshot on the CPU; None where there is none that can be read."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError):
+        return None
+    return saved if isinstance(saved, dict) else None
 
 
 def write_atomically(path: Path, text: str) -> Path:

@@ -13,6 +13,7 @@ from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import Event
+from tests.killers import KillAt, Killed
 from tests.toys import train
 
 BATCH = 8
@@ -38,19 +39,6 @@ class Announce(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step == self.at:
             pl_module.announce(Event(self.kind, self.at - self.late, 0, "here"))
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 def steps_in(folder) -> set[int]:

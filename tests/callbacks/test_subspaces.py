@@ -19,6 +19,7 @@ from opsin.schedules import Schedule
 from opsin.step import observe
 from opsin.subspaces import LearnedDirections, WeightDirections, along
 from opsin.tasks import FewShot, GaussianClusters
+from tests.killers import KillAt, Killed
 from tests.toys import SMALL, batch_of, few_shot, hand_batch, plan_of, run, tap_of, train, weights
 
 FOUR = few_shot(n_labels=4)
@@ -321,19 +322,6 @@ WRITERS = {
     "learn": lambda: Project(MIDDLE, learn=LearnedDirections(rounds=2, every=20), mode="keep", about="mean"),
     "learn late": lambda: Project(MIDDLE, learn=LearnedDirections(label="token", every=9), schedule=Schedule(start=23)),
 }
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 @pytest.mark.parametrize("name", WRITERS)

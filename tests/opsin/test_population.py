@@ -52,9 +52,9 @@ def test_a_chunk_is_an_ordinary_recipe_of_its_members():
     assert "population" not in chunk
     assert chunk["model"]["seed"] == [4, 3, 4] and chunk["model"]["learning_rate"] == [0.1, 0.2, 0.2]
     assert chunk["model"]["weight_decay"] == 0.0 and chunk["model"]["initial"] is None
-    # the members' W&B runs are written by the population
-    assert [c["class_path"].rsplit(".", 1)[1] for c in chunk["trainer"]["callbacks"]] == ["InductionHeads", "Ablate"]
-    assert chunk["trainer"]["callbacks"][1]["init_args"] == {"heads": ["1:0"], "members": [1, 2]}
+    names = [callback["class_path"].rsplit(".", 1)[1] for callback in chunk["trainer"]["callbacks"]]
+    assert names == ["InductionHeads", "WeightsAndBiases", "Ablate"]
+    assert chunk["trainer"]["callbacks"][-1]["init_args"] == {"heads": ["1:0"], "members": [1, 2]}
     assert RECIPE["model"]["seed"] == 3 and "members" not in ABLATE["init_args"]
 
 
