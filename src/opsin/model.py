@@ -54,6 +54,8 @@ class Transformer:
         position_base: tau, the base of the rotary and sinusoidal frequencies.
         max_positions: rows of the learned position table.
         init_scale: multiplies every linear weight at initialisation.
+        unembed_bias: whether the read-out adds a bias to the logits; without it everything that moves them passes
+            the last LayerNorm.
     """
 
     layers: int = 2
@@ -66,6 +68,7 @@ class Transformer:
     position_base: float = 10_000.0
     max_positions: int = 32
     init_scale: float = 1.0
+    unembed_bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "max_positions"):
@@ -110,6 +113,7 @@ class Transformer:
             outputs=task.n_outputs,
             additive=self.positions != "rope",
             norm=self.norm,
+            unembed_bias=self.unembed_bias,
         )
 
 
@@ -153,7 +157,9 @@ def _init_member(model: Transformer, task: Task, seed: int) -> dict[str, Tensor]
             values |= {f"{block}.mlp.W_in": linear(width, neurons), f"{block}.mlp.b_in": torch.zeros(neurons)}
             values |= {f"{block}.mlp.W_out": linear(neurons, width), f"{block}.mlp.b_out": torch.zeros(width)}
     values |= norm("ln_final")
-    values |= {"unembed.W_U": linear(width, task.n_outputs), "unembed.b_U": torch.zeros(task.n_outputs)}
+    values["unembed.W_U"] = linear(width, task.n_outputs)
+    if model.unembed_bias:
+        values["unembed.b_U"] = torch.zeros(task.n_outputs)
     return values
 
 
@@ -209,7 +215,7 @@ def forward(
     for layer in range(model.layers):
         resid = _block(_Scope(parameters, table, tap, f"blocks.{layer}."), resid, model)
     final = _norm(_Scope(parameters, table, tap, ""), "ln_final", resid, model)
-    logits = linear(final, parameters["unembed.W_U"], parameters["unembed.b_U"])
+    logits = linear(final, parameters["unembed.W_U"], parameters.get("unembed.b_U"))
     return tap("hook_logits", logits)
 
 

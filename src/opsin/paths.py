@@ -91,7 +91,7 @@ class Reader:
         width: D, of the sum.
         norm: the LayerNorm ahead of it; None in a model without.
         weight: its parameter.
-        bias: its parameter; None for heads, which have none.
+        bias: its parameter; None where there is none, as for heads.
         part: place of queries, keys or values in ``W_QKV``; None where it is no head.
         heads: in rising order; only theirs is computed.
     """
@@ -119,7 +119,7 @@ class Reader:
             resid = layer_norm(resid, next(given), next(given))
         weight = next(given)
         if self.part is None:
-            return linear(resid, weight, next(given))
+            return linear(resid, weight, next(given) if self.bias is not None else None)
         parts = weight.unflatten(-1, (3, *x.shape[3:]))  # M D 3 H E
         chosen = parts[:, :, self.part, list(self.heads)]  # M D G E
         read = linear(resid, chosen.flatten(2)).unflatten(-1, chosen.shape[2:])  # M B L G E
@@ -232,7 +232,8 @@ def _reader(receivers: Sequence[Receiver], sites: SiteTable) -> Reader:
     first, width = receivers[0], sites.size("D")
     block = f"blocks.{first.depth // 2}"
     if first.depth == 2 * sites.layers:
-        site, norm, weight, bias = "hook_logits", "ln_final", "unembed.W_U", "unembed.b_U"
+        site, norm, weight = "hook_logits", "ln_final", "unembed.W_U"
+        bias = "unembed.b_U" if sites.unembed_bias else None
     elif first.part is None:
         site, norm, weight, bias = f"{block}.mlp.hook_pre", f"{block}.ln2", f"{block}.mlp.W_in", f"{block}.mlp.b_in"
     else:

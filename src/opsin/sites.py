@@ -55,9 +55,15 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteTable:
-    """All sites of one model, in order of computation."""
+    """All sites of one model, in order of computation.
+
+    Args:
+        sites: by name.
+        unembed_bias: whether the logits have a bias, which is no site.
+    """
 
     sites: Mapping[str, Site]
+    unembed_bias: bool = True
 
     def __getitem__(self, name: str) -> Site:
         return self.find(name, "site")
@@ -97,6 +103,7 @@ def build_sites(
     outputs: int,
     additive: bool,
     norm: bool,
+    unembed_bias: bool = True,
 ) -> SiteTable:
     """The site table of a decoder with these sizes.
 
@@ -104,6 +111,7 @@ def build_sites(
         neurons: N, None for an attention-only model.
         additive: whether a position vector is added to the tokens (not so with rotary positions).
         norm: whether there are LayerNorms.
+        unembed_bias: whether the logits have a bias.
     """
     sizes = {"L": positions, "K": positions, "D": width, "H": heads, "E": width // heads, "V": outputs}
     if neurons is not None:
@@ -118,7 +126,7 @@ def build_sites(
     rows.append(("ln_final.hook_normalized", "MBLD", "output of the last LayerNorm"))
     rows.append(("hook_logits", "MBLV", "logits at every position"))
     table = {name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning) for name, axes, meaning in rows}
-    return SiteTable(table)
+    return SiteTable(table, unembed_bias)
 
 
 def _block(mlp: bool, norm: bool) -> list[tuple[str, str, str]]:

@@ -167,6 +167,21 @@ class Task(ABC):
         up the answer (for few-shot: guessing among the labels of the context).
         """
 
+    def unigram(self) -> Float[Tensor, " V"] | None:
+        """How often each output is the right one over the training stream (probabilities); None where none is rarer.
+
+        What token-frequency neurons move the output toward or away from.
+        """
+        return None
+
+    def exact(self, batch: Batch) -> Float[Tensor, "M B Q V"] | None:
+        """Log-probabilities (nats) of the best predictor the task knows, at the scored positions; None if it knows none.
+
+        Bayes' rule where the task can apply it, an n-gram model where it says so in its docstring. A calibrated model
+        that has learned the task has this predictor's entropy.
+        """
+        return None
+
     def batch(self, seed: int, step: int, split: str = "train", batch_size: int | None = None) -> Batch:
         """Batch ``step`` of one member, on the CPU (M = 1)."""
         draw = self.draw([seed], step, 1, split, batch_size)

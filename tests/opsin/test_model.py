@@ -20,6 +20,7 @@ VARIANTS = [
     {"mlp_ratio": 1.5},
     {"mlp_ratio": 2, "positions": "learned", "norm": False, "causal": False},
     {"layers": 3, "heads": 4, "positions": "rope"},
+    {"unembed_bias": False},
 ]
 
 
@@ -85,7 +86,7 @@ def slow_logits(p, batch, model, b):
         resid = [x + w for x, w in zip(resid, written, strict=True)]
         if model.mlp_ratio is not None:
             resid = [x + mlp(layer_norm(x, f"{block}.ln2"), block) for x in resid]
-    return np.array([layer_norm(x, "ln_final") @ p["unembed.W_U"] + p["unembed.b_U"] for x in resid])
+    return np.array([layer_norm(x, "ln_final") @ p["unembed.W_U"] + p.get("unembed.b_U", 0) for x in resid])
 
 
 @pytest.mark.parametrize("make_task", [few_shot, ToyTokens])

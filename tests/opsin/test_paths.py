@@ -84,7 +84,7 @@ def slow(model, p, terms, paths=(), instead=None):
             x = read(f"{layer}:mlp", f"{block}.ln2") @ p[f"{block}.mlp.W_in"] + p[f"{block}.mlp.b_in"]
             x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
             terms[f"{layer}:mlp"] = x @ p[f"{block}.mlp.W_out"] + p[f"{block}.mlp.b_out"]
-    return read("logits", "ln_final") @ p["unembed.W_U"] + p["unembed.b_U"], terms
+    return read("logits", "ln_final") @ p["unembed.W_U"] + p.get("unembed.b_U", 0), terms
 
 
 def replacements(model, p, terms, paths, by, member):
@@ -138,7 +138,9 @@ def test_the_slow_version_is_the_model_where_nothing_is_patched():
 
 
 @pytest.mark.parametrize("by", ["zero", "mean", "resample", "plain"])
-@pytest.mark.parametrize("model", [LINEAR, SMALL, FULL, replace(FULL, norm=False, positions="rope")])
+@pytest.mark.parametrize(
+    "model", [LINEAR, SMALL, FULL, replace(FULL, norm=False, positions="rope"), replace(SMALL, unembed_bias=False)]
+)
 @given(st.data())
 @settings(max_examples=3)
 def test_any_patched_path_is_what_the_slow_version_says(model, by, data):
