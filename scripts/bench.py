@@ -9,8 +9,8 @@ features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer,
 a machine whose speed drifts slows all of them alike; ratios are medians over the rounds.
 
 With ``--interventions`` the loops are Opsin bare and Opsin with each of its manipulations, and the ratios are
-of times: how many times as long a training step takes under it. Half of them are pulsed, so that schedules switch
-all the while; ``recompilations`` counts the graphs made after every loop has had its first turn.
+of times: how many times as long a training step takes under it, in many short turns. Half of them are pulsed, so that
+schedules switch all the while; ``recompilations`` counts the graphs made after every loop has had its first turn.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from opsin.schedules import Schedule
 from opsin.tasks import FewShot
 
 REFERENCE = Transformer(layers=2, width=64, heads=8)
-STEPS_PER_TURN = {"eager": 100, "opsin": 500}
+STEPS_PER_TURN = {"eager": 100, "opsin": 500, "interventions": 100}
 LEARNING_RATE = 1e-5
 
 
@@ -146,11 +146,11 @@ class TurnTaking(pl.Callback):
 class OpsinLoop:
     """A fit that trains, in a thread of its own, as far as it is told to."""
 
-    def __init__(self, task: FewShot, callbacks: list[pl.Callback], steps: int) -> None:
-        self.turns = TurnTaking()
+    def __init__(self, task: FewShot, callbacks: list[pl.Callback], rounds: int, steps_per_turn: int) -> None:
+        self.turns, self.steps_per_turn = TurnTaking(), steps_per_turn
         self.module = OpsinModule(task, REFERENCE, learning_rate=LEARNING_RATE, compile=True, threads=1)
         self.trainer = pl.Trainer(
-            max_steps=steps,
+            max_steps=(rounds + 1) * steps_per_turn,
             callbacks=[self.turns, *callbacks],
             accelerator="cpu",
             logger=False,
@@ -164,13 +164,13 @@ class OpsinLoop:
 
     def turn(self) -> float:
         """Steps per second over one turn."""
-        batches = STEPS_PER_TURN["opsin"] // self.module.steps_per_batch
+        batches = self.steps_per_turn // self.module.steps_per_batch
         began = time.perf_counter()
         for _ in range(batches):
             self.turns.allowed.release()
         for _ in range(batches):
             self.turns.taken.acquire()
-        return STEPS_PER_TURN["opsin"] / (time.perf_counter() - began)
+        return self.steps_per_turn / (time.perf_counter() - began)
 
 
 def instruments(folder: Path) -> list[pl.Callback]:
@@ -249,11 +249,11 @@ def donor() -> Donor:
 
 def loops_of(kind: str, rounds: int, folder: Path) -> tuple[dict[str, OpsinLoop], dict[str, EagerLoop]]:
     """The loops of a bench, Opsin's and others, by name."""
-    task, steps = FewShot(), (rounds + 1) * STEPS_PER_TURN["opsin"]
+    task, steps = FewShot(), STEPS_PER_TURN["interventions" if kind == "interventions" else "opsin"]
     if kind == "interventions":
         made: dict[str, list[pl.Callback]] = {"none": [], **{name: make() for name, make in MANIPULATIONS.items()}}
-        return {name: OpsinLoop(task, callbacks, steps) for name, callbacks in made.items()}, {}
-    fits = {name: OpsinLoop(task, callbacks(folder / name), steps) for name, callbacks in VARIANTS.items()}
+        return {name: OpsinLoop(task, callbacks, rounds, steps) for name, callbacks in made.items()}, {}
+    fits = {name: OpsinLoop(task, callbacks(folder / name), rounds, steps) for name, callbacks in VARIANTS.items()}
     return fits, {"eager": EagerLoop(task, threads=1), "eager_two_threads": EagerLoop(task, threads=2)}
 
 

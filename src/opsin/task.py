@@ -175,7 +175,7 @@ class Task(ABC):
         return None
 
     def exact(self, batch: Batch) -> Float[Tensor, "M B Q V"] | None:
-        """Log-probabilities (nats) of the best predictor the task knows, at the scored positions; None if it knows none.
+        """Log-probabilities (nats) of the best predictor the task knows, at the scored positions, or None.
 
         Bayes' rule where the task can apply it, an n-gram model where it says so in its docstring. A calibrated model
         that has learned the task has this predictor's entropy.
