@@ -2,7 +2,7 @@
 
 from opsin.callbacks.grafts import Graft
 from opsin.callbacks.measures import ProgressMeasures
-from opsin.callbacks.optogenetics import Ablate, Clamp, Disallow
+from opsin.callbacks.optogenetics import Ablate, Clamp, Clip, Disallow
 from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
 from opsin.callbacks.paths import PathPatch
 from opsin.callbacks.phase import PhaseChange
@@ -17,6 +17,7 @@ from opsin.callbacks.weights import Freeze, Reinitialise
 __all__ = [
     "Ablate",
     "Clamp",
+    "Clip",
     "CopyFromPattern",
     "Disallow",
     "Freeze",

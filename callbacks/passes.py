@@ -19,6 +19,7 @@ PRESERVED = {
     "queries": "attn.hook_rot_q",
     "keys": "attn.hook_rot_k",
 }
+SCALE = ".hook_scale"
 
 
 class FromAnotherPass(Callback):
@@ -42,43 +43,69 @@ class FromAnotherPass(Callback):
 
 
 class Preserve(FromAnotherPass):
-    """Hold patterns, values, queries or keys at what they are in a pass without interventions.
+    """Hold patterns, values, queries, keys or LayerNorm scales at what they are in a pass without interventions.
 
     Beside an ablation this isolates the paths that do not run through what is preserved. Reference
-    options ``preserve_patterns``, ``preserve_values``, ``preserve_queries``, ``preserve_keys``.
+    options ``preserve_patterns``, ``preserve_values``, ``preserve_queries``, ``preserve_keys``. With the scale of the
+    last LayerNorm preserved, ablated neurons of the last layer have their direct effect alone: none of it runs through
+    the standard deviation that the LayerNorm divides by (Stolfo et al. 2024, "Confidence regulation neurons in
+    language models", section 3; the mean is taken off anew).
 
     Args:
-        what: any of ``patterns``, ``values``, ``queries`` and ``keys`` (the latter two after rotation).
-        layers: blocks; all when None.
+        what: any of ``patterns``, ``values``, ``queries``, ``keys`` (the latter two after rotation) and ``scales``.
+        layers: blocks of all but scales; all when None.
+        norms: LayerNorms whose scale is preserved, ``ln_final`` or for example ``blocks.0.ln2``; the last when None.
         detach: stop the gradient at what is taken.
         members: members it acts in; all when None.
         schedule: when, and how strongly.
         order: rank among writers that touch the same entries; the later wins. Beside an ablation of
             values give the ablation the higher order.
+
+    Raises:
+        ConfigError: something else to preserve, or layers or norms of nothing; when the run is built, a layer or a
+            LayerNorm that does not exist.
     """
 
     def __init__(
         self,
-        what: list[Literal["patterns", "values", "queries", "keys"]],
+        what: list[Literal["patterns", "values", "queries", "keys", "scales"]],
         layers: list[int] | None = None,
+        norms: list[str] | None = None,
         detach: bool = False,
         members: list[int] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
         super().__init__(detach, members, schedule, order)
-        unknown = [name for name in what if name not in PRESERVED]
+        known = (*PRESERVED, "scales")
+        unknown = [name for name in what if name not in known]
         if unknown or not what:
-            raise ConfigError("Preserve.what", unknown[0] if unknown else [], f"any of {', '.join(PRESERVED)}")
-        self.what, self.layers = what, layers
+            raise ConfigError("Preserve.what", unknown[0] if unknown else [], f"any of {', '.join(known)}")
+        if norms is not None and "scales" not in what:
+            raise ConfigError("Preserve.norms", norms, "nothing: without scales they have no effect")
+        if layers is not None and set(what) == {"scales"}:
+            raise ConfigError("Preserve.layers", layers, "nothing: scales are named by norms")
+        self.what, self.layers, self.norms = what, layers, norms
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""
         layers = range(sites.layers) if self.layers is None else self.layers
         for layer in layers:
             check_layer("Preserve.layers", layer, sites)
-        names = [f"blocks.{layer}.{PRESERVED[kind]}" for layer in layers for kind in self.what]
+        kinds = [kind for kind in self.what if kind != "scales"]
+        names = [f"blocks.{layer}.{PRESERVED[kind]}" for layer in layers for kind in kinds]
+        names += self._scales(sites) if "scales" in self.what else []
         return [self._at(name, FromPass(Source(name, detach=self.detach))) for name in names]
+
+    def _scales(self, sites: SiteTable) -> list[str]:
+        known = [site.name.removesuffix(SCALE) for site in sites if site.name.endswith(SCALE)]
+        if not known:
+            raise ConfigError("Preserve.what", "scales", "nothing of them: this model has no LayerNorm")
+        norms = ["ln_final"] if self.norms is None else self.norms
+        unknown = [name for name in norms if name not in known]
+        if unknown or not norms:
+            raise ConfigError("Preserve.norms", unknown[0] if unknown else [], f"any of {', '.join(known)}")
+        return [name + SCALE for name in norms]
 
 
 class HeadTemperature(FromAnotherPass):

@@ -50,6 +50,29 @@ class BatchMean(Value):
 
 
 @dataclass(frozen=True)
+class Clipped(Value):
+    """At queries, the activation's mean over what is no query where it would pass that mean; gradient stops.
+
+    The mean is over the batch and its rows that are no query (in a sequence with repeats, the first occurrence), per
+    member and entry of the last axis. Stolfo et al. 2024 ("Confidence regulation neurons in language models"), the case
+    study of induction. A member whose batch has queries only is left as it is.
+
+    Args:
+        side: which entries are moved: those ``above`` the mean, or ``below`` it.
+    """
+
+    side: Literal["above", "below"]
+
+    def __call__(self, x: Float[Tensor, "M B L N"], batch: Batch, *taken: Tensor) -> Overwrite:
+        query, held = batch.truth.query[..., None], x.detach()
+        first = ~query
+        count = first.sum((1, 2), keepdim=True)
+        mean = (held * first).sum((1, 2), keepdim=True) / count.clamp(min=1)
+        beyond = held >= mean if self.side == "above" else held <= mean
+        return Overwrite(mean.expand_as(x), query & beyond & (count > 0))
+
+
+@dataclass(frozen=True)
 class Resample(Value):
     """The activation of another example of the same batch; gradient stops.
 

@@ -121,9 +121,13 @@ class Reader:
         if self.part is None:
             return linear(resid, weight, next(given) if self.bias is not None else None)
         parts = weight.unflatten(-1, (3, *x.shape[3:]))  # M D 3 H E
-        chosen = parts[:, :, self.part, list(self.heads)]  # M D G E
-        read = linear(resid, chosen.flatten(2)).unflatten(-1, chosen.shape[2:])  # M B L G E
-        return x.detach().index_copy(3, torch.tensor(self.heads, device=x.device), read)
+        # slices, since the gradient of an indexed weight is a scatter, which the compiler does not fuse
+        chosen = torch.cat([parts[:, :, self.part, head : head + 1] for head in self.heads], 2)  # M D G E
+        read = linear(resid, chosen.flatten(2)).unflatten(-1, chosen.shape[2:]).split(1, 3)
+        every = list(x.detach().split(1, 3))
+        for head, own in zip(self.heads, read, strict=True):
+            every[head] = own
+        return torch.cat(every, 3)
 
 
 @dataclass(frozen=True)

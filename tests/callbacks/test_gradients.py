@@ -10,6 +10,7 @@ import torch
 from opsin.callbacks import (
     Ablate,
     Clamp,
+    Clip,
     CopyFromPattern,
     Disallow,
     Graft,
@@ -43,6 +44,8 @@ STOPS = {
     "previous token at labels": [Clamp(["1:1"], "previous_token", labels_only=True)],
     "induction": [Clamp(["1:1"], "induction", strength=0.8)],
     "match": [Clamp(["1:1"], "match", temperature=0.5)],
+    "clipped": [Clip(["1:3"])],
+    "clipped from below": [Clip(["1:3"], side="below", at="pre")],
     "disallowed": [Disallow(["1:1"], "previous_token")],
     "silenced": [Disallow(["1:1"], "non_labels")],
     "donor's blocks": [Graft(DONOR, 1, "lower")],
@@ -53,6 +56,7 @@ STOPS = {
 FLOWS = {
     "preserved": [Preserve(["patterns"], layers=[1]), BEFORE],
     "preserved values": [Preserve(["values"], layers=[1]), BEFORE],
+    "preserved scales": [Preserve(["scales"], norms=["blocks.1.ln1", "ln_final"]), BEFORE],
     "temperature": [HeadTemperature({"1:1": 0.5}), BEFORE],
     "copied pattern": [CopyFromPattern("1:1")],
     "copied pattern of perfect input": [CopyFromPattern("1:1", perfect_input=True)],
