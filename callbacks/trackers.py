@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength, previous_token_strength
-from opsin.module import opsin_module
+from opsin.module import OpsinModule, opsin_module
 from opsin.sites import SiteTable
 from opsin.task import Truth
 from opsin.watching import Observation
@@ -46,13 +46,15 @@ class HeadTracker(Callback):
     def _record(self, seen: Observation) -> None:
         patterns = [seen.activations[site] for site in self._sites]
         strengths = torch.stack([type(self).score(p, seen.batch.truth) for p in patterns], dim=1)
-        self._module.history.record(self.metric, seen.step, strengths)
-        flat = {
-            f"{self.metric}/{layer}:{head}": strengths[:, layer, head]
-            for layer in range(strengths.shape[1])
-            for head in range(strengths.shape[2])
-        }
-        self._module.log_everywhere(flat, seen.step)
+        record_heads(self._module, self.metric, seen.step, strengths)
+
+
+def record_heads(module: OpsinModule, metric: str, step: int, values: Float[Tensor, "M layers heads"]) -> None:
+    """Record one number per head, and log each under its layer and head."""
+    module.history.record(metric, step, values)
+    layers, heads = values.shape[1:]
+    flat = {f"{metric}/{layer}:{head}": values[:, layer, head] for layer in range(layers) for head in range(heads)}
+    module.log_everywhere(flat, step)
 
 
 class InductionHeads(HeadTracker):

@@ -1,0 +1,57 @@
+"""Members end when what is asked of them has held long enough, and the run when nobody is left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from opsin.callbacks import InductionHeads, KeepRun, PhaseChange, StopWhen
+from opsin.errors import ConfigError
+from tests.opsin.test_module import fit, module
+
+
+def test_a_member_ends_once_its_loss_was_below_the_level_in_so_many_records_in_a_row():
+    model = module(seed=[1, 2, 3])
+    fit(model, 200, [StopWhen(below=1.05, in_a_row=3)])
+    values = torch.from_numpy(model.history["train/loss"].arrays()[1])
+    for member in range(3):
+        rows = (values[:, member] < 1.05).tolist()
+        # records come every 5 steps, and are looked at every 10
+        held = [5 * (n + 1) for n in range(2, len(rows)) if all(rows[n - 2 : n + 1]) and (n + 1) % 2 == 0]
+        expected = {"status": "finished early", "stopped_at": held[0]} if held else None
+        assert model.ended.get(member) == expected
+    assert len(model.ended) > 0
+
+
+def test_the_run_ends_and_is_whole_when_every_member_has_ended(tmp_path):
+    model = module(seed=[1, 2])
+    trainer = fit(model, 500, [StopWhen(below=99.0, in_a_row=4), PhaseChange(), KeepRun(tmp_path)])
+    assert trainer.global_step == 20
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(row["status"], row["stopped_at"]) for row in summary["members"]] == [("finished early", 20)] * 2
+    assert [event.kind for event in model.events] == ["finished early"] * 2
+
+
+def test_a_head_can_be_what_is_waited_for():
+    model = module(seed=[1, 2])
+    stop = StopWhen("induction_strength", head="1:1", above=-2.0, in_a_row=3, members=[1])
+    fit(model, 60, [InductionHeads(every=10), stop])
+    assert {member: how["stopped_at"] for member, how in model.ended.items()} == {1: 20}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"StopWhen: got \{'above': None, 'below': None\}"),
+        ({"below": 1.0, "in_a_row": 0}, "StopWhen.in_a_row: got 0"),
+        ({"below": 1.0, "head": "own"}, "StopWhen.head: got 'own'"),
+        ({"below": 1.0, "metric": "nothing"}, "StopWhen.metric: got 'nothing', expected what this run records"),
+        ({"below": 1.0, "head": "0:1"}, "StopWhen.head: got '0:1', expected null"),
+        ({"below": 1.0, "members": [2]}, r"StopWhen.members: got \[2\], expected members from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_waited_for_stops_the_build(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(module(seed=[1, 2]), 10, [StopWhen(**settings)])
