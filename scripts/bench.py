@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Training steps per second, interleaved in one process, as ratios.
 
-    python scripts/bench.py [--interventions] [--json FILE] [--rounds N]
+    python scripts/bench.py [--interventions | --population] [--json FILE] [--rounds N]
 
 Several loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
 features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with what
@@ -11,6 +11,9 @@ a machine whose speed drifts slows all of them alike; ratios are medians over th
 With ``--interventions`` the loops are Opsin bare and Opsin with each of its manipulations, and the ratios are
 of times: how many times as long a training step takes under it, in many short turns. Half of them are pulsed, so that
 schedules switch all the while; ``recompilations`` counts the graphs made after every loop has had its first turn.
+
+With ``--population`` they are processes with 1 to 64 members (on a GPU to 1,024) and several of them at once, in
+member-steps per second, and the memory of a member (``bench_population.py``).
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bench_population import measure_population
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -114,11 +120,11 @@ class EagerLoop:
         self.bank = task.bank()["exemplars"]
         self.draws = {name: tensor[:, 0] for name, tensor in task.draw([0], 0, STEPS_PER_TURN["eager"]).items()}
 
-    def turn(self) -> float:
+    def turn(self, steps: int = STEPS_PER_TURN["eager"]) -> float:
         """Steps per second over one turn."""
         torch.set_num_threads(self.threads)
         began = time.perf_counter()
-        for index in range(STEPS_PER_TURN["eager"]):
+        for index in (step % STEPS_PER_TURN["eager"] for step in range(steps)):
             labels = self.draws["labels"][index]
             features = self.bank[self.draws["classes"][index], self.draws["exemplars"][index]]
             loss = F.cross_entropy(self.model(features, labels[:, :-1]), labels[:, -1])
@@ -127,7 +133,7 @@ class EagerLoop:
             self.optimizer.step()
         seconds = time.perf_counter() - began
         torch.set_num_threads(1)
-        return STEPS_PER_TURN["eager"] / seconds
+        return steps / seconds
 
 
 class TurnTaking(pl.Callback):
@@ -146,13 +152,16 @@ class TurnTaking(pl.Callback):
 class OpsinLoop:
     """A fit that trains, in a thread of its own, as far as it is told to."""
 
-    def __init__(self, task: FewShot, callbacks: list[pl.Callback], rounds: int, steps_per_turn: int) -> None:
-        self.turns, self.steps_per_turn = TurnTaking(), steps_per_turn
-        self.module = OpsinModule(task, REFERENCE, learning_rate=LEARNING_RATE, compile=True, threads=1)
+    def __init__(
+        self, task: FewShot, callbacks: list[pl.Callback], steps: int, seeds: int = 1, threads: int = 1, on: str = "cpu"
+    ) -> None:
+        self.turns = TurnTaking()
+        settings = {"learning_rate": LEARNING_RATE, "compile": True, "threads": threads}
+        self.module = OpsinModule(task, REFERENCE, list(range(seeds)), **settings)
         self.trainer = pl.Trainer(
-            max_steps=(rounds + 1) * steps_per_turn,
+            max_steps=steps,
             callbacks=[self.turns, *callbacks],
-            accelerator="cpu",
+            accelerator=on,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -162,15 +171,15 @@ class OpsinLoop:
         self.thread = threading.Thread(target=self.trainer.fit, args=(self.module,), daemon=True)
         self.thread.start()
 
-    def turn(self) -> float:
+    def turn(self, steps: int = STEPS_PER_TURN["opsin"]) -> float:
         """Steps per second over one turn."""
-        batches = self.steps_per_turn // self.module.steps_per_batch
+        batches = steps // self.module.steps_per_batch
         began = time.perf_counter()
         for _ in range(batches):
             self.turns.allowed.release()
         for _ in range(batches):
             self.turns.taken.acquire()
-        return self.steps_per_turn / (time.perf_counter() - began)
+        return steps / (time.perf_counter() - began)
 
 
 def instruments(folder: Path) -> list[pl.Callback]:
@@ -249,18 +258,22 @@ def donor() -> Donor:
 
 def loops_of(kind: str, rounds: int, folder: Path) -> tuple[dict[str, OpsinLoop], dict[str, EagerLoop]]:
     """The loops of a bench, Opsin's and others, by name."""
-    task, steps = FewShot(), STEPS_PER_TURN["interventions" if kind == "interventions" else "opsin"]
+    task = FewShot()
     if kind == "interventions":
         made: dict[str, list[pl.Callback]] = {"none": [], **{name: make() for name, make in MANIPULATIONS.items()}}
-        return {name: OpsinLoop(task, callbacks, rounds, steps) for name, callbacks in made.items()}, {}
-    fits = {name: OpsinLoop(task, callbacks(folder / name), rounds, steps) for name, callbacks in VARIANTS.items()}
+        steps = (rounds + 1) * STEPS_PER_TURN["interventions"]
+        return {name: OpsinLoop(task, callbacks, steps) for name, callbacks in made.items()}, {}
+    steps = (rounds + 1) * STEPS_PER_TURN["opsin"]
+    fits = {name: OpsinLoop(task, callbacks(folder / name), steps) for name, callbacks in VARIANTS.items()}
     return fits, {"eager": EagerLoop(task, threads=1), "eager_two_threads": EagerLoop(task, threads=2)}
 
 
 def measure(kind: str, rounds: int, folder: Path) -> tuple[dict[str, list[float]], int]:
     """Steps per second of every loop in every round, after a first round that is thrown away; and recompilations."""
     fits, others = loops_of(kind, rounds, folder)
-    loops: dict[str, Callable[[], float]] = {name: loop.turn for name, loop in {**others, **fits}.items()}
+    steps = STEPS_PER_TURN["interventions" if kind == "interventions" else "opsin"]
+    loops: dict[str, Callable[[], float]] = {name: loop.turn for name, loop in others.items()}
+    loops |= {name: partial(loop.turn, steps) for name, loop in fits.items()}
     for loop in loops.values():
         loop()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -303,22 +316,31 @@ def summarise(speeds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def figures_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for."""
+    if arguments.population:
+        return measure_population(arguments.rounds, REFERENCE, FewShot())
+    with tempfile.TemporaryDirectory() as folder:
+        kind = "interventions" if arguments.interventions else "loops"
+        speeds, recompilations = measure(kind, arguments.rounds, Path(folder))
+    return summarise_interventions(speeds, recompilations) if arguments.interventions else summarise(speeds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--interventions", action="store_true", help="compare manipulations with none")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--interventions", action="store_true", help="compare manipulations with none")
+    which.add_argument("--population", action="store_true", help="compare numbers of members and of processes")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         raise ConfigError("--rounds", arguments.rounds, "at least 1")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        kind = "interventions" if arguments.interventions else "loops"
-        speeds, recompilations = measure(kind, arguments.rounds, Path(folder))
-    figures = summarise_interventions(speeds, recompilations) if arguments.interventions else summarise(speeds)
+    figures: dict[str, Any] = figures_of(arguments)
     for name, value in figures.items():
-        print(f"{name:40s} {value:10.2f}")
+        print(f"{name:60s} " + (f"{value:10.4g}" if isinstance(value, (int, float)) else str(value)))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

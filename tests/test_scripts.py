@@ -50,3 +50,24 @@ def test_the_bench_states_medians_of_the_ratios_within_a_round():
     assert figures["ratio_clamps_and_trackers_to_bare"] == 0.75
     assert figures["ratio_progress_measures_to_bare"] == 0.9
     assert figures["steps_per_second_clamps_and_trackers"] == 225 and figures["rounds"] == 3
+
+
+def test_the_operations_of_a_step_are_those_of_its_matrix_products():
+    bench, population = script("bench"), script("bench_population")
+    tokens, width = 32 * 5, 64
+    # gradients need twice the products of the forward pass, but for the features, which have none
+    embed, blocks, logits = 32 * 3 * 512 * width, 2 * tokens * 4 * width * width, tokens * width * 5
+    expected = 2 * (2 * embed + 3 * blocks + 3 * logits)
+    assert abs(population.operations(bench.REFERENCE, bench.FewShot()) / expected - 1) < 0.01
+
+
+def test_the_population_bench_counts_member_steps_of_all_processes():
+    population = script("bench_population")
+    kinds = {kind.name: kind for kind in population.arrangements("cpu")}
+    rates = {name: [100.0, 200.0, 300.0] for name in kinds}
+    rates["2x8_members_1_thread"] = [900.0, 1000.0, 1500.0]
+    memory = {name: 1e9 + 2e6 * (kind.members - 1) for name, kind in kinds.items()}
+    figures = population._summary(rates, kinds, "cpu", [5e10] * 3, memory, 44_000_000)
+    assert figures["best"] == "2x8_members_1_thread"
+    assert figures["ratio_2x8_members_1_thread_to_eager_2_threads"] == 5
+    assert figures["share_of_matmul_rate"] == 44e6 * 1000 / 5e10 and figures["bytes_per_extra_member"] == 2e6

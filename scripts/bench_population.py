@@ -1,0 +1,216 @@
+"""Populations in member-steps per second: workers that train when they are told to, and the arrangements of them.
+
+Every loop is a process of its own that waits without work until its turn comes, so that all of them take turns in one
+run and an arrangement of several processes is measured as it is used: at once.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opsin.model import Members, Transformer, init_parameters, position_table
+from opsin.optim import MemberAdam
+from opsin.plan import build_plan
+from opsin.scene import constants_of
+from opsin.step import Moment, Step
+from opsin.tasks import FewShot
+
+SIZES = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 1024)}
+"""Members of one process, by device."""
+
+SPLIT = 16
+"""Members whose arrangements are compared on the CPU."""
+
+MATMUL = 1024
+TURN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Some processes that train at once.
+
+    Args:
+        processes: how many.
+        members: of each; 0 for the plain eager PyTorch loop.
+        threads: of each.
+    """
+
+    processes: int
+    members: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """As in the figures."""
+        if not self.members:
+            return f"eager_{self.threads}_thread{'s' * (self.threads > 1)}"
+        return f"{self.processes}x{self.members}_members_{self.threads}_thread{'s' * (self.threads > 1)}"
+
+
+def arrangements(device: str) -> list[Arrangement]:
+    """The eager loops, one process of every size, and on the CPU the ways to train ``SPLIT`` members."""
+    eager = [Arrangement(1, 0, 1), Arrangement(1, 0, 2)]
+    single = [Arrangement(1, members, 1) for members in SIZES[device]]
+    if device == "cuda":
+        return [*eager, *single]
+    split = [Arrangement(1, SPLIT, 2), Arrangement(2, SPLIT // 2, 1), Arrangement(4, SPLIT // 4, 1)]
+    return [*eager, *single, *split, Arrangement(2, 64, 1)]
+
+
+@dataclass
+class Worker:
+    """One process that trains when it is told to."""
+
+    members: int
+    threads: int
+    device: str
+    process: subprocess.Popen[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        command = [sys.executable, __file__, str(self.members), str(self.threads), self.device]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self, steps: int) -> None:
+        """Train so many steps; 0 ends it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, float]:
+        """What it says once it has."""
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+
+def turn(workers: Sequence[Worker], steps: int) -> float:
+    """Seconds in which all of them train so many steps at once."""
+    began = time.perf_counter()
+    for worker in workers:
+        worker.tell(steps)
+    for worker in workers:
+        worker.hear()
+    return time.perf_counter() - began
+
+
+def matmul_rate(threads: int) -> float:
+    """Floating-point operations per second of a float32 matrix product."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, MATMUL, MATMUL)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < TURN_SECONDS / 2:
+        a @ b
+        count += 1
+    return count * 2 * MATMUL**3 / (time.perf_counter() - began)
+
+
+def operations(model: Transformer, task: FewShot) -> int:
+    """Floating-point operations of one member's step: its matrix products, forward and backward, as they are run."""
+    values = Members(init_parameters(model, task, [0]))
+    optimizer = MemberAdam(values.named_parameters(), 1e-3, 0.0, None, (0.9, 0.999))
+    plan = build_plan([], model.sites(task), 1, 1, task.batch_size, {})
+    constants = constants_of(plan, task.bank(), position_table(model, task.layout.positions), 1, torch.float32)
+    draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
+    empty = torch.zeros(0, 1)
+    moment = Moment(empty, torch.zeros(1, 2, dtype=torch.int64), empty.long(), torch.ones(1, dtype=torch.bool))
+    with FlopCounterMode(display=False) as counter:
+        Step(model, task, plan, (0.9, 0.999), 1e-8)(optimizer.adam_state(), optimizer.hyper(), constants, draw, moment)
+    return counter.get_total_flops()
+
+
+def measure_population(rounds: int, model: Transformer, task: FewShot) -> dict[str, object]:
+    """Member-steps per second of every arrangement, interleaved, their ratios, memory and the share of the machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = {arrangement.name: arrangement for arrangement in arrangements(device)}
+    workers: dict[str, list[Worker]] = {}
+    for name, kind in kinds.items():
+        workers[name] = [Worker(kind.members, kind.threads, device) for _ in range(kind.processes)]
+        # one after the other, so that no more than one arrangement compiles at a time
+        for worker in workers[name]:
+            worker.hear()
+    steps = {name: _steps(turn(own, 100), 100) for name, own in workers.items()}
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    peak: list[float] = []
+    for _ in range(rounds):
+        for name, own in workers.items():
+            seconds = turn(own, steps[name])
+            rates[name].append(kinds[name].processes * max(kinds[name].members, 1) * steps[name] / seconds)
+        peak.append(matmul_rate(2))
+    memory = {name: _end(own) for name, own in workers.items()}
+    return _summary(rates, kinds, device, peak, memory, operations(model, task))
+
+
+def _steps(seconds: float, steps: int) -> int:
+    """Steps of a turn of about ``TURN_SECONDS``, in whole Lightning batches."""
+    return max(50, round(steps * TURN_SECONDS / seconds / 50) * 50)
+
+
+def _end(workers: Sequence[Worker]) -> float:
+    """End some workers; the first one's memory in bytes, at its peak while it trained."""
+    peaks = []
+    for worker in workers:
+        worker.tell(0)
+        peaks.append(worker.hear()["bytes"])
+        worker.process.wait()
+    return peaks[0]
+
+
+def _summary(
+    rates: Mapping[str, Sequence[float]],
+    kinds: Mapping[str, Arrangement],
+    device: str,
+    peak: Sequence[float],
+    memory: Mapping[str, float],
+    operations: int,
+) -> dict[str, object]:
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[base], strict=True))
+
+    speeds = {name: statistics.median(values) for name, values in rates.items()}
+    alone = {kind.members: name for name, kind in kinds.items() if kind.processes == kind.threads == 1 and kind.members}
+    first, largest = alone[1], alone[max(alone)]
+    ours = [name for name in kinds if kinds[name].members]
+    best = max(ours, key=speeds.__getitem__)
+    found: dict[str, object] = {f"member_steps_per_second_{name}": speed for name, speed in speeds.items()}
+    found |= {f"ratio_{name}_to_eager_2_threads": ratio(name, "eager_2_threads") for name in ours}
+    found |= {f"ratio_{name}_to_{first}": ratio(name, first) for name in alone.values() if name != first}
+    found["device"], found["best"] = device, best
+    found["operations_per_member_step"] = operations
+    found["matmul_rate"] = statistics.median(peak)
+    found["share_of_matmul_rate"] = operations * speeds[best] / statistics.median(peak)
+    extra = (memory[largest] - memory[first]) / (kinds[largest].members - 1)
+    found["bytes_per_extra_member"], found["rounds"] = extra, len(peak)
+    return found
+
+
+# ---- the worker -----------------------------------------------------------------------------------
+
+
+def _serve(members: int, threads: int, device: str) -> None:
+    from bench import REFERENCE, EagerLoop, OpsinLoop
+
+    loop = EagerLoop(FewShot(), threads) if not members else OpsinLoop(FewShot(), [], 10**9, members, threads, device)
+    loop.turn(50)
+    print(json.dumps({"ready": REFERENCE.layers}), flush=True)
+    for line in sys.stdin:
+        if not int(line):
+            break
+        loop.turn(int(line))
+        print(json.dumps({"done": int(line)}), flush=True)
+    # Linux counts in KiB
+    print(json.dumps({"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
