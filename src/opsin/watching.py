@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from PIL.Image import Image
 from torch import Tensor
 
 from opsin.sites import SiteTable
@@ -64,6 +65,16 @@ class Recorder(Protocol):
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
         """Names, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """A callback with a picture of what it last saw, which loggers may show under its name."""
+
+    name: str
+
+    def picture(self, member: int) -> Image | None:
+        """Of one member; None before there is anything to show."""
 
 
 def recorded_metrics(

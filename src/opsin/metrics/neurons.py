@@ -1,0 +1,384 @@
+"""Neurons that set a model's confidence, told by their weights and by what their ablation does. Pure functions.
+
+Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", sections 3 (entropy neurons) and 4
+(token-frequency neurons), for the last MLP layer, whose output meets only the last LayerNorm and the unembedding.
+
+**Coordinates.** LayerNorm removes the mean over the width, so output weights are centred over D; its weight
+is folded into the unembedding; and the softmax sees only differences of logits, so the unembedding is centred over the
+vocabulary. The direction of D that is all ones is unseen by construction and no centred weight has a part along it: it
+counts neither among the null directions nor among the D - 1 that remain.
+
+**Mediation.** A mean ablation replaces a neuron's activation by its mean. Its *total* effect is the change (ablated
+minus not) of a quantity of the output; its *direct* effect is that change with a mediator held where it is without the
+ablation: the standard deviation that LayerNorm divides by, or the projection of the logits on the log-unigram
+direction. The mediated share is 1 - direct / total, each the mean over tokens of the absolute change.
+
+Legend: M members, B batch, L positions, D width, C = D - 1 directions, N neurons, V vocabulary, T tokens that are
+averaged over, I tokens of one tile, J neurons of one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opsin.model import NORM_EPS
+
+Mediator = Literal["scale", "frequency"]
+"""What a direct effect holds: LayerNorm's scale, or the logits' projection on the log-unigram direction."""
+
+NULL_FRACTION = 0.01
+"""Directions whose singular value is at most this share of the largest count as unseen by the unembedding."""
+
+LEAST_EFFECT = 1e-6
+"""Nats; of a smaller total effect no share is taken, since single precision does not resolve it."""
+
+TILE_TOKENS, TILE = 256, 2**18
+"""Tokens whose effects are computed together, and logits: what the caches of a processor hold."""
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """The last LayerNorm and the unembedding of every member.
+
+    Args:
+        norm_weight, norm_bias: ``ln_final.w`` and ``ln_final.b``.
+        unembed: ``unembed.W_U``.
+        unembed_bias: ``unembed.b_U``; None without one.
+    """
+
+    norm_weight: Float[Tensor, "M D"]
+    norm_bias: Float[Tensor, "M D"]
+    unembed: Float[Tensor, "M D V"]
+    unembed_bias: Float[Tensor, "M V"] | None = None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> ReadOut:
+        """That of a model with LayerNorm, from its parameters by name."""
+        names = ("ln_final.w", "ln_final.b", "unembed.W_U")
+        weight, bias, unembed = (parameters[name].detach() for name in names)
+        own = parameters.get("unembed.b_U")
+        return cls(weight, bias, unembed, None if own is None else own.detach())
+
+    def effective(self) -> Float[Tensor, "M D V"]:
+        """W_U with LayerNorm's weight folded in, centred over the width and over the vocabulary."""
+        folded = self.norm_weight[..., None] * self.unembed
+        folded = folded - folded.mean(1, keepdim=True)
+        return folded - folded.mean(2, keepdim=True)
+
+    def constant(self) -> Float[Tensor, "M V"]:
+        """Logits of a residual that LayerNorm maps to its bias."""
+        logits = torch.bmm(self.norm_bias[:, None], self.unembed)[:, 0]
+        return logits if self.unembed_bias is None else logits + self.unembed_bias
+
+
+# ---- weights ----------------------------------------------------------------------------------------
+
+
+def centred(w_out: Float[Tensor, "M N D"]) -> Float[Tensor, "M N D"]:
+    """Output weights as LayerNorm sees them: without their mean over the width."""
+    return w_out - w_out.mean(-1, keepdim=True)
+
+
+def weight_norm(w_out: Float[Tensor, "M N D"]) -> Float[Tensor, "M N"]:
+    """2-norm of every neuron's centred output weight."""
+    return centred(w_out).norm(dim=-1)
+
+
+def logit_var(w_out: Float[Tensor, "M N D"], read_out: ReadOut) -> Float[Tensor, "M N"]:
+    """LogitVar: variance over the vocabulary of the cosine between output weight and unembedding column.
+
+    Stolfo et al. 2024, section 3.1; both as in the module's coordinates, the variance that of a whole population.
+    Small where the output moves all logits alike, as an entropy neuron's does. Zeros have cosine 0 with everything.
+    """
+    columns = torch.nn.functional.normalize(read_out.effective(), dim=1)
+    return torch.bmm(torch.nn.functional.normalize(centred(w_out), dim=-1), columns).var(-1, unbiased=False)
+
+
+@dataclass(frozen=True)
+class NullShare:
+    """How much of every neuron's output the unembedding does not see.
+
+    Args:
+        rho: norm of the output weight's projection on the null directions over its norm, from 0 to 1; the
+            squared share is its square. nan for a weight of zeros.
+        dimensions: k, the number of null directions, all ones not counted.
+        chance: root mean square of rho of a weight of random direction, sqrt(k / (D - 1)).
+    """
+
+    rho: Float[Tensor, "M N"]
+    dimensions: Int[Tensor, " M"]
+    chance: Float[Tensor, " M"]
+
+
+def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int | None = None) -> NullShare:
+    """Share of the output weight's norm on the k bottom left singular directions of the unembedding.
+
+    Stolfo et al. 2024, section 3.3 (a share of norms, not of squares). Computed in double precision.
+
+    Args:
+        dimensions: k, from 0 to D - 1. None counts, for each member, the directions whose singular value is at
+            most ``NULL_FRACTION`` of the largest, those that have none included: at least max(0, D - V),
+            since D - 1 centred directions meet V - 1 differences of logits.
+    """
+    basis = _without_ones(w_out.shape[-1]).to(w_out.device)  # D C
+    inside = basis.T @ read_out.effective().double()  # M C V
+    directions, values, _ = torch.linalg.svd(inside, full_matrices=True)  # M C C
+    values = torch.nn.functional.pad(values, (0, inside.shape[1] - values.shape[1]))  # M C, descending
+    if dimensions is None:
+        unseen = values <= NULL_FRACTION * values[:, :1]
+    else:
+        unseen = (torch.arange(values.shape[1], device=values.device) >= values.shape[1] - dimensions).expand_as(values)
+    squares = (w_out.double() @ basis @ directions).square()
+    rho = ((squares * unseen[:, None]).sum(-1) / squares.sum(-1)).sqrt()
+    count = unseen.sum(-1)
+    return NullShare(rho.to(w_out.dtype), count, (count / values.shape[1]).sqrt().to(w_out.dtype))
+
+
+def _without_ones(width: int) -> Float[Tensor, "D C"]:
+    """An orthonormal basis of the directions whose entries sum to zero."""
+    start = torch.eye(width, dtype=torch.float64)
+    start[:, 0] = 1
+    return torch.linalg.qr(start).Q[:, 1:]
+
+
+def random_outputs(w_out: Float[Tensor, "M N D"], seed: int = 0) -> Float[Tensor, "M N D"]:
+    """For each neuron a centred output weight of the same centred norm and of random direction: the control.
+
+    Directions are drawn from a generator of their own, on the CPU, the same for every member.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(w_out.shape[1:], generator=generator, dtype=torch.float64)
+    direction = torch.nn.functional.normalize(drawn - drawn.mean(-1, keepdim=True), dim=-1)
+    return weight_norm(w_out)[..., None] * direction.to(w_out)
+
+
+# ---- ablations ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What mean-ablating each neuron does to one quantity of the output (nats, ablated minus not), means over tokens.
+
+    Args:
+        total, direct: of the absolute change; direct with the mediator held.
+        total_signed, direct_signed: of the change.
+    """
+
+    total: Float[Tensor, "M N"]
+    direct: Float[Tensor, "M N"]
+    total_signed: Float[Tensor, "M N"]
+    direct_signed: Float[Tensor, "M N"]
+
+    @property
+    def mediated(self) -> Float[Tensor, "M N"]:
+        """1 - direct / total: the share that passes through the mediator; nan for a total below ``LEAST_EFFECT``.
+
+        Below 0 where holding the mediator makes the effect larger.
+        """
+        return torch.where(self.total > LEAST_EFFECT, 1 - self.direct / self.total, torch.nan)
+
+
+def finite_unigram(unigram: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+    """The unigram with a finite logarithm: an output that never occurs counts as half as frequent as the rarest."""
+    lowest = unigram[unigram > 0].min() / 2
+    raised = unigram.clamp(min=lowest)
+    return raised / raised.sum()
+
+
+def unit_log_unigram(unigram: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+    """The unit direction of the centred log-unigram in the space of logits; zeros where no output is rarer."""
+    log = unigram.log()
+    return torch.nn.functional.normalize(log - log.mean(), dim=0)
+
+
+@torch.no_grad()
+def mean_ablation_effects(
+    read_out: ReadOut,
+    resid: Float[Tensor, "M B L D"],
+    post: Float[Tensor, "M B L N"],
+    w_out: Float[Tensor, "M N D"],
+    *,
+    targets: Int[Tensor, "M B L"] | None = None,
+    unigram: Float[Tensor, " V"] | None = None,
+    means: Float[Tensor, "M _ _ N"] | None = None,
+    where: Bool[Tensor, "M B L"] | None = None,
+    mediator: Mediator = "scale",
+) -> dict[str, Effect]:
+    """Total and direct effect of mean-ablating each neuron of the last MLP, one at a time, on the output.
+
+    Stolfo et al. 2024, sections 3.2 and 4. Exact: an ablation changes the residual by a multiple of the output weight,
+    so the centred residual's logits, its variance and their changes are inner products that all neurons share, and
+    no neuron costs a forward pass.
+
+    Args:
+        resid: the residual stream before the last LayerNorm, the neurons' outputs included.
+        post: activations after the nonlinearity.
+        w_out: output weights; ``random_outputs`` of them for the control, whose ablation removes as much, elsewhere.
+        targets: right outputs, for the effect on the loss.
+        unigram: probabilities above 0, for the effect on the divergence from the unigram.
+        means: what the activation is replaced by, axes of B and L may be 1; its mean over both when None.
+        where: tokens that the effects are averaged over; all when None. nan where a member has none.
+        mediator: what the direct effect holds; ``frequency`` needs the unigram.
+
+    Returns:
+        ``"entropy"``; ``"loss"`` (cross-entropy) if there are targets; ``"kl"`` if there is a unigram:
+        KL(model || unigram), the expectation under the model's output of the log-ratio.
+    """
+    matrix, constant, weights = read_out.effective(), read_out.constant(), centred(w_out)
+    away = post - (post.mean((1, 2), keepdim=True) if means is None else means)
+    log_unigram = None if unigram is None else unigram.to(resid).log()
+    direction = None if unigram is None or mediator == "scale" else unit_log_unigram(unigram.to(resid))
+    members = []
+    for m in range(len(resid)):
+        chosen = torch.ones_like(resid[m, ..., 0], dtype=torch.bool) if where is None else where[m]
+        own = None if targets is None else targets[m][chosen]
+        neurons = _Neurons(weights[m], weights[m] @ matrix[m], constant[m], log_unigram, direction)
+        members.append(neurons.effects(resid[m][chosen], matrix[m], away[m][chosen], own))
+    found = torch.stack(members, 2)  # measures, kinds, M, N
+    given = {"entropy": True, "loss": targets is not None, "kl": unigram is not None}
+    return {name: Effect(*kinds) for name, kinds in zip([n for n in given if given[n]], found, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """One member's neurons as its read-out sees them.
+
+    Args:
+        weights: centred.
+        logits: what each writes on the logits before LayerNorm divides.
+        constant: logits of the zero residual.
+        log_unigram: where the divergence from the unigram is asked for.
+        direction: in logits, whose projection is held; None to hold the scale.
+    """
+
+    weights: Float[Tensor, "N D"]
+    logits: Float[Tensor, "N V"]
+    constant: Float[Tensor, " V"]
+    log_unigram: Float[Tensor, " V"] | None
+    direction: Float[Tensor, " V"] | None
+
+    def effects(
+        self,
+        resid: Float[Tensor, "T D"],
+        matrix: Float[Tensor, "D V"],
+        away: Float[Tensor, "T N"],
+        targets: Int[Tensor, " T"] | None,
+    ) -> Float[Tensor, "measures 4 N"]:
+        """Mean over tokens of absolute total and direct, then signed total and direct changes."""
+        tokens, neurons = away.shape
+        summed: Tensor | None = None
+        for first in range(0, max(tokens, 1), TILE_TOKENS):
+            rows = slice(first, first + TILE_TOKENS)
+            tile = _Tile.of(resid[rows], matrix, None if targets is None else targets[rows], self)
+            step = max(1, TILE // max(1, tile.logits.numel()))
+            parts = [
+                self._changes(tile, away[rows, n : n + step].T, slice(n, n + step)) for n in range(0, neurons, step)
+            ]
+            summed = torch.cat(parts, -1) if summed is None else summed + torch.cat(parts, -1)
+        assert summed is not None
+        return summed / tokens
+
+    def _changes(self, tile: _Tile, away: Float[Tensor, "J I"], chosen: slice) -> Float[Tensor, "measures 4 J"]:
+        """Sums over a tile's tokens, as ``effects`` orders them."""
+        weights = self.weights[chosen]
+        # the variance of a residual that a multiple of a weight is taken from, by inner products
+        moved = away * (away * weights.square().sum(-1)[:, None] - 2 * (weights @ tile.centred.T)) / weights.shape[1]
+        recomputed = ((tile.variance + moved).clamp(min=0) + NORM_EPS).rsqrt()
+        total = self._ablated(tile, away, chosen, recomputed)
+        if self.direction is None:
+            frozen = (tile.variance + NORM_EPS).rsqrt().expand_as(recomputed)
+            direct = self._ablated(tile, away, chosen, frozen)
+        else:
+            # what the logits are shifted by, to be exponentiated, is the same for all and so has no part along it
+            direct = total + ((tile.base - total) @ self.direction)[..., None] * self.direction
+        both = torch.stack([self._outcomes(logits, tile.targets) for logits in (total, direct)], 1) - tile.outcomes
+        return torch.cat([both.abs().sum(-1), both.sum(-1)], 1)
+
+    def _ablated(
+        self, tile: _Tile, away: Float[Tensor, "J I"], chosen: slice, inverse: Float[Tensor, "J I"]
+    ) -> Float[Tensor, "J I V"]:
+        """Logits with each neuron at its mean, given the inverse of what LayerNorm divides by.
+
+        Shifted so that the largest is near 0, whatever LayerNorm divides by.
+        """
+        logits = tile.logits * inverse[..., None]
+        left = torch.stack([-away * inverse, torch.ones_like(away), -tile.highest * inverse], -1)  # J I 3
+        constant = (self.constant - self.constant.amax()).expand(len(away), -1)
+        right = torch.stack([self.logits[chosen], constant, torch.ones_like(constant)], 1)  # J 3 V
+        return logits.baddbmm_(left, right)
+
+    def _outcomes(
+        self, logits: Float[Tensor, "J I V"], targets: Int[Tensor, " I"] | None
+    ) -> Float[Tensor, "measures J I"]:
+        """Entropy, then where asked for loss and KL from the unigram, in nats; logits' largest is near 0."""
+        weight = logits.exp()
+        whole = weight @ torch.ones_like(self.constant)
+        log_whole = whole.log()
+        measures = [log_whole - torch.linalg.vecdot(weight, logits) / whole]
+        if targets is not None:
+            measures.append(log_whole - logits.gather(-1, targets.expand(whole.shape)[..., None])[..., 0])
+        if self.log_unigram is not None:
+            measures.append(-measures[0] - weight @ self.log_unigram / whole)
+        return torch.stack(measures)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some tokens without an ablation.
+
+    Args:
+        centred: the residual without its mean.
+        variance: of the residual.
+        logits: of the centred residual, before LayerNorm divides.
+        highest: the largest of them.
+        targets: right outputs.
+        base: logits, the largest of a token 0.
+        outcomes: what is measured of them.
+    """
+
+    centred: Float[Tensor, "I D"]
+    variance: Float[Tensor, " I"]
+    logits: Float[Tensor, "I V"]
+    highest: Float[Tensor, " I"]
+    targets: Int[Tensor, " I"] | None
+    base: Float[Tensor, "I V"]
+    outcomes: Float[Tensor, "measures 1 1 I"]
+
+    @classmethod
+    def of(
+        cls, resid: Float[Tensor, "I D"], matrix: Float[Tensor, "D V"], targets: Int[Tensor, " I"] | None, own: _Neurons
+    ) -> _Tile:
+        centred = resid - resid.mean(-1, keepdim=True)
+        variance, logits = centred.square().mean(-1), centred @ matrix
+        base = logits * (variance + NORM_EPS).rsqrt()[:, None] + own.constant
+        base = base - base.amax(-1, keepdim=True)
+        outcomes = own._outcomes(base[None], targets)[:, None]
+        return cls(centred, variance, logits, logits.amax(-1), targets, base, outcomes)
+
+
+# ---- candidates ---------------------------------------------------------------------------------------
+
+
+def control_level(control: Effect, quantile: float = 0.99) -> Float[Tensor, " M"]:
+    """The quantile of the total effects of a member's control neurons."""
+    return torch.quantile(control.total, quantile, dim=-1)
+
+
+def candidates(effect: Effect, control: Effect, share: float = 0.5, quantile: float = 0.99) -> Bool[Tensor, "M N"]:
+    """Neurons most of whose effect passes through the mediator, and is larger than chance would have it.
+
+    An entropy neuron by its effect on the entropy through LayerNorm's scale; a token-frequency neuron by that on the
+    divergence from the unigram through the log-unigram direction.
+
+    Args:
+        effect, control: of the neurons, and of ``random_outputs`` with the same activations.
+        share: the mediated share is above it.
+        quantile: the total effect is above this quantile of those of the member's own controls.
+    """
+    return (effect.mediated > share) & (effect.total > control_level(control, quantile)[:, None])
