@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.callbacks.phase import CHANGED
+from opsin.callbacks.phase import CHANGED, best_loss
 from opsin.errors import ConfigError, log
 from opsin.metrics.onset import find_transition
 from opsin.module import callbacks_of, opsin_module
@@ -38,7 +38,7 @@ class ProgressMeasures(Callback):
     them, for each NAME:
 
     - ``onset``: ``{"value", "low", "high"}`` in sequences, a 95 % interval: when the loss under the set left the
-      task's plateau; None where it did not lastingly fall by a quarter of it,
+      task's plateau; None where it did not lastingly fall by a quarter of the way to the best loss (``PhaseChange``),
     - ``final_loss``: nats, of the final weights.
 
     Cost: S sets and the base line are one forward pass, run eagerly on (S + 1) x M members, and one more
@@ -113,11 +113,12 @@ class ProgressMeasures(Callback):
 
     def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
         history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
+        least = CHANGED * (plateau - best_loss(self._module.task, "train/loss", plateau))
         rows = {}
         for name in self._planned.names:
             steps, values = history[_metrics(name)[0]].arrays()
             x, loss = history.sequences(steps), values[:, member]
-            fall = find_transition(x, loss, before=plateau, minimum_change=CHANGED * plateau, direction="fall")
+            fall = find_transition(x, loss, before=plateau, minimum_change=least, direction="fall")
             rows[name] = {"onset": fall and fall.onset.to_dict(), "final_loss": float(loss[-1])}
         return rows
 

@@ -17,20 +17,23 @@ from opsin.errors import ConfigError
 from opsin.interventions import check_share
 from opsin.metrics.onset import Transition, Watch, find_transition, watch
 from opsin.module import OpsinModule, opsin_module
+from opsin.task import Task
 from opsin.watching import Event
 
 KIND = "phase change"
-LEFT = 0.1  # share of the way from the plateau to zero where the loss has left the plateau
+LEFT = 0.1  # share of the way from the plateau to the best loss where the loss has left the plateau
 CHANGED = 0.25  # share that makes it a phase change and not a drift, online and at the end
+BEST_SEQUENCES = 128  # sequences over which the best loss is measured
 FINAL = 0.05  # share of the record whose mean is the final loss
 
 
 class PhaseChange(Callback):
     """Onset, midpoint and end of the loss drop and of each head's rise, each with an uncertainty.
 
-    While training, the first lasting fall of a member's loss below three quarters of the plateau is announced as an
-    ``Event`` of kind ``"phase change"``. At the end of training the module's summary receives, for one
-    member at its top and for several as a list under ``members``:
+    While training, the first lasting fall of a member's loss by a quarter of the way from the plateau to the best loss
+    (that of the task's exact predictor, 0 where it has none) is announced as an ``Event`` of kind ``"phase change"``.
+    At the end of training the module's summary receives, for one member at its top and for several as a list under
+    ``members``:
 
     - ``onset``, ``midpoint``, ``end``: ``{"value", "low", "high"}`` in sequences, 95 % intervals; None
       where the loss did not lastingly change,
@@ -79,6 +82,10 @@ class PhaseChange(Callback):
         self._leaving = [Watch(**state) for state in state_dict["leaving"]]
         self._passing = [Watch(**state) for state in state_dict["passing"]]
 
+    def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
+        """The state of a run that has this member alone."""
+        return {**state, **{name: [state[name][member]] for name in ("leaving", "passing")}}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -87,6 +94,7 @@ class PhaseChange(Callback):
         if self.metric not in losses:
             raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
         self._level = list(module.task.baselines().values())[-1] if self.plateau is None else self.plateau
+        self._best = best_loss(module.task, self.metric, self._level)
         self._forget(module.n_members)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -113,7 +121,7 @@ class PhaseChange(Callback):
 
     def _update(self, module: OpsinModule, member: int, step: int, loss: float) -> None:
         x = float(step * module.history.batch_size)
-        levels = {"before": self._level, "after": 0.0}
+        levels = {"before": self._level, "after": self._best}
         self._leaving[member], _ = watch(self._leaving[member], x, loss, way=LEFT, **levels)
         self._passing[member], fires = watch(self._passing[member], x, loss, way=CHANGED, **levels)
         if fires:
@@ -126,7 +134,8 @@ class PhaseChange(Callback):
 
     def _member_summary(self, module: OpsinModule, member: int) -> dict[str, Any]:
         x, loss = _curve(module, self.metric, (member,))
-        change = find_transition(x, loss, before=self._level, minimum_change=CHANGED * self._level, direction="fall")
+        least = CHANGED * (self._level - self._best)
+        change = find_transition(x, loss, before=self._level, minimum_change=least, direction="fall")
         heads = self._heads(module, member)
         formed = [name for name, head in heads.items() if head["strength"] >= self.head_threshold]
         last = max(1, math.ceil(FINAL * len(loss)))
@@ -156,6 +165,20 @@ class PhaseChange(Callback):
         formed = strength[-1] >= self.head_threshold
         rise = find_transition(x, strength, minimum_change=least, direction="rise") if formed else None
         return {"strength": float(strength[-1]), **_crossings(rise)}
+
+
+def best_loss(task: Task, metric: str, plateau: float) -> float:
+    """Loss (nats) of the best predictor the task knows, on the sequences of that metric; 0 where it knows none.
+
+    Also 0 where the best is not below the plateau, for example of a set that the predictor was not made for.
+    """
+    name = metric.split("/")[1] if metric.startswith("val/") else "train"
+    batch = task.batch(0, 0, f"eval/{name}", BEST_SEQUENCES)
+    exact = task.exact(batch)
+    if exact is None:
+        return 0.0
+    loss = -float(exact.gather(-1, batch.targets[..., None]).mean())
+    return loss if loss < plateau else 0.0
 
 
 def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

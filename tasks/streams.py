@@ -63,6 +63,12 @@ def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, " classes"]:
     return np.maximum(1, np.round(2.0**50 * shares / shares.sum())).astype(np.int64)
 
 
+def by_mass(u: Float[np.ndarray, "*shape"], masses: Int64[np.ndarray, " classes"]) -> Int64[np.ndarray, "*shape"]:
+    """Uniform numbers in [0, 1) as classes, each in proportion to its mass; masses are whole, their sum below 2**53."""
+    ends = masses.cumsum()
+    return np.searchsorted(ends, (u * ends[-1]).astype(np.int64), side="right")
+
+
 def without_replacement(
     u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, " classes"]
 ) -> Int64[np.ndarray, "draws R"]:

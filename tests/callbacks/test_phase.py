@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from opsin.callbacks import InductionHeads, KeepRun
-from opsin.callbacks.phase import PhaseChange
+from opsin.callbacks.phase import PhaseChange, best_loss
 from opsin.callbacks.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model import Transformer
 from opsin.module import OpsinModule
-from opsin.tasks import FewShot, GaussianClusters
+from opsin.tasks import FewShot, GaussianClusters, Repeats
 from tests.toys import train
 
 BATCH, LOG = 32, 10
@@ -81,6 +81,21 @@ def test_the_intervals_of_onset_midpoint_and_end_cover_the_truth():
         assert found["low"] - LOG * BATCH <= step * BATCH <= found["high"] + LOG * BATCH
     assert summary["plateau"] == pytest.approx(PLATEAU)
     assert summary["final_loss"] == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_small_drop_is_a_change_where_no_predictor_could_do_better():
+    task = Repeats(positions=24, longest=8, batch_size=BATCH)
+    batch = task.batch(0, 0, "eval/train", 128)
+    best = -float(task.exact(batch).gather(-1, batch.targets[..., None]).mean())
+    plateau = task.baselines()["unigram"]
+    assert 0.75 * plateau < best < plateau
+    way = (drop(2000, STEPS) - 0.05) / (PLATEAU - 0.05)
+    for share, changed in ((1.0, True), (0.1, False)):
+        module = OpsinModule(task, Transformer(width=16, heads=2), compile=False)
+        module = replay(module, (plateau + share * (way - 1) * (plateau - best))[:, None], PhaseChange())
+        assert bool(module.events) == changed and (module.summary["midpoint"] is not None) == changed
+    assert best_loss(task, "val/repeated/loss", plateau) < best and best_loss(task, "train/loss", best) == 0
+    assert best_loss(tiny().task, "train/loss", plateau) == 0
 
 
 def test_a_loss_that_stays_on_its_plateau_announces_nothing_and_has_no_onset():

@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
 from opsin.callbacks import (
     Ablate,
+    AttentionSinks,
+    Calibration,
     Clamp,
     InductionHeads,
     KeepRun,
@@ -76,6 +78,7 @@ def test_all_readers_together_leave_the_weights_bitwise_as_they_are(tmp_path, mo
     readers = [InductionHeads(every=3), PreviousTokenHeads(every=7), PhaseChange(), Snapshots(every=1)]
     readers += [KeepRun(tmp_path, checkpoint_every=10), Progress(), WeightsAndBiases(), InductionHeads(every=5)]
     readers += [ProgressMeasures({"match": [Clamp(heads=["1:0"], pattern="match")]}, every=4)]
+    readers += [AttentionSinks(every=6, effect_every=None), Calibration(every=4, fit=["vector"], fit_every=20)]
     watched, alone = module(), module()
     clamp = {"heads": ["0:1"], "pattern": "previous_token", "schedule": Schedule(start=5, stop=25, ramp=10)}
     fit(watched, callbacks=[*readers, Clamp(**clamp)], limit_val_batches=None, val_check_interval=2)

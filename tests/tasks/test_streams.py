@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsin.tasks.streams import below, without_replacement, zipf_masses
+from opsin.tasks.streams import below, by_mass, without_replacement, zipf_masses
 
 
 def near(counts, shares, sigmas=5):
@@ -33,3 +33,14 @@ def test_drawing_without_replacement_never_repeats_even_at_the_edges(n, exponent
 @given(u=st.floats(0, 1, exclude_max=True), n=st.integers(1, 2**52))
 def test_a_uniform_number_never_reaches_its_bound(u, n):
     assert 0 <= below(np.array([min(u, 1 - 2.0**-53)]), n)[0] < n
+
+
+@settings(max_examples=50, deadline=None)
+@given(masses=st.lists(st.integers(1, 2**48), min_size=1, max_size=8))
+def test_every_class_is_drawn_from_its_own_share_of_the_numbers(masses):
+    masses = np.array(masses)
+    ends = masses.cumsum() / masses.sum()
+    u = np.random.default_rng(0).random(200)
+    clear = (np.abs(u[:, None] - ends) > 1e-12).all(1)
+    assert (by_mass(u, masses)[clear] == (u[clear, None] > ends).sum(1)).all()
+    assert by_mass(np.array([0.0, 1 - 2.0**-53]), masses).tolist() == [0, len(masses) - 1]
