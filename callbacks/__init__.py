@@ -1,7 +1,10 @@
 """Who may touch or watch a run."""
 
+from opsin.callbacks.activity import ActivationSparsity, AttentionSinks
+from opsin.callbacks.calibration import Calibration
 from opsin.callbacks.grafts import Graft
 from opsin.callbacks.measures import ProgressMeasures
+from opsin.callbacks.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.optogenetics import Ablate, Clamp, Clip, Disallow
 from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
 from opsin.callbacks.paths import PathPatch
@@ -9,6 +12,7 @@ from opsin.callbacks.phase import PhaseChange
 from opsin.callbacks.progress import Progress
 from opsin.callbacks.run_folder import KeepRun
 from opsin.callbacks.snapshots import Snapshots
+from opsin.callbacks.stopping import StopWhen
 from opsin.callbacks.subspaces import Project
 from opsin.callbacks.trackers import InductionHeads, PreviousTokenHeads
 from opsin.callbacks.wandb import WeightsAndBiases
@@ -16,10 +20,14 @@ from opsin.callbacks.weights import Freeze, Reinitialise
 
 __all__ = [
     "Ablate",
+    "ActivationSparsity",
+    "AttentionSinks",
+    "Calibration",
     "Clamp",
     "Clip",
     "CopyFromPattern",
     "Disallow",
+    "EntropyNeurons",
     "Freeze",
     "Graft",
     "HeadTemperature",
@@ -35,5 +43,7 @@ __all__ = [
     "Project",
     "Reinitialise",
     "Snapshots",
+    "StopWhen",
+    "TokenFrequencyNeurons",
     "WeightsAndBiases",
 ]

@@ -66,6 +66,14 @@ class Snapshots(Callback):
         self._recent.extend((entry["step"], entry["parameters"]) for entry in state_dict["recent"])
         self._dense_until = state_dict["dense_until"]
 
+    def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
+        """The state of a run that has this member alone."""
+        recent = [
+            {**entry, "parameters": {name: x[member : member + 1].clone() for name, x in entry["parameters"].items()}}
+            for entry in state["recent"]
+        ]
+        return {**state, "recent": recent}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._forget()

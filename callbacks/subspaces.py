@@ -174,15 +174,18 @@ class Project(Callback):
         if isinstance(self.origin, LearnedDirections):
             self._check_probe(self.origin)
         # ahead of the readers, to whom the first state is shown as the first step will have it
-        if self._module.steps_done == 0:
-            self._renew_if_due(0)
+        now, late = self._module.steps_done, self._own in self._module.control.unsupplied
+        if now == 0 or late:
+            self._renew_if_due(now, late)
 
     def _look(self, seen: Observation) -> None:
         if seen.step > 0:
             self._renew_if_due(seen.step)
 
-    def _renew_if_due(self, step: int) -> None:
-        if self.renewal is None or not self.renewal.due(step, self._module.task.batch_size):
+    def _renew_if_due(self, step: int, late: bool = False) -> None:
+        """Take directions if it is time; where a branch begins after the first time, that is made up for."""
+        batch = self._module.task.batch_size
+        if self.renewal is None or not (self.renewal.due(step, batch) or (late and self.renewal.begun(step, batch))):
             return
         if isinstance(self.origin, WeightDirections):
             self._take_from_weight(self.origin)

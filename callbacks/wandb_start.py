@@ -1,4 +1,4 @@
-"""How a Weights & Biases run is started, or found again by a resumed process."""
+"""How Weights & Biases runs are started, or found again by a resumed process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -30,6 +32,19 @@ CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 300
 SETTLED_SECONDS = 2.0
 """Longer than the interval in which wandb writes."""
+
+SEPARATOR = "\x1e"
+
+READ = f"""
+import sys
+from wandb.cli.cli import cli
+for path in sys.argv[1:]:
+    try:
+        cli(["leet", "inspect", "--summary", "--json", path])
+    except SystemExit:
+        print(end={SEPARATOR!r}, flush=True)
+"""
+"""Prints the summary of each file, and a separator after it; one process, as wandb takes a second to import."""
 
 SETTINGS: dict[str, Any] = {
     # nothing on the terminal but what this file prints
@@ -52,7 +67,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Ledger:
-    """What a resumed process must know of the killed one: ``wandb_run.json``.
+    """What a resumed process must know of the killed one: ``wandb_run.json``, of each member ``wandb_run_SLOT.json``.
 
     Args:
         path: of the file.
@@ -71,21 +86,22 @@ class Ledger:
     finished: bool = False
 
     @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """What the file holds."""
+        return cls(path, **json.loads(path.read_text()))
+
+    @classmethod
     def open(cls, path: Path, fingerprint: str, from_checkpoint: bool) -> Ledger:
         """Continue what the file holds if this is the same run, else begin anew.
 
         It is the same run if it starts from a checkpoint, or if one with the same configuration was
         killed before its first: equal configurations give equal numbers.
         """
-        ledger = cls(path, secrets.token_hex(4), fingerprint)
         if path.exists():
-            old = cls(path, **json.loads(path.read_text()))
+            old = cls.read(path)
             if from_checkpoint or (old.fingerprint == fingerprint and not old.finished):
-                # what a killed process handed over last may not have reached its file
-                until = written_until(path.parent, old.id, otherwise=old.logged_until)
-                ledger = cls(path, old.id, fingerprint, until, old.told)
-        ledger.save()
-        return ledger
+                return cls(path, old.id, fingerprint, old.logged_until, old.told)
+        return cls(path, secrets.token_hex(4), fingerprint)
 
     def save(self) -> None:
         """Write the file."""
@@ -93,22 +109,44 @@ class Ledger:
         write_atomically(self.path, json.dumps(content) + "\n")
 
 
-def written_until(folder: Path, run_id: str, otherwise: int) -> int:
-    """Last step that the files of an offline run hold, as wandb's own reader sees them.
+def open_ledgers(
+    paths: Sequence[Path], files: Path, fingerprints: Sequence[str], from_checkpoint: bool
+) -> list[Ledger]:
+    """The ledgers of runs that start together, each continued or begun anew as ``Ledger.open`` says.
 
     Args:
-        otherwise: the answer where there are no such files (an online run) or they cannot be read.
+        files: where W&B keeps its own.
     """
-    steps: list[int] = []
-    for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
+    ledgers = [Ledger.open(*each, from_checkpoint) for each in zip(paths, fingerprints, strict=True)]
+    # what a killed process handed over last may not have reached its file
+    written = written_until(files, [ledger.id for ledger in ledgers if ledger.logged_until >= 0])
+    for ledger in ledgers:
+        ledger.logged_until = min(ledger.logged_until, written.get(ledger.id, ledger.logged_until))
+        ledger.save()
+    return ledgers
+
+
+def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
+    """Last step that the files of offline runs hold, as wandb's own reader sees them; -1 where they hold none.
+
+    Returns:
+        By id, without those that have no files here (online runs) or one that cannot be read.
+    """
+    paths = [(run_id, path) for run_id in ids for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")]
+    if not paths:
+        return {}
+    for _, path in paths:
         _wait_until_settled(path)
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if read.returncode:
-            return otherwise
-        records = (json.loads(line) for line in read.stdout.splitlines())
-        steps += [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
-    return min(otherwise, max(steps, default=otherwise))
+    command = [sys.executable, "-c", READ, *(str(path) for _, path in paths)]
+    read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    told = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
+    unread = {run_id for run_id, text in told if not text}
+    until: dict[str, int] = {}
+    for run_id, text in told:
+        if run_id not in unread:
+            step = json.loads(text)["step"]
+            until[run_id] = max(until.get(run_id, -1), -1 if step is None else step)
+    return until
 
 
 def _wait_until_settled(path: Path) -> None:
@@ -145,32 +183,43 @@ def has_key() -> bool:
     return logins is not None and any(logins.authenticators(name) for name in (host, UPSTREAM_HOST))
 
 
-def start(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run | None:
-    """A W&B run with sequences on the x-axis; offline where online cannot be had; None where nothing can."""
+def start(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]]) -> list[wandb.Run]:
+    """W&B runs, all online or all offline; offline where online cannot be had; none where nothing can.
+
+    Args:
+        folder: where their files go.
+        abouts: what ``wandb.init`` is told of each.
+    """
     if mode == "online" and not has_key():
         log.info("opsin: no W&B API key is configured (`wandb login` sets one); the run is kept offline")
         mode = "offline"
-    run = _attempt(mode, folder, about, otherwise="is kept offline") or _attempt(
-        "offline", folder, about, otherwise="goes on without it"
+    runs = _attempt(mode, folder, abouts, otherwise="is kept offline") or _attempt(
+        "offline", folder, abouts, otherwise="goes on without it"
     )
-    if run is not None:
-        run.define_metric("sequences")
-        run.define_metric("*", step_metric="sequences")
-        where = f"offline, `wandb sync {Path(run.dir).parent}` uploads it" if run.offline else run.url
-        log.info(f"opsin: W&B run {run.id}: {where}")
-    return run
+    if runs:
+        names = ", ".join(run.id for run in runs)
+        log.info(f"opsin: W&B run{'s' * (len(runs) > 1)} {names}: {_where(runs, folder)}")
+    return runs
 
 
-def _attempt(mode: Mode, folder: Path, about: Mapping[str, Any], otherwise: str) -> wandb.Run | None:
+def _where(runs: Sequence[wandb.Run], folder: Path) -> str:
+    """Where the runs are to be seen."""
+    if not runs[0].offline:
+        return (runs[0].url if len(runs) == 1 else runs[0].project_url) or "online"
+    files = Path(runs[0].dir).parent if len(runs) == 1 else folder / "wandb" / "offline-run-*"
+    return f"offline, `wandb sync {files}` uploads {'it' if len(runs) == 1 else 'them'}"
+
+
+def _attempt(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]], otherwise: str) -> list[wandb.Run]:
     import wandb
 
     try:
-        return _init(mode, folder, about)
+        return [_init(mode, folder, about) for about in abouts]
     except Exception as error:
         log.info(f"opsin: W&B did not start {mode} ({one_line(error)}); the run {otherwise}")
-        # or else the service holds the failed attempt's id in use
+        # or else the service holds the failed attempts' ids in use
         wandb.teardown()
-        return None
+        return []
 
 
 def _init(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:
@@ -183,6 +232,21 @@ def _init(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:
     return wandb.init(
         **about, mode=mode, dir=folder, resume="allow", reinit="create_new", allow_val_change=True, settings=settings
     )
+
+
+@contextmanager
+def unharmed(give_up: Callable[[], None] = lambda: None, what: str = "the run goes on") -> Iterator[None]:
+    """Nothing ends because its observer did.
+
+    Args:
+        give_up: called after a failure.
+        what: is unharmed by it.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.info(f"opsin: W&B failed ({one_line(error)}); {what} without it")
+        give_up()
 
 
 def one_line(error: BaseException) -> str:

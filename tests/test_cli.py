@@ -216,8 +216,8 @@ def test_a_wrong_setting_is_one_line_and_starts_nothing(fit, refused, what):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train"], ["verb", "'train'", "fit, resume, sites"]),
-        ([], ["verb", "fit, resume, sites"]),
+        (["train"], ["verb", "'train'", "fit, resume, fork, sites"]),
+        ([], ["verb", "fit, resume, fork, sites"]),
         (["fit"], ["required", "task"]),
         (["sites", "--config", "none.yaml"], ["none.yaml"]),
         (["sites", "--config", "recipe.yaml", *HELD, CALLBACK + "site=x"], ["Clamp.site", "'x'"]),
@@ -240,7 +240,7 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(fit, tmp_path):
 
 
 def test_help_is_no_error(opsin):
-    for arguments in (["--help"], ["-h"], ["resume", "--help"], ["fit", "--help"]):
+    for arguments in (["--help"], ["-h"], ["resume", "--help"], ["fork", "--help"], ["fit", "--help"]):
         ended = opsin(*arguments)
         assert ended.code == 0 and ended.err == "" and "usage" in ended.out
 

@@ -53,10 +53,12 @@ def test_the_first_command_runs_the_main_job():
 
 def test_the_tour_runs_in_order(here):
     tour = [line for line in commands() if line.startswith("opsin") and "omniglot" not in line]
-    assert len(tour) == 4
+    assert len(tour) == 5
+    short = ["--trainer.max_steps", "4", "--model.steps_per_batch", "2", "--model.log_every", "2"]
     for command in tour:
-        opsin(command, *(["--trainer.max_steps", "4"] if " fit " in command else []))
+        opsin(command.replace("--at 3000", "--at 2"), *(short if " fit " in command else []))
     assert (here / "runs" / "mean" / "summary.json").exists()
+    assert (here / "runs" / "induction-at-2" / "summary.json").exists()
 
 
 def test_the_omniglot_command_reads_the_archives_it_names(here):
@@ -116,6 +118,7 @@ def test_the_check_command_reads_a_folder(tmp_path):
 
 
 def test_every_command_in_the_readme_is_one_that_a_test_here_executes():
-    known = ("./scripts/run", "opsin fit", "opsin sites", "opsin resume", "python scripts/check_reference.py")
+    verbs = tuple(f"opsin {verb}" for verb in ("fit", "resume", "fork", "sites"))
+    known = ("./scripts/run", *verbs, "python scripts/check_reference.py")
     assert all(command.startswith((*known, "python scripts/bench.py")) for command in commands())
     assert "`./scripts/test`" in README and (ROOT / "docs" / "summary.png").exists()

@@ -10,7 +10,7 @@ from tests.tasks.test_exemplars import archive
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_a_recipe_trains(opsin, tmp_path, monkeypatch, name):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     # what the recipe of the real characters names, with just enough classes for its split

@@ -1,4 +1,4 @@
-"""The command line: ``opsin fit``, ``opsin resume`` and ``opsin sites``."""
+"""The command line: ``opsin fit``, ``opsin resume``, ``opsin fork`` and ``opsin sites``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
 from opsin.callbacks.run_folder import is_finished
-from opsin.cli_population import arranged, default_arrangement, lay_out, train_population, write_population
+from opsin.cli_fork import fork_run
+from opsin.cli_population import (
+    arranged,
+    default_arrangement,
+    lay_out,
+    train_population,
+    tuned_arrangement,
+    write_population,
+)
 from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, log
 from opsin.fleet import end_with_parent
 from opsin.module import OpsinModule, callbacks_of
@@ -29,12 +37,15 @@ from opsin.population import Population
 from opsin.report import final_report, sites_report
 from opsin.runs import load_saved
 from opsin.task import Task
+from opsin.tune import cores, members_that_fit
 
 USAGE = """usage: opsin VERB ...
 
   opsin fit --config RECIPE.yaml [--trainer.max_steps N] [--trainer.callbacks+=CLASS ...]
                              train; every setting of the recipe can be given on the line
   opsin resume RUN           continue a killed run from its last checkpoint
+  opsin fork RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]
+                             go on from a step of a run, once for each condition of the file
   opsin sites --config RECIPE.yaml
                              every site, its shape, what may be done to it, and the recipe's plan
   opsin fit --help           all settings
@@ -50,6 +61,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "val_check_interval": 20,
     "log_every_n_steps": 1,
 }
+
+
+LAST = Path("checkpoints") / "last.ckpt"
+"""In a run folder, what a resume continues from."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -90,6 +105,9 @@ class OpsinCLI(LightningCLI):
             "--run_folder", type=str | None, default=None, help="default: runs/RECIPE-DATE-TIME-PROCESS"
         )
         parser.add_argument("--checkpoint_every", type=int, default=1_000, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--tune", action="store_true", help="time some numbers of members of one process, and keep the fastest"
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -119,6 +137,10 @@ class OpsinCLI(LightningCLI):
         return folder
 
     def _resolved(self) -> str:
+        folder, start = self.config.run_folder, self.config.ckpt_path
+        # a resumed run keeps its configuration, which says what it began from
+        if folder and start and Path(start) == Path(folder) / LAST and (Path(folder) / "config.yaml").exists():
+            return (Path(folder) / "config.yaml").read_text()
         return self.parser.dump(self.config)
 
 
@@ -128,6 +150,8 @@ def fit(args: Sequence[str]) -> None:
     if cli.config.population is not None:
         fit_population(cli)
         return
+    if cli.config.tune:
+        raise ConfigError("--tune", True, "a recipe with a population")
     if cli.config.ckpt_path is not None:
         _check_fits(Path(cli.config.ckpt_path), cli.model)
     try:
@@ -158,7 +182,10 @@ def fit_population(cli: OpsinCLI) -> None:
     recipe = yaml.safe_load(cli._resolved())
     with tempfile.TemporaryDirectory() as scratch:
         layout = lay_out(recipe, Path(scratch), build)
-    arrangement = default_arrangement(recipe["population"])
+    fit = members_that_fit(cli.model, recipe["population"].get("processes") or cores())
+    arrangement = default_arrangement(recipe["population"], fit)
+    if cli.config.tune:
+        arrangement = tuned_arrangement(layout, arrangement, fit)
     write_population(layout, folder, arranged(layout, arrangement), arrangement)
     train_population(folder)
 
@@ -171,7 +198,7 @@ def resume(args: Sequence[str]) -> None:
     if (folder / "population.json").exists():
         train_population(folder)
         return
-    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    config, checkpoint = folder / "config.yaml", folder / LAST
     if not config.exists():
         raise ConfigError("opsin resume", str(folder), "a run folder with a config.yaml")
     again = ["--config", str(config), "--run_folder", str(folder)]
@@ -216,14 +243,19 @@ def sites(args: Sequence[str]) -> None:
     print(sites_report(module.sites, module.n_members, module.task.batch_size, plan))
 
 
-VERBS = {"fit": fit, "resume": resume, "sites": sites}
+def fork(args: Sequence[str]) -> None:
+    """Go on from a step of a run in branches."""
+    fork_run(args, OpsinCLI)
+
+
+VERBS = {"fit": fit, "resume": resume, "fork": fork, "sites": sites}
 HELP = {"-h", "--help"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started), 130 interrupted."""
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    if verb in HELP or (verb == "resume" and HELP & {*rest}):
+    if verb in HELP or (verb in ("resume", "fork") and HELP & {*rest}):
         print(USAGE, end="")
         return 0
     _quieten()

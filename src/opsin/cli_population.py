@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 import yaml
 
 from opsin.callbacks.run_folder import is_finished
+from opsin.callbacks.wandb_population import send_population
 from opsin.errors import ConfigError, PopulationError, log
 from opsin.fleet import Job, run_jobs
 from opsin.plan import Plan
-from opsin.population import LARGEST_CHUNK, Member, arrange, chunk_recipe, document, expanded, members_of
+from opsin.population import Member, arrange, chunk_recipe, document, expanded, members_of
 from opsin.population_folder import chunk_folder
 from opsin.population_report import finish_population, population_report
 from opsin.runs import load_saved, write_atomically
+from opsin.tune import LARGEST_CHUNK, cores, fastest
 
 TELL_EVERY_SECONDS = 15.0
 
@@ -89,22 +91,42 @@ def write_population(layout: Layout, folder: Path, chunks: Sequence[Sequence[Mem
     write_atomically(folder / "population.json", json.dumps(content, indent=2) + "\n")
 
 
-def default_arrangement(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Processes and members of one, by a rule on the machine where the recipe does not say."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_arrangement(settings: Mapping[str, Any], fit: int) -> dict[str, Any]:
+    """Processes and members of one: as the recipe says, or by a rule on the machine.
+
+    Args:
+        settings: of the population.
+        fit: members that fit into the memory of one process.
+    """
+    given = settings.get("members_per_process")
     return {
-        "processes": settings.get("processes") or cores,
-        "members_per_process": settings.get("members_per_process") or LARGEST_CHUNK,
+        "processes": settings.get("processes") or cores(),
+        "members_per_process": given or min(LARGEST_CHUNK, fit),
+        "chosen_by": "rule" if given is None else "recipe",
     }
 
 
-def arranged(layout: Layout, arrangement: Mapping[str, int]) -> list[list[Member]]:
+def tuned_arrangement(layout: Layout, arrangement: Mapping[str, Any], fit: int) -> dict[str, Any]:
+    """The same processes with the number of members that is the fastest here, timed on the largest graph."""
+    graphs = Counter(layout.graphs[member.condition] for member in layout.members)
+    graph = max(graphs, key=lambda each: graphs[each])
+    own = [member for member in layout.members if layout.graphs[member.condition] == graph]
+    processes = arrangement["processes"]
+    most = min(fit, -(-len(own) // processes))
+    rates = fastest(lambda size: chunk_recipe(layout.recipe, layout.conditions, own[:size]), processes, most)
+    for size, rate in rates.items():
+        log.info(f"opsin: {processes} processes of {size} members: {rate:,.0f} member-steps per second")
+    tried = {str(size): round(rate, 1) for size, rate in rates.items()}
+    return {**arrangement, "members_per_process": next(iter(rates)), "chosen_by": "timing", "tried": tried}
+
+
+def arranged(layout: Layout, arrangement: Mapping[str, Any]) -> list[list[Member]]:
     """The chunks of an arrangement."""
     return arrange(layout.members, layout.graphs, arrangement["processes"], arrangement["members_per_process"])
 
 
 def train_population(folder: Path) -> None:
-    """Train every chunk that is not finished, then write the tables and figures and print the report.
+    """Train every chunk that is not finished, then write and send the tables and figures, and print the report.
 
     Raises:
         PopulationError: a worker failed; the others were trained to their end.
@@ -115,12 +137,14 @@ def train_population(folder: Path) -> None:
     arrangement = content["arrangement"]
     log.info(
         f"opsin: {len(content['members'])} members in {count} chunks of at most "
-        f"{arrangement['members_per_process']}, {arrangement['processes']} processes of one thread"
+        f"{arrangement['members_per_process']} (by {arrangement['chosen_by']}), "
+        f"{arrangement['processes']} processes of one thread"
         + (f"; {count - len(jobs)} chunks are finished" if len(jobs) < count else "")
     )
     teller = _Teller(folder, count, count - len(jobs))
     failed = run_jobs(jobs, arrangement["processes"], teller.ended, teller.tick)
     summary = finish_population(folder)
+    send_population(folder, summary)
     print(population_report(summary, folder))
     if failed:
         names = ", ".join(job.folder.name for job in failed)

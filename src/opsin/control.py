@@ -64,6 +64,7 @@ class Control:
         self.missed = {name: zeros.to(constants.table) for name, zeros in missed.items()}
         self._covers = covered_members(plan, len(seeds))
         self._warned: set[str] = set()
+        self.unsupplied: set[Supply] = set()
 
     def moment(self, step: int, without: Collection[Intervention] = ()) -> Moment:
         """What the plan is told at one step, from what the history holds now.
@@ -78,13 +79,14 @@ class Control:
     def moments(self, first: int, count: int) -> Iterator[Moment]:
         """What the plan is told at each of some steps; each is made when it is asked for, and counted as active."""
         clock = self._clock(first, count)
+        learning = np.array([member not in self.ended for member in range(len(self.seeds))])
         for step in range(first, first + count):
             # strengths follow from what is measured, some of it between these steps
             if step == first or self._newly_measured(step):
                 begin, strengths = step, self._strengths(step, first + count - step)
                 gates = self._as_gates(strengths)
                 self._tell_changes(step)
-            self.active += (strengths[step - begin] > 0) * self._covers
+            self.active += (strengths[step - begin] > 0) * self._covers * learning
             yield Moment(gates[step - begin], clock[step - first], self.fired, self.alive, self.missed)
 
     def _strengths(self, first: int, count: int) -> Float[np.ndarray, "S I M"]:
@@ -214,8 +216,12 @@ class Control:
         self.active = state["active"].numpy().copy()
         self.ended.update({int(member): dict(how) for member, how in state["ended"].items()})
         self.alive[list(self.ended)] = False
-        for tensor, saved in zip(self.constants.supplied, state["supplied"], strict=True):
-            tensor.copy_(saved)
+        for supply, tensor, saved in zip(self.plan.supplies, self.constants.supplied, state["supplied"], strict=True):
+            # a run that was forked had not all the supplies of its branch
+            if saved is None:
+                self.unsupplied.add(supply)
+            else:
+                tensor.copy_(saved)
         for name, tensor in self.missed.items():
             tensor.copy_(state["missed"][name])
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from opsin.checks import check_settings, refuse_uneven_checkpoints
 from opsin.control import Control
+from opsin.crew import Crew, places
 from opsin.donors import Start, read_donor
 from opsin.errors import ConfigError
 from opsin.model import Members, Transformer, init_parameters, position_table
@@ -30,6 +32,7 @@ from opsin.plan import Plan, Writer, build_plan
 from opsin.runs import History
 from opsin.scene import Scene, constants_of, run_passes
 from opsin.step import (
+    COMPILE_FROM_STEPS,
     Moment,
     Step,
     choose_step,
@@ -101,7 +104,7 @@ class OpsinModule(pl.LightningModule):
         self.steps_per_batch, self.log_every = steps_per_batch, log_every
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
-        self._check_settings()
+        check_settings(self)
         self.sites = transformer.sites(task)
         self.members = Members(self._first_weights(initial))
         self.history = History(task.batch_size)
@@ -124,27 +127,6 @@ class OpsinModule(pl.LightningModule):
                 for name, value in values.items():
                     value[member] = donor.parameters[name][0]
         return values
-
-    def _check_settings(self) -> None:
-        for name in ("learning_rate", "weight_decay"):
-            given = getattr(self, name)
-            if isinstance(given, list) and len(given) != len(self.seeds):
-                raise ConfigError(f"model.{name}", given, f"one number, or one for each of {len(self.seeds)} seeds")
-            lowest = min(given) if isinstance(given, list) else given
-            if lowest < 0 or (lowest == 0 and name == "learning_rate"):
-                raise ConfigError(f"model.{name}", given, "more than 0" if name == "learning_rate" else "0 or more")
-        positive = ("steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"model.{name}", getattr(self, name), "more than 0")
-        if self.idle not in ("stop", "warn"):
-            raise ConfigError("model.idle", self.idle, "'stop' or 'warn'")
-        if self.steps_per_batch % self.log_every:
-            raise ConfigError("model.log_every", self.log_every, f"a divisor of steps_per_batch {self.steps_per_batch}")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ConfigError("model.seed", self.seeds, "one or more seeds of 0 or more")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
-            raise ConfigError("model.gradient_clip", self.gradient_clip, "more than 0, or null")
 
     # ---- what callbacks use -------------------------------------------------------------------
 
@@ -194,7 +176,7 @@ class OpsinModule(pl.LightningModule):
             raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
         if self.compile_setting is True and not has_compiler():
             raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
-        self._refuse_uneven_checkpoints()
+        refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_control = [], [], None
         self.ended.clear()
@@ -212,13 +194,6 @@ class OpsinModule(pl.LightningModule):
         for donor in plan.donors:
             donor.check(self.task)
         return plan
-
-    def _refuse_uneven_checkpoints(self) -> None:
-        for callback in self.trainer.checkpoint_callbacks:
-            every = getattr(callback, "_every_n_train_steps", 0)
-            if every and every % self.steps_per_batch:
-                expected = f"a multiple of model.steps_per_batch = {self.steps_per_batch}"
-                raise ConfigError("ModelCheckpoint.every_n_train_steps", every, expected)
 
     def configure_optimizers(self):
         optimizer = MemberAdam(
@@ -247,7 +222,10 @@ class OpsinModule(pl.LightningModule):
         if self._saved_control is not None:
             self.control.load_state_dict(self._saved_control)
         self.probe = self._evaluation_batch("train", self.probe_size)
-        self._run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        self._crew = Crew(run_step, self.n_members)
+        # a graph for fewer members must repay its making, as the first must
+        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -263,6 +241,7 @@ class OpsinModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         results: list[Tensor] = []
+        self._crew.choose(places(self.n_members, self.ended, self._last_leave))
         for index, moment in enumerate(self.control.moments(first, count)):
             draw = {name: tensor[index] for name, tensor in draws.items()}
             optimizer.step(partial(self._update, draw, moment, results))
@@ -270,13 +249,14 @@ class OpsinModule(pl.LightningModule):
             done = first + index + 1
             self._log_steps(done, results)
             self._notify(done, final=done == self.trainer.max_steps)
+        self._crew.write_back()
         self._finish_batch(first, torch.stack(results))
         self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
 
     def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MemberAdam)
-        results.append(self._run_step(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
+        results.append(self._crew(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
 
     def _step_schedulers(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -318,6 +298,7 @@ class OpsinModule(pl.LightningModule):
         due = [listener for listener in self._listeners if final or done % listener.every == 0]
         if not due:
             return
+        self._crew.write_back()
         sites = {site for listener in due for site in listener.sites}
         activations = self.observe(self.probe, sites) if sites else {}
         observation = Observation(done, self.probe, activations)

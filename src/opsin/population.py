@@ -17,8 +17,8 @@ from lightning.pytorch import Callback
 
 from opsin.errors import ConfigError
 
-LARGEST_CHUNK = 16
-"""Members of one process at most: more gain no speed on a CPU, and lose more when the process is killed."""
+OF_ALL = ("population", "run_folder", "tune")
+"""Settings of a recipe that its chunks do not have."""
 
 
 @dataclass
@@ -179,7 +179,9 @@ def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes
 
 def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
     """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population."""
-    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in ("population", "run_folder")})
+    found = copy.deepcopy(
+        {name: value for name, value in recipe.items() if name not in ("population", "run_folder", "tune")}
+    )
     own = [conditions[member.condition] or {} for member in members]
     model = found["model"]
     model["seed"] = [member.seed for member in members]

@@ -114,6 +114,21 @@ def chunk_folder(path: Path, chunk: int) -> Path:
     return path / "chunks" / f"{chunk:02d}"
 
 
+def rows_of_chunk(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The population whose chunk a run folder is, and the rows of its members in ``population.json``, by slot.
+
+    Returns:
+        None for a run of no population.
+    """
+    folder = folder.absolute()
+    path = folder.parent.parent
+    if not (path / "population.json").exists():
+        return None
+    rows = json.loads((path / "population.json").read_text())["members"]
+    own = [row for row in rows if chunk_folder(path, row["chunk"]) == folder]
+    return (path, sorted(own, key=lambda row: row["slot"])) if own else None
+
+
 def _summary(folder: Path) -> Mapping[str, Any] | None:
     file = folder / "summary.json"
     return json.loads(file.read_text()) if file.exists() else None

@@ -122,7 +122,7 @@ class Step:
             adam_update(state, gradients, norm, hyper, moment.alive, self.betas, self.eps, corrections)
             counts = [*(fired[index] for index in sorted(fired)), *renewed, *changing.hold(held, before)]
             if counts:
-                moment.fired.add_(torch.stack(counts))
+                moment.fired.add_(torch.stack(counts) & moment.alive)
             seen = torch.stack([loss.detach(), accuracy(logits, batch), norm])
             return seen.masked_fill(~moment.alive, torch.nan)
 

@@ -135,8 +135,15 @@ class Renewal:
 
     def due(self, step: int, batch_size: int) -> bool:
         """Whether directions are taken after ``step`` optimizer steps, and so ahead of step ``step``."""
-        first = self.first if self.unit == "steps" else -(-self.first // batch_size)
+        first = self._first_step(batch_size)
         return step == first or (self.every is not None and step > first and (step - first) % self.every == 0)
+
+    def begun(self, step: int, batch_size: int) -> bool:
+        """Whether the first time is at most ``step`` optimizer steps after the start."""
+        return step >= self._first_step(batch_size)
+
+    def _first_step(self, batch_size: int) -> int:
+        return self.first if self.unit == "steps" else -(-self.first // batch_size)
 
 
 def renewal(origin: WeightDirections | LearnedDirections, schedule: Schedule, field_name: str) -> Renewal:

@@ -1,6 +1,5 @@
 """Claims about W&B: offline files hold the whole run, read back with wandb's own reader."""
 
-import functools
 import json
 import os
 import random
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,8 +17,9 @@ import yaml
 
 import opsin.callbacks.wandb_start as opsin_wandb
 from opsin.callbacks import InductionHeads, KeepRun
-from opsin.callbacks.wandb import WeightsAndBiases, flat, scalars
-from opsin.callbacks.wandb_start import default_mode, start
+from opsin.callbacks.wandb import WeightsAndBiases, scalars
+from opsin.callbacks.wandb_run import flat
+from opsin.callbacks.wandb_start import default_mode, start, written_until
 from opsin.cli import main
 from opsin.errors import ConfigError
 from opsin.model import Transformer
@@ -29,6 +28,8 @@ from opsin.pictures import as_image, attention_figure, position_names
 from opsin.task import Layout
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import Event
+from tests.wandb_files import NAMES, history, of_type, offline_runs, read, run_id, steps_of
+from tests.wandb_files import summary as summary_in
 
 CLUSTERS = {"classes": 20, "exemplars": 5, "features": 6}
 TINY = {"layers": 2, "width": 16, "heads": 2}
@@ -73,38 +74,9 @@ def fit(folder, *callbacks, steps=120, seed=0, ckpt_path=None):
     return module
 
 
-@functools.cache
-def read(path):
-    """Records of one offline run, as ``wandb leet inspect --json`` prints them."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
-    return [json.loads(line) for line in lines.splitlines()]
-
-
-def offline_runs(folder):
-    """Offline runs of a folder in order of writing."""
-    return sorted((Path(folder) / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def of_type(records, kind):
-    return [record[kind] for record in records if record["type"] == kind]
-
-
-def history(records):
-    return [row["item"] for row in of_type(records, "history")]
-
-
-def steps_of(paths):
-    return [row["_step"] for path in paths for row in history(read(path))]
-
-
-def run_id(path):
-    return of_type(read(path), "run")[0]["run_id"]
-
-
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DIR"):
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
@@ -129,7 +101,7 @@ def test_the_configuration_plan_and_seeds_are_in_the_run(finished):
     assert run["run_group"] == "claims" and run["tags"] == ["tiny"]
     assert config["model"]["transformer"]["width"] == 16 and config["model"]["learning_rate"] == 1e-3
     assert config["task"]["init_args"]["batch_size"] == BATCH_SIZE and config["trainer"]["max_steps"] == 120
-    assert config["seeds"] == [0] and config["plan_digest"] == module.plan.digest()
+    assert config["seed"] == 0 and config["plan_digest"] == module.plan.digest()
 
 
 def test_every_number_of_the_history_is_in_the_run(finished):
@@ -137,7 +109,7 @@ def test_every_number_of_the_history_is_in_the_run(finished):
     logged = {row["_step"]: row for row in history(records)}
     for metric in module.history.names():
         series = module.history[metric]
-        for step, values in zip(series.steps, series.values, strict=True):
+        for step, (values,) in zip(series.steps, series.values, strict=True):
             for key, value in scalars(metric, values).items():
                 assert logged[step][key] == pytest.approx(value, nan_ok=True)
     assert {"train/loss", "val/train/loss", "induction_strength/1:1", "induction_strength/max"} <= logged[100].keys()
@@ -171,22 +143,11 @@ def test_the_phase_change_is_an_alert(finished):
 
 
 def test_the_summary_holds_the_onset_and_what_other_callbacks_add_last(finished):
-    _, records, module = finished
-    summary = {}
-    for record in of_type(records, "summary"):
-        summary |= record["update"]
+    folder, records, module = finished
+    summary = summary_in(*offline_runs(folder))
     assert {name: summary[f"onset/{name}"] for name in ONSET} == ONSET
     assert summary["steps"] == 120 and summary["wall_time_seconds"] == module.summary["wall_time_seconds"]
     assert of_type(records, "exit")[0].get("exit_code", 0) == 0
-
-
-def test_members_have_keys_of_their_own(tmp_path):
-    fit(tmp_path, WeightsAndBiases(mode="offline"), Announcer(), steps=80, seed=[3, 4])
-    records = read(offline_runs(tmp_path)[0])
-    last = history(records)[-1]
-    keys = {f"{key}/member_{m}" for key in ("train/loss", "induction_strength/0:1") for m in (0, 1)}
-    assert keys <= last.keys() and "attention/member_1.path" in last and "train/loss" not in last
-    assert [alert["title"] for alert in of_type(records, "alert")] == ["phase change (member 0)"]
 
 
 # --- a run that stops ----------------------------------------------------------------------------
@@ -268,6 +229,15 @@ def test_a_killed_run_without_an_account_asks_nothing_and_resumes_without_a_step
     assert config["task"]["class_path"] == "opsin.tasks.FewShot" and config["trainer"]["max_steps"] == steps
 
 
+def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
+    path = tmp_path / "wandb" / "offline-run-1-abc" / "run-abc.wandb"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.utime(path, (0, 0))
+    # of an online run there is nothing to read
+    assert written_until(tmp_path, ["abc", "online"]) == {"abc": -1}
+
+
 def test_a_new_run_in_the_folder_of_a_finished_one_has_an_id_of_its_own(finished, tmp_path):
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
@@ -308,7 +278,7 @@ def test_an_unreachable_server_means_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(opsin_wandb, "has_key", lambda: True)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with caplog.at_level("INFO"):
-        run = start("online", tmp_path, {"project": "opsin", "id": "abc"})
+        (run,) = start("online", tmp_path, [{"project": "opsin", "id": "abc"}])
     run.finish()
     # it remembers the key
     wandb.teardown()
@@ -330,7 +300,7 @@ def test_a_run_goes_on_where_not_even_an_offline_one_starts(tmp_path, monkeypatc
 
 def test_online_without_a_key_means_offline_with_one_line(tmp_path, caplog):
     with caplog.at_level("INFO"):
-        run = start("online", tmp_path, {"project": "opsin", "id": "abc"})
+        (run,) = start("online", tmp_path, [{"project": "opsin", "id": "abc"}])
     run.finish()
     assert run.offline and "no W&B API key is configured" in caplog.text
 
@@ -357,14 +327,14 @@ def test_disabled_writes_nothing(tmp_path):
 
 
 def test_heads_are_named_layer_and_head():
-    assert scalars("s", np.array([[[0.0, 1.0], [2.0, 3.0]]])) == {
+    assert scalars("s", np.array([[0.0, 1.0], [2.0, 3.0]])) == {
         "s/0:0": 0.0,
         "s/0:1": 1.0,
         "s/1:0": 2.0,
         "s/1:1": 3.0,
         "s/max": 3.0,
     }
-    assert scalars("loss", np.array([1.0, 2.0])) == {"loss/member_0": 1.0, "loss/member_1": 2.0}
+    assert scalars("loss", np.array(1.0)) == {"loss": 1.0}
 
 
 def test_a_nested_summary_becomes_flat():

@@ -1,0 +1,69 @@
+"""How many members one process trains: what fits, and what was fastest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from opsin import tune
+from opsin.cli_population import default_arrangement
+from opsin.model import Transformer
+from opsin.module import OpsinModule
+from tests.test_population import RECIPE, opsin
+from tests.toys import few_shot
+
+
+def test_the_fastest_number_of_members_comes_first(monkeypatch):
+    rates = {1: 100.0, 4: 300.0, 6: 250.0}
+    tried = []
+    monkeypatch.setattr(tune, "_rate", lambda recipe, size, processes: tried.append((recipe, processes)) or rates[size])
+    assert list(tune.fastest(lambda size: {"members": size}, 2, 6)) == [4, 6, 1]
+    assert tried == [({"members": size}, 2) for size in (1, 4, 6)]
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (3, [1, 3]), (16, [1, 4, 8, 16]), (100, [1, 4, 8, 16, 32])])
+def test_no_more_members_are_tried_than_there_are(most, sizes, monkeypatch):
+    monkeypatch.setattr(tune, "_rate", lambda recipe, size, processes: -size)
+    assert list(tune.fastest(lambda size: {}, 2, most)) == sizes
+
+
+def test_a_wider_longer_or_deeper_model_takes_more_memory():
+    small = tune.member_bytes(Transformer(width=16, heads=2), few_shot())
+    assert small < tune.member_bytes(Transformer(width=32, heads=2), few_shot())
+    assert small < tune.member_bytes(Transformer(width=16, heads=2, layers=3), few_shot())
+    assert small < tune.member_bytes(Transformer(width=16, heads=2), few_shot(batch_size=8))
+
+
+def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
+    model = OpsinModule(few_shot(), Transformer(width=16, heads=2))
+    one = tune.member_bytes(model.transformer, model.task)
+    monkeypatch.setattr(tune, "memory", lambda: 2 * 3 * 5 * one)
+    assert tune.members_that_fit(model, 3) == 5
+    assert default_arrangement({}, 5)["members_per_process"] == 5
+    assert default_arrangement({}, 10**6)["members_per_process"] == tune.LARGEST_CHUNK
+    assert default_arrangement({"members_per_process": 40}, 5)["members_per_process"] == 40
+    monkeypatch.setattr(tune, "memory", lambda: 0)
+    assert tune.members_that_fit(model, 3) == 1
+
+
+@pytest.mark.slow
+def test_a_tuned_population_says_what_was_tried_and_a_resume_keeps_it(tmp_path):
+    """A process for every number of members and core: about a minute."""
+    population = {"seeds": 4, "processes": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "population": population}))
+    opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", "--tune", folder=tmp_path)
+    arrangement = json.loads((tmp_path / "run" / "population.json").read_text())["arrangement"]
+    assert arrangement["chosen_by"] == "timing" and {*arrangement["tried"]} == {"1", "2"}
+    assert arrangement["members_per_process"] == int(max(arrangement["tried"], key=arrangement["tried"].get))
+    before = (tmp_path / "run" / "population.json").read_text()
+    opsin("resume", "run", folder=tmp_path)
+    assert (tmp_path / "run" / "population.json").read_text() == before
+
+
+def test_tuning_without_a_population_is_refused(tmp_path):
+    recipe = {name: value for name, value in RECIPE.items() if name != "population"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", "--tune", folder=tmp_path, check=False)
+    assert ended.returncode == 2 and "--tune: got True, expected a recipe with a population" in ended.stderr
