@@ -105,16 +105,11 @@ def test_a_member_among_others_with_other_clamps_rates_and_seeds_is_the_run_of_i
 
 
 def test_what_is_compared_is_not_what_the_others_are(together):
-    plain = train(module(seeds_of()[:1], rates_of()[0]), STEPS)
-    for slot, name in enumerate(CONDITIONS):
-        if name == "nothing":
-            continue
-        twin = train(module([seeds_of()[slot]], rates_of()[slot]), STEPS) if slot % 12 else plain
-        changed = [
-            (values[slot] - twin.parameters_by_name()[key][0]).abs().max() > 1e-6
-            for key, values in together.parameters_by_name().items()
-        ]
-        assert any(changed), name
+    # members so many places apart share seed and rate, and differ by their interventions alone
+    apart = 12
+    for slot in range(len(CONDITIONS) - apart):
+        values = together.parameters_by_name().values()
+        assert max((value[slot] - value[slot + apart]).abs().max() for value in values) > 1e-6
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -146,3 +147,59 @@ def test_a_wrong_condition_is_refused_before_anything_starts(tmp_path):
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
     assert ended.returncode == 2 and not (tmp_path / "run").exists()
     assert "population.conditions.previous: Clamp.heads: got '0:9'" in ended.stderr.splitlines()[-1]
+
+
+OVERFLOWING = {"class_path": "opsin.callbacks.Clamp", "init_args": {"site": "hook_embed", "value": 1e38}}
+ABLATED = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:3"]}}
+
+
+@pytest.mark.slow
+def test_forty_eight_members_one_of_them_diverging_and_killed_twice_end_as_those_left_alone(tmp_path):
+    """Three populations of 48 in chunks: about two minutes."""
+    names = ("none", "previous", "fast", "copy", "three_labels")
+    conditions = {name: RECIPE["population"]["conditions"][name] for name in names}
+    conditions["one_diverges"] = {"by_seed": {3: [OVERFLOWING]}}
+    population = {"seeds": 8, "conditions": conditions}
+    recipe = RECIPE | {"population": population, "trainer": RECIPE["trainer"] | {"max_steps": 300}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
+    opsin(*start, "whole", folder=tmp_path)
+    chance = random.Random(0)
+    for arguments in ([*start, "killed"], ["resume", "killed"]):
+        fit = subprocess.Popen([sys.executable, "-m", "opsin", *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        before = {path: path.stat().st_mtime for path in tmp_path.glob("killed/chunks/*/checkpoints/last.ckpt")}
+        while not _advanced(tmp_path, before):
+            assert fit.poll() is None
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 2))
+        fit.send_signal(signal.SIGKILL)
+        fit.wait()
+    opsin("resume", "killed", folder=tmp_path)
+    members = pd.read_csv(tmp_path / "killed" / "members.csv")
+    diverged = members[members["status"] == "diverged"]
+    assert diverged[["condition", "seed"]].values.tolist() == [["one_diverges", 3]]
+    for member in {*range(48)} - {*diverged["member"]}:
+        a, b = weights_of(tmp_path / "whole", member), weights_of(tmp_path / "killed", member)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _advanced(folder: Path, before: dict[Path, float]) -> bool:
+    """Whether a chunk has saved a checkpoint since."""
+    now = folder.glob("killed/chunks/*/checkpoints/last.ckpt")
+    return any(path not in before or path.stat().st_mtime > before[path] for path in now)
+
+
+def test_what_one_seed_has_in_a_condition_the_others_have_not(tmp_path):
+    population = {"seeds": 2, "processes": 1, "conditions": {"one": {"by_seed": {2: [ABLATED]}}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"population": population}))
+    opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path)
+    (row,) = json.loads((tmp_path / "run" / "chunks" / "00" / "summary.json").read_text())["interventions"]
+    assert (row["writer"], row["active_steps"]) == ("Ablate", [0, STEPS])
+
+
+def test_a_seed_that_a_condition_does_not_have_is_refused(tmp_path):
+    population = {"seeds": 2, "conditions": {"one": {"by_seed": {5: [ABLATED]}}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"population": population}))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
+    assert ended.returncode == 2
+    assert "population.conditions.one.by_seed: got 5, expected a seed of it: 1, 2" in ended.stderr

@@ -66,9 +66,14 @@ def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
         if name in windows[1:]:
             graphs[name] = graphs[windows[0]]
             continue
-        one = next(member for member in members if member.condition == name)
+        own = [member for member in members if member.condition == name]
+        seeds = [member.seed for member in own]
+        for seed in (conditions[name] or {}).get("by_seed") or {}:
+            if int(seed) not in seeds:
+                expected = f"a seed of it: {', '.join(map(str, seeds))}"
+                raise ConfigError(f"population.conditions.{name}.by_seed", int(seed), expected)
         path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(chunk_recipe(recipe, conditions, [one]), sort_keys=False))
+        path.write_text(yaml.safe_dump(chunk_recipe(recipe, conditions, own), sort_keys=False))
         try:
             plan = build(path)
         except ConfigError as error:

@@ -27,6 +27,8 @@ class Condition:
 
     Args:
         callbacks: writers that act in these members only.
+        by_seed: writers that act in the member of one seed only, by seed: for what training has put elsewhere in each,
+            as the numbers of neurons.
         learning_rate: of these members; the recipe's when None.
         weight_decay: of these members; the recipe's when None.
         task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
@@ -35,6 +37,7 @@ class Condition:
     """
 
     callbacks: list[Callback] = field(default_factory=list)
+    by_seed: dict[int, list[Callback]] = field(default_factory=dict)
     learning_rate: float | None = None
     weight_decay: float | None = None
     task: dict[str, Any] = field(default_factory=dict)
@@ -202,16 +205,26 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
 def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Member]) -> list[dict[str, Any]]:
     found = list(common) if isinstance(common, list) else [common] if common else []
     for name in dict.fromkeys(member.condition for member in members):
-        slots = [slot for slot, member in enumerate(members) if member.condition == name]
-        for callback in (conditions[name] or {}).get("callbacks") or []:
-            own = copy.deepcopy(dict(callback))
-            settings = own.setdefault("init_args", {})
-            if settings.get("members") is not None:
-                where = f"population.conditions.{name}.callbacks"
-                raise ConfigError(where, {"members": settings["members"]}, "no members: a condition chooses them")
-            settings["members"] = slots
-            found.append(own)
+        slots = {member.seed: slot for slot, member in enumerate(members) if member.condition == name}
+        settings = conditions[name] or {}
+        for callback in settings.get("callbacks") or []:
+            found.append(_acting_in([*slots.values()], callback, f"population.conditions.{name}.callbacks"))
+        for seed, callbacks in (settings.get("by_seed") or {}).items():
+            where = f"population.conditions.{name}.by_seed.{seed}"
+            # a file has names where Python has numbers
+            if int(seed) in slots:
+                found += [_acting_in([slots[int(seed)]], callback, where) for callback in callbacks]
     return found
+
+
+def _acting_in(slots: list[int], callback: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A callback of a condition as one of its chunk, for some members."""
+    own = copy.deepcopy(dict(callback))
+    settings = own.setdefault("init_args", {})
+    if settings.get("members") is not None:
+        raise ConfigError(where, {"members": settings["members"]}, "no members: a condition chooses them")
+    settings["members"] = slots
+    return own
 
 
 def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
