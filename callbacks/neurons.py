@@ -34,6 +34,7 @@ from opsin.metrics.neurons import (
     weight_norm,
 )
 from opsin.metrics.onset import Watch, watch
+from opsin.model import Transformer
 from opsin.module import OpsinModule, opsin_module
 from opsin.neuron_plots import neuron_figure
 from opsin.pictures import as_image
@@ -132,11 +133,7 @@ class NeuronTracker(Callback):
             self._forget(module.n_members)
 
     def _check(self, module: OpsinModule) -> None:
-        own, model = type(self).__name__, module.transformer
-        if model.neurons is None:
-            raise ConfigError(own, "a model without MLPs", "one with them: transformer.mlp_ratio a number")
-        if not model.norm:
-            raise ConfigError(own, "a model without LayerNorm", "one with it: transformer.norm true")
+        require_neurons(type(self).__name__, module.transformer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._folder = opsin_module(pl_module), run_folder(trainer)
@@ -337,6 +334,21 @@ class TokenFrequencyNeurons(NeuronTracker):
         if unigram is None or torch.allclose(unigram, unigram.mean()):
             own = f"{type(module.task).__name__}, all of whose outputs are as frequent"
             raise ConfigError("TokenFrequencyNeurons", own, "a task with a unigram")
+
+
+def require_neurons(own: str, model: Transformer) -> None:
+    """A model has what decides on a neuron's effect through LayerNorm.
+
+    Args:
+        own: the callback that needs it.
+
+    Raises:
+        ConfigError: it has no MLPs or no LayerNorm.
+    """
+    if model.neurons is None:
+        raise ConfigError(own, "a model without MLPs", "one with them: transformer.mlp_ratio a number")
+    if not model.norm:
+        raise ConfigError(own, "a model without LayerNorm", "one with it: transformer.norm true")
 
 
 def _strongest(effect: Effect, share: NullShare) -> dict[str, Float[Tensor, " M"]]:

@@ -75,6 +75,10 @@ class KeepRun(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = self._module
+        # who ended early is known without a PhaseChange, too
+        ended = [dict(module.ended.get(member, {})) for member in range(module.n_members)]
+        if "members" not in module.summary:
+            module.summary.update(ended[0] if len(ended) == 1 else {"members": ended})
         module.summary["steps"] = trainer.global_step
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
@@ -101,7 +105,8 @@ class KeepRun(Callback):
 
     def _save_if_due(self, trainer: Trainer) -> None:
         # the last step's checkpoint is that of the finished run
-        if trainer.global_step < trainer.max_steps and trainer.global_step - self._last_saved >= self.checkpoint_every:
+        ends = trainer.global_step >= trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        if not ends and trainer.global_step - self._last_saved >= self.checkpoint_every:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

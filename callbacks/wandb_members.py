@@ -24,6 +24,9 @@ from opsin.population_folder import rows_of_chunk
 LONGEST_TAG = 64
 """Characters; W&B refuses a run with a longer one."""
 
+OF_THE_PLAN = ("plan", "interventions")
+"""What the summary has a list of that is not one entry a member."""
+
 
 def about_members(
     module: OpsinModule, keeper: KeepRun | None, name: str | None, group: str | None, tags: Sequence[str]
@@ -119,11 +122,11 @@ def _covers(module: OpsinModule) -> Bool[np.ndarray, "I M"]:
 def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:
     """One member's part of the run's summary, and how it ended if that was before the others."""
     found = dict(module.summary)
-    several = module.n_members > 1
-    if "members" in found:
-        found |= found.pop("members")[slot]
-    if several and "progress" in found:
-        found["progress"] = found["progress"][slot]
+    if module.n_members > 1:
+        # what readers found of every member
+        lists = {name: rows for name, rows in found.items() if name not in OF_THE_PLAN and isinstance(rows, list)}
+        found |= {name: rows[slot] for name, rows in lists.items() if len(rows) == module.n_members}
+    found |= found.pop("members", {})
     if "plan" in found:
         found["plan"] = plan_of(module, slot)
     if "interventions" in found:

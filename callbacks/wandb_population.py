@@ -13,6 +13,7 @@ import yaml
 from opsin.callbacks.wandb import WeightsAndBiases
 from opsin.callbacks.wandb_start import Ledger, Mode, default_mode, open_ledgers, start, unharmed
 from opsin.errors import log
+from opsin.population import listed
 from opsin.population_tables import QUANTITIES, Row
 
 Summary = Mapping[str, Sequence[Row]]
@@ -71,8 +72,7 @@ def _send(folder: Path, summary: Summary, callback: WeightsAndBiases, mode: Mode
 
 def callback_settings(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of the WeightsAndBiases of a resolved recipe."""
-    callbacks = recipe["trainer"].get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+    for callback in listed(recipe["trainer"].get("callbacks")):
         if callback["class_path"].rpartition(".")[2] == WeightsAndBiases.__name__:
             return callback.get("init_args") or {}
     return None

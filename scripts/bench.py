@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Training steps per second, interleaved in one process, as ratios.
 
-    python scripts/bench.py [--interventions | --population] [--json FILE] [--rounds N]
+    python scripts/bench.py [--interventions | --population | --neurons] [--json FILE] [--rounds N]
 
 Several loops train the reference configuration (2 layers, width 64, 8 heads, 5 positions, 512
 features, batch 32): a plain eager PyTorch loop, Opsin bare through the Trainer, and Opsin with what
@@ -14,6 +14,9 @@ schedules switch all the while; ``recompilations`` counts the graphs made after 
 
 With ``--population`` they are processes with 1 to 64 members (on a GPU to 1,024) and several of them at once, in
 member-steps per second, and the memory of a member (``bench_population.py``).
+
+With ``--neurons`` they are a forward pass on a probe and the causal effects of all neurons of a layer on it
+(``bench_neurons.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bench_neurons import measure_neurons
 from bench_population import measure_population
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -320,6 +324,8 @@ def figures_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for."""
     if arguments.population:
         return measure_population(arguments.rounds, REFERENCE, FewShot())
+    if arguments.neurons:
+        return measure_neurons(arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
         kind = "interventions" if arguments.interventions else "loops"
         speeds, recompilations = measure(kind, arguments.rounds, Path(folder))
@@ -333,6 +339,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--interventions", action="store_true", help="compare manipulations with none")
     which.add_argument("--population", action="store_true", help="compare numbers of members and of processes")
+    which.add_argument("--neurons", action="store_true", help="compare the effects of all neurons with a forward pass")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         raise ConfigError("--rounds", arguments.rounds, "at least 1")

@@ -32,7 +32,9 @@ SIZES = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 1024)}
 SPLIT = 16
 """Members whose arrangements are compared on the CPU."""
 
-MATMUL = 1024
+MATMUL = {"cpu": 1024, "cuda": 8192}
+"""Rows of a matrix that keeps the device busy."""
+
 TURN_SECONDS = 1.0
 
 
@@ -103,15 +105,23 @@ def turn(workers: Sequence[Worker], steps: int) -> float:
     return time.perf_counter() - began
 
 
-def matmul_rate(threads: int) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
+def matmul_rate(threads: int, device: str) -> float:
+    """Floating-point operations per second of a float32 matrix product, there where the members train."""
     torch.set_num_threads(threads)
-    a, b = torch.randn(2, MATMUL, MATMUL)
+    size = MATMUL[device]
+    a, b = torch.randn(2, size, size, device=device)
+    # the first starts the library
+    _wait_for(a @ b)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < TURN_SECONDS / 2:
-        a @ b
+        _wait_for(a @ b)
         count += 1
-    return count * 2 * MATMUL**3 / (time.perf_counter() - began)
+    return count * 2 * size**3 / (time.perf_counter() - began)
+
+
+def _wait_for(product: torch.Tensor) -> None:
+    if product.is_cuda:
+        torch.cuda.synchronize()
 
 
 def operations(model: Transformer, task: FewShot) -> int:
@@ -145,7 +155,7 @@ def measure_population(rounds: int, model: Transformer, task: FewShot) -> dict[s
         for name, own in workers.items():
             seconds = turn(own, steps[name])
             rates[name].append(kinds[name].processes * max(kinds[name].members, 1) * steps[name] / seconds)
-        peak.append(matmul_rate(2))
+        peak.append(matmul_rate(2, device))
     memory = {name: _end(own) for name, own in workers.items()}
     return _summary(rates, kinds, device, peak, memory, operations(model, task))
 

@@ -7,6 +7,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from opsin.model import Transformer
 from opsin.runs import COLUMNS
@@ -317,6 +318,13 @@ def test_a_finished_run_can_be_made_longer_under_another_name(fit, tmp_path):
     fit("--run_folder", "whole")
     assert fit("--run_folder", "longer", "--ckpt_path", "short/checkpoints/last.ckpt").code == 0
     assert same_end(tmp_path / "longer", tmp_path / "whole")
+
+
+def test_a_run_made_longer_in_its_own_folder_says_so_in_its_configuration(fit, tmp_path):
+    fit("--run_folder", "run", "--trainer.max_steps", 20)
+    assert fit("--run_folder", "run", "--ckpt_path", "run/checkpoints/last.ckpt").code == 0
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["trainer"]["max_steps"] == STEPS and "ckpt_path" not in settings
 
 
 def test_a_full_disk_is_one_line(fit, monkeypatch):

@@ -216,6 +216,18 @@ def test_records_of_a_closed_loop_go_on_when_its_writer_is_numbered(forked, tmp_
     assert {line.split(",")[2] for line in rows(tmp_path / "run") if "feedback/Ablate/" in line}
 
 
+def test_a_member_takes_no_records_of_another_members_closed_loop_for_its_own(forked, tmp_path):
+    own = [
+        writer(
+            "Ablate", heads=["1:0"], members=[member], schedule={"feedback": {"metric": "train/loss", "below": level}}
+        )
+        for member, level in ((0, 9.0), (1, 1e-6))
+    ]
+    (branch,) = forked(recipe(*own, seed=[3, 4]), None, AT, "--member", 1)
+    assert any("feedback/Ablate 1/" in line for line in rows(tmp_path / "run"))
+    assert not any("feedback" in line for line in rows(branch))
+
+
 def test_a_branch_with_another_learning_rate_follows_the_schedule_of_that_rate(forked, opsin, tmp_path):
     settings = {"fast": {"learning_rate": 0.03, "weight_decay": 0.1}}
     (branch,) = forked(recipe(lr_scheduler=COSINE), settings)

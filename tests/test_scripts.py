@@ -71,3 +71,21 @@ def test_the_population_bench_counts_member_steps_of_all_processes():
     assert figures["best"] == "2x8_members_1_thread"
     assert figures["ratio_2x8_members_1_thread_to_eager_2_threads"] == 5
     assert figures["share_of_matmul_rate"] == 44e6 * 1000 / 5e10 and figures["bytes_per_extra_member"] == 2e6
+
+
+def test_the_neuron_bench_states_forward_passes_per_64_neurons_within_a_round():
+    neurons = script("bench_neurons")
+    figures = neurons.summarise_neurons([0.01, 0.02, 0.04], [0.32, 0.32, 0.64], neurons=512)
+    assert figures["forward_passes_per_64_neurons"] == 2
+    assert (figures["seconds_forward"], figures["seconds_effects"]) == (0.02, 0.32)
+    assert (figures["neurons"], figures["rounds"]) == (512, 3)
+
+
+def test_the_neuron_bench_measures_every_neuron_of_the_probe_its_forward_pass_saw():
+    neurons = script("bench_neurons")
+    task = neurons.Repeats(vocabulary=6, positions=8, segments=1, shortest=2, longest=4)
+    turns = neurons.contestants(neurons.Transformer(layers=2, width=8, heads=2, mlp_ratio=3.0), task)
+    assert turns["forward"]().shape == (1, neurons.SEQUENCES, 8, 6)
+    effects = turns["effects"]()
+    assert set(effects) == {"entropy", "loss", "kl"} and effects["kl"].total.shape == (1, 24)
+    assert (effects["entropy"].total > 0).all()

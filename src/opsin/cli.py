@@ -137,11 +137,12 @@ class OpsinCLI(LightningCLI):
         return folder
 
     def _resolved(self) -> str:
-        folder, start = self.config.run_folder, self.config.ckpt_path
-        # a resumed run keeps its configuration, which says what it began from
+        config, folder, start = self.config, self.config.run_folder, self.config.ckpt_path
         if folder and start and Path(start) == Path(folder) / LAST and (Path(folder) / "config.yaml").exists():
-            return (Path(folder) / "config.yaml").read_text()
-        return self.parser.dump(self.config)
+            # of a resumed run it says what it began from, not where it was killed
+            config = config.clone()
+            config.ckpt_path = yaml.safe_load((Path(folder) / "config.yaml").read_text()).get("ckpt_path")
+        return self.parser.dump(config)
 
 
 def fit(args: Sequence[str]) -> None:

@@ -31,4 +31,4 @@ class IdleError(RuntimeError):
 
 
 class PopulationError(RuntimeError):
-    """A process that trained some members of a population failed; the other members were trained to their end."""
+    """A process of a population failed; the others came to their end."""

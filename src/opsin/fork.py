@@ -24,8 +24,9 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.module import OpsinModule
+from opsin.optim import member_groups
 from opsin.plan import Plan
-from opsin.population import merged
+from opsin.population import listed, merged
 from opsin.schedules import Schedule
 from opsin.weights import missed_updates
 
@@ -76,11 +77,6 @@ def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:
     callbacks = listed(found["trainer"].get("callbacks"))
     found["trainer"]["callbacks"] = [_for_member(callback, member) for callback in callbacks if _in(callback, member)]
     return found
-
-
-def listed(callbacks: Any) -> list[dict[str, Any]]:
-    """The callbacks of a resolved recipe, which may have none, or one without a list around it."""
-    return list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def _in(callback: Mapping[str, Any], member: int) -> bool:
@@ -169,12 +165,13 @@ def state_of_member(saved: Mapping[str, Any], trunk: Built, alone: Built, member
         name: {**entry, "values": entry["values"][:, member : member + 1]} for name, entry in opsin["history"].items()
     }
     events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
-    control = _control_of_member(opsin["control"], member)
+    control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
     own = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
     part = {
         **saved,
         "state_dict": _member(saved["state_dict"], member),
-        "optimizer_states": [_optimizer_of_member(state, member) for state in saved["optimizer_states"]],
+        "optimizer_states": [_optimizer_of_member(state, member, group) for state in saved["optimizer_states"]],
+        "lr_schedulers": [_scheduler_of_group(state, group) for state in saved["lr_schedulers"]],
         "callbacks": _callbacks_of_member(saved["callbacks"], trunk.callbacks, member),
         "opsin": {**opsin, **own},
     }
@@ -185,8 +182,23 @@ def _member(tensors: Mapping[Any, Tensor], member: int) -> dict[Any, Tensor]:
     return {name: tensor[member : member + 1].clone() for name, tensor in tensors.items()}
 
 
-def _optimizer_of_member(state: Mapping[str, Any], member: int) -> dict[str, Any]:
-    return {**state, "state": {index: _member(own, member) for index, own in state["state"].items()}}
+def _groups(module: OpsinModule) -> tuple[list[tuple[float, float]], list[int]]:
+    return member_groups(module.learning_rate, module.weight_decay, module.n_members)
+
+
+def _optimizer_of_member(state: Mapping[str, Any], member: int, group: int) -> dict[str, Any]:
+    first, own = state["param_groups"][0], state["param_groups"][group]
+    # what schedulers change is the group's own; the parameters and the count of steps are the first's
+    alone = {**first, **{name: own[name] for name in own if name not in ("params", "steps")}}
+    moments = {index: _member(each, member) for index, each in state["state"].items()}
+    return {**state, "state": moments, "param_groups": [alone]}
+
+
+def _scheduler_of_group(state: Mapping[str, Any], group: int) -> dict[str, Any]:
+    found = {**state, **{name: [state[name][group]] for name in ("base_lrs", "_last_lr") if name in state}}
+    if "_schedulers" in found:
+        found["_schedulers"] = [_scheduler_of_group(inner, group) for inner in found["_schedulers"]]
+    return found
 
 
 def _control_of_member(control: Mapping[str, Any], member: int) -> dict[str, Any]:
@@ -216,7 +228,8 @@ def branch_state(saved: Mapping[str, Any], trunk: Built, branch: Built, member: 
         branch: the branch.
         member: which of the run's members was saved.
     """
-    rates = (_first(trunk.module.learning_rate), _first(branch.module.learning_rate))
+    kinds, group_of = _groups(trunk.module)
+    rates = (kinds[group_of[member]][0], _first(branch.module.learning_rate))
     decay = _first(branch.module.weight_decay)
     carried = _Carried(trunk.plan, branch.plan, member)
     opsin = {
@@ -308,11 +321,16 @@ class _Carried:
         return [known.get(_key(each)) for each in self.new.supplies]
 
     def history(self, history: Mapping[str, Any]) -> dict[str, Any]:
-        """Records of schedules with feedback under the names that their writers have in the new plan."""
+        """Records of schedules with feedback under the names that their writers have in the new plan.
+
+        Those of other members' writers are left out: their numbers may have become those of this member's.
+        """
         labels = {row: label for label, row in self.new.loops.items()}
         new_of = {before: labels.get(row) for row, before in enumerate(self.rows)}
-        names = {f"feedback/{label}/": f"feedback/{new_of.get(row) or label}/" for label, row in self.old.loops.items()}
-        return {_with_prefix(name, names): entry for name, entry in history.items()}
+        own = {label: row for label, row in self.old.loops.items() if self._acts(row)}
+        others = tuple(f"feedback/{label}/" for label in self.old.loops if label not in own)
+        names = {f"feedback/{label}/": f"feedback/{new_of.get(row) or label}/" for label, row in own.items()}
+        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(others)}
 
 
 def _with_prefix(name: str, names: Mapping[str, str]) -> str:

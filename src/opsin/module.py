@@ -61,7 +61,7 @@ class OpsinModule(pl.LightningModule):
         betas: of Adam.
         eps: of Adam, added outside the square root.
         lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
-            plateau scheduler once a Lightning batch with the mean training loss.
+            plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
         steps_per_batch: optimizer steps that one Lightning batch carries.
         log_every: optimizer steps over which one logged training value is averaged; divides
             ``steps_per_batch``.
@@ -201,7 +201,11 @@ class OpsinModule(pl.LightningModule):
         )
         if self.lr_scheduler is None:
             return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau) and self.n_members > 1:
+            expected = f"a schedule that follows no loss: {self.n_members} members share it"
+            raise ConfigError("model.lr_scheduler", "ReduceLROnPlateau", expected)
+        return [optimizer], [scheduler]
 
     def train_dataloader(self) -> DataLoader:
         """Numbers of Lightning batches; the data of a step is made from (seed, step) when it is needed."""
@@ -276,7 +280,7 @@ class OpsinModule(pl.LightningModule):
         """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
         if not self.trainer.loggers:
             return
-        suffixes = [""] if self.n_members == 1 else [f"/member_{seed}" for seed in range(self.n_members)]
+        suffixes = [""] if self.n_members == 1 else [f"/member_{member}" for member in range(self.n_members)]
         flat = {name + s: float(v) for name, values in metrics.items() for s, v in zip(suffixes, values, strict=True)}
         for logger in self.trainer.loggers:
             logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
@@ -324,9 +328,13 @@ class OpsinModule(pl.LightningModule):
             self._evaluation_batches[name, size] = self.task.assemble(self.constants.bank, first)
         return self._evaluation_batches[name, size]
 
+    def evaluation_set(self, name: str) -> Batch:
+        """The sequences of one of the task's evaluation sets, those that validation sees."""
+        return self._evaluation_batch(name, self.evaluation_size)
+
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]
-        data = self._evaluation_batch(name, self.evaluation_size)
+        data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
         named = {f"val/{name}/{metric}": values for metric, values in evaluate(logits, data).items()}
         for metric, values in named.items():

@@ -21,8 +21,9 @@ class MemberAdam(torch.optim.Optimizer):
 
     Args:
         named_parameters: names and tensors ``[M, ...]``.
-        learning_rate: of every member, or one for each; a scheduler changes that of the first through
-            ``param_groups``, and those of the others by the same factor.
+        learning_rate: of every member, or one for each. Members of one rate and decay share a group of
+            ``param_groups``, through which a scheduler changes each as it would change that of a run of its own; the
+            parameters are all in the first.
         weight_decay: decoupled, likewise.
         clip: largest gradient norm of a member; None for no clipping.
         betas: decay of the running moments.
@@ -39,10 +40,12 @@ class MemberAdam(torch.optim.Optimizer):
         named = list(named_parameters)
         self.names = [name for name, _ in named]
         members = named[0][1].shape[0]
-        self.rates, self.decays = _for_each(learning_rate, members), _for_each(weight_decay, members)
-        first = {"lr": self.rates[0], "weight_decay": self.decays[0]}
-        defaults = {**first, "clip": clip, "betas": betas, "steps": 0}
+        kinds, self._group_of = member_groups(learning_rate, weight_decay, members)
+        (rate, decay), *others = kinds
+        defaults = {"lr": rate, "weight_decay": decay, "clip": clip, "betas": betas, "steps": 0}
         super().__init__([tensor for _, tensor in named], defaults)
+        for rate, decay in others:
+            self.add_param_group({"params": [], "lr": rate, "weight_decay": decay})
         for parameter in self.parameters:
             zeros = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
             self.state[parameter] = {"exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
@@ -67,8 +70,8 @@ class MemberAdam(torch.optim.Optimizer):
         group, like = self.param_groups[0], self.parameters[0]
         clip = float("inf") if group["clip"] is None else group["clip"]
         correction = [1 - beta ** (self.steps + 1) for beta in group["betas"]]
-        rates, decays = _moved(self.rates, group["lr"]), _moved(self.decays, group["weight_decay"])
-        each = (rates, decays, (clip,) * like.shape[0])
+        own = [self.param_groups[place] for place in self._group_of]
+        each = (tuple(g["lr"] for g in own), tuple(g["weight_decay"] for g in own), (clip,) * like.shape[0])
         rate, decay, clip = (_as_tensor(values, like.dtype, like.device) for values in each)
         return Hyper(rate, decay, clip, torch.tensor(correction, dtype=like.dtype, device=like.device))
 
@@ -85,15 +88,17 @@ class MemberAdam(torch.optim.Optimizer):
         return result
 
 
-def _for_each(value: float | Sequence[float], members: int) -> tuple[float, ...]:
-    return (float(value),) * members if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+def member_groups(
+    learning_rate: float | Sequence[float], weight_decay: float | Sequence[float], members: int
+) -> tuple[list[tuple[float, float]], list[int]]:
+    """The different pairs of rate and decay, in the order of the first members that have them, and each member's."""
+    pairs = list(zip(_for_each(learning_rate, members), _for_each(weight_decay, members), strict=True))
+    kinds = list(dict.fromkeys(pairs))
+    return kinds, [kinds.index(pair) for pair in pairs]
 
 
-def _moved(values: tuple[float, ...], first: float) -> tuple[float, ...]:
-    """Values changed by the factor by which the first was."""
-    factor = first / values[0] if values[0] else 1.0
-    # exact for the first, and for all that share its value
-    return tuple(first if value == values[0] else value * factor for value in values)
+def _for_each(value: float | Sequence[float], members: int) -> list[float]:
+    return [float(value)] * members if isinstance(value, (int, float)) else [float(v) for v in value]
 
 
 @functools.lru_cache(maxsize=64)

@@ -182,9 +182,7 @@ def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes
 
 def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
     """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population."""
-    found = copy.deepcopy(
-        {name: value for name, value in recipe.items() if name not in ("population", "run_folder", "tune")}
-    )
+    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in OF_ALL})
     own = [conditions[member.condition] or {} for member in members]
     model = found["model"]
     model["seed"] = [member.seed for member in members]
@@ -203,7 +201,9 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
 
 
 def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Member]) -> list[dict[str, Any]]:
-    found = list(common) if isinstance(common, list) else [common] if common else []
+    found = listed(common)
+    for callback in found:
+        _refuse_members(callback, "trainer.callbacks")
     for name in dict.fromkeys(member.condition for member in members):
         slots = {member.seed: slot for slot, member in enumerate(members) if member.condition == name}
         settings = conditions[name] or {}
@@ -219,12 +219,22 @@ def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Mem
 
 def _acting_in(slots: list[int], callback: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A callback of a condition as one of its chunk, for some members."""
+    _refuse_members(callback, where)
     own = copy.deepcopy(dict(callback))
-    settings = own.setdefault("init_args", {})
-    if settings.get("members") is not None:
-        raise ConfigError(where, {"members": settings["members"]}, "no members: a condition chooses them")
-    settings["members"] = slots
+    own.setdefault("init_args", {})["members"] = slots
     return own
+
+
+def _refuse_members(callback: Mapping[str, Any], where: str) -> None:
+    # they would be those of every chunk, whoever these are
+    members = (callback.get("init_args") or {}).get("members")
+    if members is not None:
+        raise ConfigError(where, {"members": members}, "no members: a condition chooses them")
+
+
+def listed(callbacks: Any) -> list[dict[str, Any]]:
+    """The callbacks of a resolved recipe, which may have none, or one without a list around it."""
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ STATUSES = (COMPLETE, EARLY, DIVERGED, UNFINISHED)
 
 
 @dataclass(frozen=True)
-class Member:
+class TrainedMember:
     """One model of a population.
 
     Args:
@@ -69,20 +69,20 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Population:
+class TrainedPopulation:
     """All members, in the order of their numbers, and the conditions in the recipe's order."""
 
     path: Path
     conditions: tuple[str, ...]
-    members: tuple[Member, ...]
+    members: tuple[TrainedMember, ...]
     grid: Mapping[str, Mapping[str, int] | None]
 
-    def under(self, condition: str) -> list[Member]:
+    def under(self, condition: str) -> list[TrainedMember]:
         """Members of a condition, by seed."""
         return sorted((m for m in self.members if m.condition == condition), key=lambda m: m.seed)
 
 
-def read_population(path: Path) -> Population:
+def read_population(path: Path) -> TrainedPopulation:
     """Read ``population.json`` and the summaries of the chunks.
 
     Raises:
@@ -105,8 +105,8 @@ def read_population(path: Path) -> Population:
         seen.add(who)
         status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
         place = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
-        members.append(Member(**place, status=status, record=record))
-    return Population(path, conditions, tuple(members), content.get("grid") or {})
+        members.append(TrainedMember(**place, status=status, record=record))
+    return TrainedPopulation(path, conditions, tuple(members), content.get("grid") or {})
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:
@@ -150,7 +150,7 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
 # ---- the table ------------------------------------------------------------------------------------
 
 
-def merge_metrics(population: Population) -> Losses:
+def merge_metrics(population: TrainedPopulation) -> Losses:
     """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers.
 
     Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
@@ -174,7 +174,7 @@ def merge_metrics(population: Population) -> Losses:
 
 
 def _merge_chunk(
-    population: Population, chunk: int, merged: TextIO, curves: list[tuple[array[int], array[float]]]
+    population: TrainedPopulation, chunk: int, merged: TextIO, curves: list[tuple[array[int], array[float]]]
 ) -> None:
     source = chunk_folder(population.path, chunk) / "metrics.csv"
     if not source.exists():

@@ -31,8 +31,8 @@ from opsin.population_folder import (
     EARLY,
     UNFINISHED,
     Losses,
-    Member,
-    Population,
+    TrainedMember,
+    TrainedPopulation,
 )
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ QUANTITIES = ("onset", "below_half", "final_loss", "mean_loss", "strongest_stren
 FEW = 6  # conditions up to which each is compared with each
 
 
-def summarise(population: Population, losses: Losses) -> dict[str, list[Row]]:
+def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[Row]]:
     """The three tables: ``members``, ``conditions`` and ``differences``, each a list of rows with the same keys."""
     members = [member_row(member, losses) for member in population.members]
     under = {name: [row for row in members if row["condition"] == name] for name in population.conditions}
@@ -70,7 +70,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 # ---- members --------------------------------------------------------------------------------------
 
 
-def member_row(member: Member, losses: Losses) -> Row:
+def member_row(member: TrainedMember, losses: Losses) -> Row:
     """What one member did; None for what it lacks."""
     record = member.record
     onset = record.get("onset") or {}
@@ -100,7 +100,7 @@ def member_row(member: Member, losses: Losses) -> Row:
     }
 
 
-def _outcome(member: Member, plateau: float | None, final: float | None) -> str | None:
+def _outcome(member: TrainedMember, plateau: float | None, final: float | None) -> str | None:
     if plateau is None or final is None:
         return None
     if member.record.get("onset"):
@@ -108,7 +108,7 @@ def _outcome(member: Member, plateau: float | None, final: float | None) -> str 
     return NO_PLATEAU if final < (1 - FALLEN) * plateau else NOT_FORMED
 
 
-def _mean_loss(member: Member, final: float | None, losses: Losses) -> float | None:
+def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> float | None:
     y = losses.values[:, member.member].copy()
     if not member.counts:
         return None

@@ -28,7 +28,7 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
     """
     rows: list[tuple[str, str]] = []
     if "members" in summary:
-        rows += _population_rows(summary["members"])
+        rows += _population_rows(summary["members"]) if "onset" in summary["members"][0] else []
     elif "onset" in summary:
         rows += _change_rows(summary) + _head_rows(summary) + _loss_rows(summary)
     if "wall_time_seconds" in summary:

@@ -22,12 +22,14 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.errors import log
+from opsin.errors import PopulationError, log
 from opsin.model import Transformer
 from opsin.module import OpsinModule, callbacks_of, opsin_module
 from opsin.plan import Writer
+from opsin.sites import SiteTable
 from opsin.step import COMPILE_FROM_STEPS, has_compiler
 from opsin.task import Task
+from opsin.watching import recorded_metrics
 from opsin.weights import WeightWriter
 
 LARGEST_CHUNK = 16
@@ -105,12 +107,26 @@ def _rate(recipe: Mapping[str, Any], size: int, processes: int) -> float:
             subprocess.Popen(command, cwd=scratch, env=environment, stdout=subprocess.PIPE, text=True)
             for _ in range(processes)
         ]
-        seconds = [json.loads(worker.communicate()[0].splitlines()[-1])["seconds_per_step"] for worker in workers]
-    return sum(size / each for each in seconds)
+        told = [worker.communicate()[0] for worker in workers]
+    codes = [worker.returncode for worker in workers if worker.returncode]
+    if codes:
+        raise PopulationError(f"--tune: a trial of {size} members ended with code {codes[0]}; what it said is above")
+    return sum(size / json.loads(text.splitlines()[-1])["seconds_per_step"] for text in told)
 
 
 class Stopwatch(Callback):
-    """Seconds per optimizer step from the second Lightning batch on."""
+    """Seconds per optimizer step from the second Lightning batch on.
+
+    Args:
+        recorded: what the recipe's readers, which a trial lacks, would record: schedules may follow it.
+    """
+
+    def __init__(self, recorded: Mapping[str, tuple[int, ...]]) -> None:
+        self.recorded = dict(recorded)
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Nothing of its own."""
+        return self.recorded
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         done = opsin_module(pl_module).steps_done
@@ -128,8 +144,9 @@ def time_recipe(path: Path) -> float:
     if cli.model.compile_setting == "auto":
         cli.model.compile_setting = cli.trainer.max_steps >= COMPILE_FROM_STEPS and has_compiler()
     cli.model.idle = "warn"
-    watch = Stopwatch()
-    writers = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, (Writer, WeightWriter))]
+    callbacks, model = callbacks_of(cli.trainer), cli.model
+    watch = Stopwatch(recorded_metrics(callbacks, model.sites, model.task, validates=True))
+    writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
     trainer = Trainer(
         max_steps=BATCHES * cli.model.steps_per_batch,
         callbacks=[*writers, watch],

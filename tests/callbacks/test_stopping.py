@@ -12,6 +12,13 @@ from opsin.errors import ConfigError
 from tests.opsin.test_module import fit, module
 
 
+class Unfinished(KeepRun):
+    """Is killed before the end of its run is written."""
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        pass
+
+
 def test_a_member_ends_once_its_loss_was_below_the_level_in_so_many_records_in_a_row():
     model = module(seed=[1, 2, 3])
     fit(model, 200, [StopWhen(below=1.05, in_a_row=3)])
@@ -32,6 +39,20 @@ def test_the_run_ends_and_is_whole_when_every_member_has_ended(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [(row["status"], row["stopped_at"]) for row in summary["members"]] == [("finished early", 20)] * 2
     assert [event.kind for event in model.events] == ["finished early"] * 2
+
+
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+def test_without_a_phase_change_callback_the_summary_says_who_ended_early(seeds, tmp_path):
+    fit(module(seed=seeds), 500, [StopWhen(below=99.0, in_a_row=4), KeepRun(tmp_path)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    rows = summary["members"] if len(seeds) > 1 else [summary]
+    assert [(row["status"], row["stopped_at"]) for row in rows] == [("finished early", 20)] * len(seeds)
+
+
+def test_a_run_killed_when_everyone_has_ended_ends_as_if_left_alone(tmp_path):
+    """A checkpoint of its last step would be followed by more steps."""
+    fit(module(seed=[1, 2]), 500, [StopWhen(below=99.0, in_a_row=4), keeper := Unfinished(tmp_path, None, 10)])
+    assert torch.load(keeper.checkpoint, weights_only=True)["global_step"] == 10
 
 
 def test_a_head_can_be_what_is_waited_for():

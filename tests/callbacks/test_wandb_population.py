@@ -11,7 +11,7 @@ import yaml
 
 from opsin.callbacks import Ablate, Clamp, InductionHeads, KeepRun, PhaseChange
 from opsin.callbacks.wandb import WeightsAndBiases
-from opsin.callbacks.wandb_members import LONGEST_TAG
+from opsin.callbacks.wandb_members import LONGEST_TAG, summary_of
 from opsin.callbacks.wandb_population import send_population
 from opsin.cli import main
 from opsin.model import Transformer
@@ -293,3 +293,9 @@ def test_a_long_name_of_a_condition_is_cut_to_what_a_tag_may_be(tmp_path):
     runs = [about(path) for path in offline_runs(tmp_path / "chunks/00")]
     assert {run["display_name"] for run in runs} == {f"n {condition} seed {seed}" for seed in (3, 4)}
     assert all("x" * LONGEST_TAG in run["tags"] and run["run_group"] == tmp_path.name for run in runs)
+
+
+def test_what_a_reader_found_of_every_member_is_told_of_each_alone():
+    model = OpsinModule(FewShot(), seed=[1, 2])
+    model.summary = {"steps": 3, "members": [{"onset": 4}, {"onset": 5}], "entropy_neurons": [{"a": 1}, {"a": 2}]}
+    assert summary_of(model, 1) == {"steps": 3, "onset": 5, "entropy_neurons": {"a": 2}}

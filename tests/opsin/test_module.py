@@ -174,6 +174,12 @@ def test_a_plateau_scheduler_lowers_the_rate_when_the_loss_stays():
     assert model.optimizers().param_groups[0]["lr"] < 0.01
 
 
+def test_a_scheduler_that_follows_the_loss_of_all_members_is_refused():
+    model = module(seed=[1, 2], lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer))
+    with pytest.raises(ConfigError, match=r"model.lr_scheduler: got 'ReduceLROnPlateau', expected .* 2 members share"):
+        fit(model)
+
+
 def test_a_checkpoint_between_lightning_batches_is_refused():
     with pytest.raises(ConfigError, match=r"ModelCheckpoint.every_n_train_steps: got 15, expected a multiple of .* 10"):
         fit(module(), callbacks=[ModelCheckpoint(every_n_train_steps=15)])

@@ -62,3 +62,42 @@ def test_a_scheduler_changes_the_rate_of_every_member():
 def test_no_clipping_is_a_bound_of_infinity():
     optimizer = MemberAdam([("w", torch.zeros(3, 1, requires_grad=True))], 1e-2, 0.0, None, BETAS)
     assert optimizer.hyper().clip.tolist() == [float("inf")] * 3
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=1e-3),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12),
+        lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7),
+    ],
+)
+def test_a_schedule_moves_every_member_as_it_would_move_it_alone(schedule):
+    rates, decays = [1e-2, 4e-2, 1e-2, 4e-2], [0.1, 0.0, 0.1, 0.2]
+
+    def scheduled(rate, decay, members):
+        optimizer = MemberAdam([("w", torch.zeros(members, 3, requires_grad=True))], rate, decay, None, BETAS)
+        scheduler, seen = schedule(optimizer), []
+        for _ in range(8):
+            seen.append(torch.stack([optimizer.hyper().learning_rate, optimizer.hyper().weight_decay]))
+            optimizer.step(lambda: None)
+            scheduler.step()
+        return torch.stack(seen)
+
+    together = scheduled(rates, decays, 4)
+    for member, (rate, decay) in enumerate(zip(rates, decays, strict=True)):
+        assert torch.equal(together[..., member], scheduled(rate, decay, 1)[..., 0])
+
+
+def test_rates_of_several_members_go_on_after_a_resume():
+    def made():
+        own = [("w", torch.zeros(2, 3, requires_grad=True))]
+        optimizer = MemberAdam(own, [1e-2, 4e-2], [0.1, 0.2], None, BETAS)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+    (first, schedule), (again, _) = made(), made()
+    first.step(lambda: None)
+    schedule.step()
+    again.load_state_dict(first.state_dict())
+    assert again.steps == 1 and torch.equal(again.hyper().learning_rate, first.hyper().learning_rate)
+    assert first.hyper().learning_rate[0] != 1e-2

@@ -58,6 +58,14 @@ def test_a_chunk_is_an_ordinary_recipe_of_its_members():
     assert RECIPE["model"]["seed"] == 3 and "members" not in ABLATE["init_args"]
 
 
+def test_a_callback_of_all_chunks_that_names_members_is_refused():
+    named = {**ABLATE, "init_args": {"heads": ["1:0"], "members": [0]}}
+    conditions, _ = expanded(RECIPE)
+    members = members_of(2, 3, list(conditions), paired=True)
+    with pytest.raises(ConfigError, match=r"trainer.callbacks: got \{'members': \[0\]\}, expected no members"):
+        chunk_recipe({**RECIPE, "trainer": {"callbacks": [named]}}, conditions, members)
+
+
 def test_initial_weights_follow_the_seed():
     conditions = {"all": {"initial": "runs/x"}}
     chunk = chunk_recipe(RECIPE, conditions, members_of([7, 9], 0, ["all"], paired=True)[1:])

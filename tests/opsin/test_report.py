@@ -75,7 +75,7 @@ def test_a_population_is_summed_up_member_by_member():
 
 
 def test_without_phase_change_or_trackers_it_gives_what_there_is():
-    assert report({}) == ["files         runs/one"]
+    assert report({}) == report({"members": [{}, {"status": "diverged"}]}) == ["files         runs/one"]
     assert report({**MEMBER, "heads": {}, "strongest_heads": [], "evaluations": {}, "final_loss": None})[3:] == [
         "files         runs/one"
     ]

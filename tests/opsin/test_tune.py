@@ -8,9 +8,14 @@ import pytest
 import yaml
 
 from opsin import tune
+from opsin.callbacks import Ablate
 from opsin.cli_population import default_arrangement
+from opsin.errors import PopulationError
+from opsin.feedback import Feedback
 from opsin.model import Transformer
 from opsin.module import OpsinModule
+from opsin.schedules import Schedule
+from tests.opsin.test_module import fit, module
 from tests.test_population import RECIPE, opsin
 from tests.toys import few_shot
 
@@ -46,6 +51,20 @@ def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
     assert default_arrangement({"members_per_process": 40}, 5)["members_per_process"] == 40
     monkeypatch.setattr(tune, "memory", lambda: 0)
     assert tune.members_that_fit(model, 3) == 1
+
+
+def test_a_trial_that_fails_ends_the_tuning_in_one_line(monkeypatch):
+    monkeypatch.setattr(tune.sys, "executable", "false")
+    with pytest.raises(PopulationError, match="--tune: a trial of 4 members ended with code 1"):
+        tune.fastest(lambda size: {}, 1, 4)
+
+
+def test_a_schedule_may_follow_in_a_trial_what_only_the_run_measures():
+    loop = Ablate(["0:1"], schedule=Schedule(feedback=Feedback("induction_strength", head="1:1", above=0.5)))
+    watch = tune.Stopwatch({"induction_strength": (2, 2)})
+    model = module(idle="warn")
+    fit(model, 20, [loop, watch])
+    assert watch.seconds > 0 and model.steps_done == 20
 
 
 @pytest.mark.slow

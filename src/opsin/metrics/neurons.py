@@ -128,7 +128,7 @@ def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int
     """
     basis = _without_ones(w_out.shape[-1]).to(w_out.device)  # D C
     inside = basis.T @ read_out.effective().double()  # M C V
-    directions, values, _ = torch.linalg.svd(inside, full_matrices=True)  # M C C
+    directions, values, _ = torch.linalg.svd(inside, full_matrices=inside.shape[1] > inside.shape[2])  # M C C
     values = torch.nn.functional.pad(values, (0, inside.shape[1] - values.shape[1]))  # M C, descending
     if dimensions is None:
         unseen = values <= NULL_FRACTION * values[:, :1]
