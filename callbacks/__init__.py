@@ -2,6 +2,7 @@
 
 from opsin.callbacks.activity import ActivationSparsity, AttentionSinks
 from opsin.callbacks.calibration import Calibration
+from opsin.callbacks.confidence import ConfidenceStudy
 from opsin.callbacks.grafts import Graft
 from opsin.callbacks.measures import ProgressMeasures
 from opsin.callbacks.neurons import EntropyNeurons, TokenFrequencyNeurons
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "Clamp",
     "Clip",
+    "ConfidenceStudy",
     "CopyFromPattern",
     "Disallow",
     "EntropyNeurons",
