@@ -55,7 +55,7 @@ def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
 
 def test_a_trial_that_fails_ends_the_tuning_in_one_line(monkeypatch):
     monkeypatch.setattr(tune.sys, "executable", "false")
-    with pytest.raises(PopulationError, match="--tune: a trial of 4 members ended with code 1"):
+    with pytest.raises(PopulationError, match="--tune: a trial of 1 members ended with code 1"):
         tune.fastest(lambda size: {}, 1, 4)
 
 
