@@ -235,7 +235,7 @@ class OpsinModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         if self.steps_done == 0:
-            self._notify(0, final=False)
+            self._notify(0, self._listeners)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         first = self.steps_done
@@ -252,10 +252,18 @@ class OpsinModule(pl.LightningModule):
             self._step_schedulers()
             done = first + index + 1
             self._log_steps(done, results)
-            self._notify(done, final=done == self.trainer.max_steps)
+            last = done == self.trainer.max_steps
+            self._notify(done, [each for each in self._listeners if last or done % each.every == 0])
         self._crew.write_back()
         self._finish_batch(first, torch.stack(results))
         self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # Lightning's callbacks have been told by now, so whoever ends a member has ended it
+        if len(self.ended) == self.n_members and self.steps_done < self.trainer.max_steps:
+            # those whose turn it was have looked already
+            self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
+            self.control.check_idle(finished=True)
 
     def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -298,8 +306,7 @@ class OpsinModule(pl.LightningModule):
 
     # ---- looking --------------------------------------------------------------------------------
 
-    def _notify(self, done: int, final: bool) -> None:
-        due = [listener for listener in self._listeners if final or done % listener.every == 0]
+    def _notify(self, done: int, due: Sequence[Listener]) -> None:
         if not due:
             return
         self._crew.write_back()

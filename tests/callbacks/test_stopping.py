@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -53,6 +54,18 @@ def test_a_run_killed_when_everyone_has_ended_ends_as_if_left_alone(tmp_path):
     """A checkpoint of its last step would be followed by more steps."""
     fit(module(seed=[1, 2]), 500, [StopWhen(below=99.0, in_a_row=4), keeper := Unfinished(tmp_path, None, 10)])
     assert torch.load(keeper.checkpoint, weights_only=True)["global_step"] == 10
+
+
+def test_readers_look_once_more_when_every_member_has_ended():
+    model, seen = module(seed=[1, 2]), {7: [], 10: []}
+
+    class Reader(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            for every, steps in seen.items():
+                pl_module.listen(every, lambda found, steps=steps: steps.append(found.step))
+
+    fit(model, 500, [Reader(), StopWhen(below=99.0, in_a_row=4)])
+    assert seen == {7: [0, 7, 14, 20], 10: [0, 10, 20]}
 
 
 def test_a_head_can_be_what_is_waited_for():
