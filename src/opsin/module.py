@@ -41,7 +41,7 @@ from opsin.step import (
     observe,
     scored_logits,
 )
-from opsin.task import Batch, Task
+from opsin.task import Batch, Task, drawn_steps
 from opsin.watching import STEP_METRICS, Event, Listener, Observation, recorded_metrics
 from opsin.weights import WeightWriter, fresh_values, weight_table
 
@@ -240,14 +240,13 @@ class OpsinModule(pl.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> None:
         first = self.steps_done
         count = min(self.steps_per_batch, self.trainer.max_steps - first)
-        draws = self.task.draw(self.seeds, first, count)
-        draws = {name: tensor.to(self.device) for name, tensor in draws.items()}
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         results: list[Tensor] = []
         self._crew.choose(places(self.n_members, self.ended, self._last_leave))
+        draws = drawn_steps(self.task, self.seeds, first, count)
         for index, moment in enumerate(self.control.moments(first, count)):
-            draw = {name: tensor[index] for name, tensor in draws.items()}
+            draw = {name: tensor.to(self.device) for name, tensor in next(draws).items()}
             optimizer.step(partial(self._update, draw, moment, results))
             self._step_schedulers()
             done = first + index + 1
@@ -330,9 +329,10 @@ class OpsinModule(pl.LightningModule):
     def _evaluation_batch(self, name: str, size: int) -> Batch:
         """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
         if (name, size) not in self._evaluation_batches:
-            draw = self.task.draw([PROBE_SEED] * self.n_members, 0, 1, f"eval/{name}", size)
+            draw = self.task.draw([PROBE_SEED], 0, 1, f"eval/{name}", size)
             first = {key: tensor[0].to(self.device) for key, tensor in draw.items()}
-            self._evaluation_batches[name, size] = self.task.assemble(self.constants.bank, first)
+            one = self.task.assemble(self.constants.bank, first)
+            self._evaluation_batches[name, size] = one.shared_by(self.n_members)
         return self._evaluation_batches[name, size]
 
     def evaluation_set(self, name: str) -> Batch:

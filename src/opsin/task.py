@@ -7,7 +7,7 @@ continuous input, V outputs, Q scored positions, S steps drawn together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,10 @@ Draw = dict[str, Tensor]
 
 Bank = dict[str, Tensor]
 """The constant tensors a task's batches are gathered from (for example the exemplars)."""
+
+
+DRAWN_TOGETHER = 256
+"""Steps times members whose random choices are made at once: in fewer calls they are faster, and take more memory."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,17 @@ class Batch:
     plausible: Bool[Tensor, "M B V"] | None
     truth: Truth
     layout: Layout
+
+    def shared_by(self, members: int) -> Batch:
+        """The batch of one member as that of several, without copies."""
+
+        def each(tensor: Tensor) -> Tensor:
+            return tensor.expand(members, *tensor.shape[1:])
+
+        query, match, other = (each(x) for x in (self.truth.query, self.truth.match, self.truth.other))
+        features, plausible = (None if x is None else each(x) for x in (self.features, self.plausible))
+        truth = Truth(self.truth.previous, self.truth.labels, query, match, other)
+        return Batch(features, each(self.tokens), each(self.targets), plausible, truth, self.layout)
 
     def similarity(self) -> Float[Tensor, "M B L K"]:
         """How alike are the input at row l and the input that precedes key k, for scored rows.
@@ -186,3 +201,13 @@ class Task(ABC):
         """Batch ``step`` of one member, on the CPU (M = 1)."""
         draw = self.draw([seed], step, 1, split, batch_size)
         return self.assemble(self.bank(), {name: tensor[0] for name, tensor in draw.items()})
+
+
+def drawn_steps(task: Task, seeds: Sequence[int], first: int, count: int) -> Iterator[Draw]:
+    """The choices behind each of ``count`` training steps from ``first`` on, ``[M, B, ...]``."""
+    together = max(1, DRAWN_TOGETHER // len(seeds))
+    for begin in range(first, first + count, together):
+        size = min(together, first + count - begin)
+        some = task.draw(seeds, begin, size)
+        for index in range(size):
+            yield {name: tensor[index] for name, tensor in some.items()}
