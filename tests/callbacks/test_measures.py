@@ -150,7 +150,7 @@ def test_single_pass_sets_share_one_pass_and_others_add_one_for_each_pass_they_t
         model = module([1, 2])
         train(model, 1, measures(*names))
         seen.clear()
-        model._notify(0, final=True)
+        model._notify(0, model._listeners)
         assert seen == passes
 
 
