@@ -79,7 +79,7 @@ class Control:
     def moments(self, first: int, count: int) -> Iterator[Moment]:
         """What the plan is told at each of some steps; each is made when it is asked for, and counted as active."""
         clock = self._clock(first, count)
-        learning = np.array([member not in self.ended for member in range(len(self.seeds))])
+        learning = self._learning()
         for step in range(first, first + count):
             # strengths follow from what is measured, some of it between these steps
             if step == first or self._newly_measured(step):
@@ -94,6 +94,9 @@ class Control:
 
     def _as_gates(self, strengths: Float[np.ndarray, "S I M"]) -> Float[Tensor, "S I M"]:
         return torch.from_numpy(strengths).to(self.constants.table)
+
+    def _learning(self) -> Bool[np.ndarray, " M"]:
+        return np.array([member not in self.ended for member in range(len(self.seeds))])
 
     def _newly_measured(self, step: int) -> bool:
         """Whether a feedback has a record of just this many steps."""
@@ -136,7 +139,7 @@ class Control:
         for name in dict.fromkeys(self.plan.names):
             rows = [index for index, other in enumerate(self.plan.names) if other == name]
             active = self.active[rows].max(0)
-            idle = (active >= (1 if finished else PATIENCE)) & (fired[rows].sum(0) == 0)
+            idle = (active >= (1 if finished else PATIENCE)) & (fired[rows].sum(0) == 0) & self._learning()
             if idle.any() and name not in self._warned:
                 self._tell(name, rows, int(idle.argmax()), int(active[idle.argmax()]))
 

@@ -63,6 +63,12 @@ def test_a_writer_idle_in_one_member_alone_is_named_with_that_member():
         train(module(seeds=(3, 4)), 300, *writers)
 
 
+def test_a_writer_that_makes_its_member_diverge_at_once_is_not_idle():
+    # what is no number before any weight has moved was never counted as a change
+    model = train(module(seeds=(3, 4)), 120, Clamp(site="hook_embed", value=1e38, members=[1]))
+    assert model.ended == {1: {"status": "diverged", "stopped_at": 0}} and model.trainer.global_step == 120
+
+
 def test_members_that_a_writer_does_not_select_do_not_make_it_idle():
     model = train(module(seeds=(3, 4)), 150, Ablate(heads=["0:1"], members=[1]))
     (row,) = model.control.counts()
