@@ -14,7 +14,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def shortened(settings):
-    """The same with one seed and with every intervention from the start, so that each acts within a few steps."""
+    """The same with one seed, little to measure, and every intervention from the start, so that each acts at once."""
     if isinstance(settings, list):
         return [shortened(each) for each in settings]
     if not isinstance(settings, dict):
@@ -24,6 +24,8 @@ def shortened(settings):
         found |= {"starts": [0], "lengths": [64]}
     if "seeds" in found:
         found["seeds"] = found["seeds"][:1] if isinstance(found["seeds"], list) else 1
+    if "transformer" in found:
+        found |= {"probe_size": 16, "evaluation_size": 16}
     if "by_seed" in found:
         found["by_seed"] = dict(list(found["by_seed"].items())[:1])
     return found
