@@ -5,7 +5,6 @@ Legend: I interventions and changes of weights, M members.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from jaxtyping import Bool
 from opsin.callbacks.run_folder import KeepRun
 from opsin.control import covered_members
 from opsin.module import OpsinModule
+from opsin.population import recipe_of_member
 from opsin.population_folder import rows_of_chunk
 
 LONGEST_TAG = 64
@@ -48,7 +48,7 @@ def about_members(
     apart = bool(rows) or module.n_members > 1
     found = []
     for slot, seed in enumerate(module.seeds):
-        settings = settings_of(config, slot) | {"seed": seed, "plan": plan_of(module, slot)}
+        settings = recipe_of_member(config, slot) | {"seed": seed, "plan": plan_of(module, slot)}
         words = [f"seed {seed}"] if apart else []
         if rows:
             settings |= {name: rows[slot][name] for name in ("condition", "member")}
@@ -86,25 +86,6 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError:
             continue
     return kept
-
-
-def settings_of(config: Mapping[str, Any], slot: int) -> dict[str, Any]:
-    """The configuration of one member as if it trained alone: its numbers, and the callbacks that act in it."""
-    found = copy.deepcopy(dict(config))
-    for name in ("seed", "learning_rate", "weight_decay", "initial"):
-        if isinstance(value := found["model"].get(name), list):
-            found["model"][name] = value[slot]
-    callbacks = found["trainer"].get("callbacks")
-    if isinstance(callbacks, list):
-        found["trainer"]["callbacks"] = [item for item in callbacks if _acts_in(item, slot)]
-    return found
-
-
-def _acts_in(callback: Mapping[str, Any], slot: int) -> bool:
-    """Whether a callback is a member's; what it says of members, which W&B's runs do not have, is taken away."""
-    settings = callback.get("init_args") or {}
-    members = settings.pop("members", None)
-    return members is None or slot in members
 
 
 def plan_of(module: OpsinModule, slot: int) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from opsin.cli import main
-from opsin.fork import recipe_of_member
+from opsin.population import recipe_of_member
 from tests.killers import EndAt, Killed, assert_equal_optimizers, assert_equal_weights, checkpoint, kill
 
 STEPS, AT = 40, 20

@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from opsin.callbacks import KeepRun, WeightsAndBiases
 from opsin.cli_population import default_arrangement, train_population
 from opsin.errors import ConfigError, log
-from opsin.fork import Built, branch_recipe, branch_state, check_branch, recipe_of_member, state_of_member
+from opsin.fork import Built, branch_recipe, branch_state, check_branch, state_of_member
 from opsin.module import callbacks_of
-from opsin.population import Condition, Member, Population, document
+from opsin.population import Condition, Member, Population, document, recipe_of_member
 from opsin.population_folder import chunk_folder
 from opsin.runs import load_saved, write_atomically
 

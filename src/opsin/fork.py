@@ -26,14 +26,12 @@ from opsin.errors import ConfigError
 from opsin.module import OpsinModule
 from opsin.optim import member_groups
 from opsin.plan import Plan
-from opsin.population import listed, merged
+from opsin.population import PER_MEMBER, listed, merged
 from opsin.schedules import Schedule
 from opsin.weights import missed_updates
 
 SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
 """What a branch may have that the run it branches from has not."""
-
-PER_MEMBER = ("learning_rate", "weight_decay")
 
 
 @runtime_checkable
@@ -60,39 +58,6 @@ class Built:
 
 
 # ---- the configuration ------------------------------------------------------------------------------
-
-
-def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:
-    """The resolved recipe of one member of a run, as a run of its own; of a single run, the recipe itself."""
-    found = copy.deepcopy(dict(recipe))
-    model, seeds = found["model"], recipe["model"]["seed"]
-    if isinstance(seeds, int) or len(seeds) == 1:
-        return found
-    model["seed"] = seeds[member]
-    for name in PER_MEMBER:
-        if isinstance(model.get(name), list):
-            model[name] = model[name][member]
-    if model.get("initial"):
-        model["initial"] = [model["initial"][member]]
-    callbacks = listed(found["trainer"].get("callbacks"))
-    found["trainer"]["callbacks"] = [_for_member(callback, member) for callback in callbacks if _in(callback, member)]
-    return found
-
-
-def _in(callback: Mapping[str, Any], member: int) -> bool:
-    chosen = (callback.get("init_args") or {}).get("members")
-    return chosen is None or member in chosen
-
-
-def _for_member(callback: Mapping[str, Any], member: int) -> dict[str, Any]:
-    found = dict(callback)
-    settings = dict(found.get("init_args") or {})
-    if "members" in settings:
-        settings["members"] = None
-    # of Reinitialise: a draw for each member
-    if isinstance(settings.get("seed"), list):
-        settings["seed"] = settings["seed"][member]
-    return found | {"init_args": settings}
 
 
 def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, Any], start: Path) -> dict[str, Any]:
