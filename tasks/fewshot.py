@@ -22,7 +22,7 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
 from opsin.tasks.exemplars import Exemplars, GaussianClusters
-from opsin.tasks.streams import WORD, below, normals, stream_key, uniforms, without_replacement, zipf_masses
+from opsin.tasks.streams import WORD, below, check_draw, normals, stream_key, uniforms, without_replacement, zipf_masses
 
 _CHOICES, _CORRUPTION, _NOISE = range(3)
 """Separate streams, so that switching corruption or noise on leaves every other choice as it was."""
@@ -238,11 +238,7 @@ class FewShot(Task):
             context. With noise also ``noise``: Float32 [S, M, B, N, F].
         """
         size = self.batch_size if batch_size is None else batch_size
-        _require(split in self._pools, "FewShot.split", split, f"one of {', '.join(self._pools)}")
-        _require(all(0 <= seed <= WORD for seed in seeds), "FewShot.seeds", list(seeds), "numbers in 0 .. 2**64 - 1")
-        _require(first >= 0 and count >= 0, "FewShot.steps", (first, count), "a first step and a count of at least 0")
-        _require(size >= 1, "FewShot.batch_size", size, "at least 1")
-
+        check_draw("FewShot", self._pools, split, seeds, (first, count, size))
         distinct = sorted(set(seeds))  # conditions of one seed share its data: draw that once
         keys = [stream_key(seed, split, size) for seed in distinct]
         drawn = self._sequences(self._uniforms(keys, first, count, size), self._pools[split])

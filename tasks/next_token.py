@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
-from opsin.tasks.streams import WORD, stream_key
+from opsin.tasks.streams import check_draw, stream_key
 
 REPEATED = "eval/repeated"
 """The split whose second half repeats the first."""
@@ -93,10 +93,7 @@ class NextToken(Task):
         """
         size = self.batch_size if batch_size is None else batch_size
         splits = ("train", *(f"eval/{name}" for name in self.evaluations))
-        self.require("split", split, split in splits, f"one of {', '.join(splits)}")
-        self.require("seeds", list(seeds), all(0 <= seed <= WORD for seed in seeds), "numbers in 0 .. 2**64 - 1")
-        self.require("steps", (first, count), first >= 0 and count >= 0, "a first step and a count of at least 0")
-        self.require("batch_size", size, size >= 1, "at least 1")
+        check_draw(type(self).__name__, splits, split, seeds, (first, count, size))
         distinct = sorted(set(seeds))  # conditions of one seed share its data: draw that once
         keys = [stream_key(seed, split, size) for seed in distinct]
         shape = (count, len(distinct), size)

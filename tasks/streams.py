@@ -8,10 +8,12 @@ one key never meet. Legend: R sequences.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt64
+
+from opsin.errors import ConfigError
 
 WORD = 2**64 - 1
 """The largest seed."""
@@ -21,6 +23,30 @@ def stream_key(seed: int, split: str, batch_size: int) -> UInt64[np.ndarray, "2"
     """Philox key of one seed's draws of one split at one batch size."""
     digest = hashlib.blake2b(f"{split} {batch_size}".encode(), digest_size=8).digest()
     return np.array([seed, int.from_bytes(digest, "little")], np.uint64)
+
+
+def check_draw(own: str, splits: Collection[str], split: str, seeds: Sequence[int], span: tuple[int, int, int]) -> None:
+    """What is asked of a task's ``draw`` can be drawn.
+
+    Args:
+        own: the task, for messages.
+        splits: those that it has.
+        split: the one asked for.
+        seeds: one per member.
+        span: first step, how many, and sequences of each.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    first, count, size = span
+    for name, value, holds, expected in (
+        ("split", split, split in splits, f"one of {', '.join(splits)}"),
+        ("seeds", list(seeds), all(0 <= seed <= WORD for seed in seeds), "numbers in 0 .. 2**64 - 1"),
+        ("steps", (first, count), first >= 0 and count >= 0, "a first step and a count of at least 0"),
+        ("batch_size", size, size >= 1, "at least 1"),
+    ):
+        if not holds:
+            raise ConfigError(f"{own}.{name}", value, expected)
 
 
 def _generator(key: UInt64[np.ndarray, "2"], block: int, step: int, stream: int) -> np.random.Philox:
