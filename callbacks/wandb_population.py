@@ -14,7 +14,7 @@ from opsin.callbacks.wandb import WeightsAndBiases
 from opsin.callbacks.wandb_start import Ledger, Mode, default_mode, open_ledgers, start, unharmed
 from opsin.errors import log
 from opsin.population import listed
-from opsin.population_tables import QUANTITIES, Row
+from opsin.population_tables import Row, with_intervals
 
 Summary = Mapping[str, Sequence[Row]]
 
@@ -101,7 +101,7 @@ def numbers(summary: Summary) -> dict[str, float]:
     """Means and differences that exist: ``none/onset``, ``none/onset_low``, ``clamped - none/onset``, ..."""
     found: dict[str, float | None] = {}
     for row in summary["conditions"]:
-        for name in QUANTITIES:
+        for name in with_intervals(row):
             found |= {f"{row['condition']}/{key}": row[key] for key in (name, f"{name}_low", f"{name}_high")}
     for row in summary["differences"]:
         key = f"{row['condition']} - {row['against']}/{row['quantity']}"

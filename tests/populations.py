@@ -64,10 +64,12 @@ def write_population(
     steps: int = 2000,
     every: int = 20,
     grid: Mapping[str, Any] | None = None,
+    compare: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> Path:
     """A finished population: members as (condition, seed), cut into chunks in this order.
 
-    A chunk that holds a member whose record is None has no summary.
+    A chunk that holds a member whose record is None has no summary. ``compare``: of each metric the values at the first
+    steps, a row a step and a column a member.
     """
     chunks = [range(start, min(start + per_chunk, len(members))) for start in range(0, len(members), per_chunk)]
     rows = [
@@ -77,6 +79,7 @@ def write_population(
     ]
     names = list(dict.fromkeys(condition for condition, _ in members)) if conditions is None else list(conditions)
     content = {"members": rows, "conditions": names} | ({"grid": dict(grid)} if grid else {})
+    content |= {"compare": list(compare)} if compare else {}
     RunFolder(path).write_json("population.json", content)
     x = np.arange(every, steps + 1, every)
     for number, held in enumerate(chunks):
@@ -88,6 +91,9 @@ def write_population(
             history.record("train/loss", step, value)
             if step % 500 == 0:
                 history.record("induction_strength", step, np.full((len(held), 2, 2), 0.5))
+        for metric, values in (compare or {}).items():
+            for step, value in enumerate(values):
+                history.record(metric, step, np.array([value[member] for member in held]))
         folder.start_metrics()
         with folder.metrics.open("a") as file:
             file.writelines(line + "\n" for line in tidy_rows(history.take_unwritten(), BATCH))

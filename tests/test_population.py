@@ -34,6 +34,7 @@ RECIPE = {
     "population": {
         "seeds": 2,
         "processes": 2,
+        "compare": ["train/accuracy"],
         "conditions": {
             "none": {},
             "previous": {
@@ -130,6 +131,10 @@ def test_tables_name_conditions_and_a_diverged_member(folder):
     assert list(members["condition"].unique()) == list(RECIPE["population"]["conditions"])
     status = members.set_index(["condition", "seed"])["status"]
     assert set(status["diverging"]) == {"diverged"} and set(status["none"]) == {"complete"}
+    metrics = pd.read_csv(folder / "whole" / "metrics.csv").query("metric == 'train/accuracy'")
+    last = metrics.groupby("member")["value"].last()
+    complete = members["status"] == "complete"
+    assert (members["train/accuracy"] == last)[complete].all() and members["train/accuracy"][~complete].isna().all()
     for name in ("conditions.csv", "differences.csv", "summary.json", "population.png", "config.yaml"):
         assert (folder / "whole" / name).exists()
 
@@ -147,6 +152,18 @@ def test_a_wrong_condition_is_refused_before_anything_starts(tmp_path):
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
     assert ended.returncode == 2 and not (tmp_path / "run").exists()
     assert "population.conditions.previous: Clamp.heads: got '0:9'" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("metric", ["calibration/ece", "induction_strength"])
+def test_a_metric_without_one_recorded_number_a_member_cannot_be_compared(metric, tmp_path):
+    wrong = yaml.safe_load(yaml.safe_dump(RECIPE))
+    wrong["population"]["compare"] = [metric]
+    wrong["trainer"]["callbacks"].append({"class_path": "opsin.callbacks.InductionHeads"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"opsin: population.compare: got '{metric}', expected any of train/loss, train/accuracy")
 
 
 OVERFLOWING = {"class_path": "opsin.callbacks.Clamp", "init_args": {"site": "hook_embed", "value": 1e38}}

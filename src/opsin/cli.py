@@ -38,6 +38,7 @@ from opsin.report import final_report, sites_report
 from opsin.runs import load_saved
 from opsin.task import Task
 from opsin.tune import cores, members_that_fit
+from opsin.watching import recorded_metrics
 
 USAGE = """usage: opsin VERB ...
 
@@ -177,6 +178,7 @@ def fit_population(cli: OpsinCLI) -> None:
         raise ConfigError("ckpt_path", cli.config.ckpt_path, "none beside a population; `opsin resume` continues one")
     if cli.trainer.max_steps < 1:
         raise ConfigError("trainer.max_steps", cli.trainer.max_steps, "the number of optimizer steps")
+    _check_compared(cli)
     folder = cli.keeper.folder
     if (folder / "population.json").exists():
         raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
@@ -189,6 +191,16 @@ def fit_population(cli: OpsinCLI) -> None:
         arrangement = tuned_arrangement(layout, arrangement, fit)
     write_population(layout, folder, arranged(layout, arrangement), arrangement)
     train_population(folder)
+
+
+def _check_compared(cli: OpsinCLI) -> None:
+    """Metrics that a population compares are recorded by its runs, one number a member."""
+    model, validates = cli.model, bool(cli.trainer.limit_val_batches)
+    found = recorded_metrics(callbacks_of(cli.trainer), model.sites, model.task, validates)
+    numbers = [name for name, shape in found.items() if not shape]
+    for name in cli.config.population.compare:
+        if name not in numbers:
+            raise ConfigError("population.compare", name, f"any of {', '.join(numbers)}")
 
 
 def resume(args: Sequence[str]) -> None:

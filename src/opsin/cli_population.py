@@ -88,7 +88,7 @@ def write_population(layout: Layout, folder: Path, chunks: Sequence[Sequence[Mem
     for number, chunk in enumerate(chunks):
         settings = chunk_recipe(layout.recipe, layout.conditions, chunk)
         write_atomically(chunk_folder(folder, number) / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
-    about: dict[str, Any] = {"arrangement": dict(arrangement)}
+    about: dict[str, Any] = {"arrangement": dict(arrangement), "compare": layout.recipe["population"]["compare"]}
     if layout.grid:
         about["grid"] = dict(layout.grid)
     # last: a folder with this file is whole

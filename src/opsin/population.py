@@ -71,6 +71,8 @@ class Population:
         windows: further conditions, one for every start and length.
         paired: the n-th seed has the same initial weights and data in all conditions, so that differences
             are caused by the condition; else every member has a seed of its own.
+        compare: recorded metrics of one number a member whose last value is compared between conditions, beside
+            onset and loss.
         processes: that train at once, each on one thread; the machine's cores when None.
         members_per_process: at most so many in one chunk; by a rule on the machine when None.
     """
@@ -79,6 +81,7 @@ class Population:
     conditions: dict[str, Condition] = field(default_factory=dict)
     windows: Windows | None = None
     paired: bool = True
+    compare: list[str] = field(default_factory=list)
     processes: int | None = None
     members_per_process: int | None = None
 
@@ -89,6 +92,8 @@ class Population:
         few = self.seeds < 1 if isinstance(self.seeds, int) else not self.seeds
         if few or (isinstance(self.seeds, list) and (min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds))):
             raise ConfigError("population.seeds", self.seeds, "how many, at least 1, or different seeds of 0 or more")
+        if len({*self.compare}) < len(self.compare):
+            raise ConfigError("population.compare", self.compare, "each metric once")
         for name in self.conditions:
             if not name or any(sign in name for sign in ',"/\n'):
                 raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")

@@ -2,8 +2,9 @@
 
 A population's folder holds
 
-    population.json   members (member, condition, seed, chunk, slot), conditions in the recipe's order, and, where the
-                      conditions form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
+    population.json   members (member, condition, seed, chunk, slot), conditions in the recipe's order; ``compare``,
+                      metrics whose last values are compared, where the recipe names some; and, where the conditions
+                      form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
     chunks/00, ...    ordinary run folders, one a chunk; a member is at index ``slot`` of its chunk's members
     metrics.csv       the chunks' tables with the population's member numbers
 
@@ -19,7 +20,7 @@ import math
 import os
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,10 +63,17 @@ class TrainedMember:
 
 @dataclass(frozen=True)
 class Losses:
-    """Training loss (nats) of every member after so many sequences; nan where a member has no record."""
+    """What the members' tables hold.
+
+    Args:
+        sequences: after how many some member has a record of its training loss.
+        values: training loss (nats) then; nan where a member has no record.
+        last: of each metric that is compared, every member's last value; nan without one.
+    """
 
     sequences: Int[np.ndarray, " n"]
     values: Float[np.ndarray, "n M"]
+    last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class TrainedPopulation:
     conditions: tuple[str, ...]
     members: tuple[TrainedMember, ...]
     grid: Mapping[str, Mapping[str, int] | None]
+    compare: tuple[str, ...] = ()
 
     def under(self, condition: str) -> list[TrainedMember]:
         """Members of a condition, by seed."""
@@ -106,7 +115,8 @@ def read_population(path: Path) -> TrainedPopulation:
         status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
         place = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
         members.append(TrainedMember(**place, status=status, record=record))
-    return TrainedPopulation(path, conditions, tuple(members), content.get("grid") or {})
+    grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
+    return TrainedPopulation(path, conditions, tuple(members), grid, compare)
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:
@@ -157,25 +167,56 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
     killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
 
     Returns:
-        The losses it met on the way.
+        The losses and last values it met on the way.
 
     Raises:
         ConfigError: a chunk's table has other columns, or a row of a slot that no member has.
     """
-    curves = [(array("q"), array("d")) for _ in population.members]
+    met = _Met(
+        [(array("q"), array("d")) for _ in population.members],
+        {metric: np.full(len(population.members), math.nan) for metric in population.compare},
+    )
     target = population.path / "metrics.csv"
     part = target.with_name(target.name + ".part")
     with part.open("w") as merged:
         merged.write(",".join(COLUMNS) + "\n")
         for chunk in sorted({member.chunk for member in population.members}):
-            _merge_chunk(population, chunk, merged, curves)
+            _merge_chunk(population, chunk, merged, met)
     os.replace(part, target)
-    return _losses(curves)
+    return met.losses()
 
 
-def _merge_chunk(
-    population: TrainedPopulation, chunk: int, merged: TextIO, curves: list[tuple[array[int], array[float]]]
-) -> None:
+@dataclass(frozen=True)
+class _Met:
+    """What is kept of the tables while they are merged.
+
+    Args:
+        curves: of every member, the sequences and values of its training loss.
+        last: of each metric that is compared, every member's newest value.
+    """
+
+    curves: list[tuple[array[int], array[float]]]
+    last: dict[str, Float[np.ndarray, " M"]]
+
+    def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
+        """One record."""
+        if metric == LOSS:
+            self.curves[member][0].append(int(sequences))
+            self.curves[member][1].append(value)
+        if metric in self.last:
+            self.last[metric][member] = value
+
+    def losses(self) -> Losses:
+        """All of it, on one axis."""
+        known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
+        sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
+        values = np.full((len(sequences), len(known)), math.nan)
+        for member, (x, y) in enumerate(known):
+            values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
+        return Losses(sequences, values, self.last)
+
+
+def _merge_chunk(population: TrainedPopulation, chunk: int, merged: TextIO, met: _Met) -> None:
     source = chunk_folder(population.path, chunk) / "metrics.csv"
     if not source.exists():
         return
@@ -186,9 +227,8 @@ def _merge_chunk(
                 raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
             member = members[slot]
             merged.write(f"{step},{sequences},{metric},{member},{rest}")
-            if metric == LOSS:
-                curves[member][0].append(int(sequences))
-                curves[member][1].append(float(rest.rsplit(",", 1)[1]))
+            if metric == LOSS or metric in met.last:
+                met.keep(metric, member, sequences, float(rest.rsplit(",", 1)[1]))
 
 
 def _split(lines: TextIO, source: Path) -> Iterator[list[str]]:
@@ -197,12 +237,3 @@ def _split(lines: TextIO, source: Path) -> Iterator[list[str]]:
         raise ConfigError(str(source), header, "the columns " + ",".join(COLUMNS))
     # a process killed while it wrote leaves half a line, without its end
     return (line.split(",", 4) for line in lines if line.endswith("\n"))
-
-
-def _losses(curves: list[tuple[array[int], array[float]]]) -> Losses:
-    known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in curves]
-    sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
-    values = np.full((len(sequences), len(known)), math.nan)
-    for member, (x, y) in enumerate(known):
-        values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
-    return Losses(sequences, values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opsin.population_folder import COMPLETE, DIVERGED, EARLY, UNFINISHED, merge_metrics, read_population
 from opsin.population_plots import save_population
-from opsin.population_tables import Row, as_csv, summarise
+from opsin.population_tables import QUANTITIES, Row, as_csv, summarise, with_intervals
 from opsin.report import aligned
 from opsin.runs import write_atomically
 from opsin.window_plots import save_critical_period
@@ -92,7 +92,16 @@ def _condition_lines(conditions: Sequence[Row]) -> list[tuple[str, str]]:
                 _interval(row, "final_loss", ".4f"),
             )
         )
-    return [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
+    lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
+    if not (compared := _compared(conditions)):
+        return lines
+    found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
+    return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
+
+
+def _compared(conditions: Sequence[Row]) -> list[str]:
+    """Metrics that the recipe compares."""
+    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
 
 
 def _others(row: Row) -> str:
@@ -106,11 +115,13 @@ def _difference_lines(summary: Mapping[str, Sequence[Row]]) -> list[tuple[str, s
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
-    cells = [("condition", "onset, sequences", "below half the plateau", "final loss, nats")]
+    compared = _compared(summary["conditions"])
+    shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
+    shown |= {"final_loss": ("final loss, nats", "+.4f")} | {name: (name, "+.4f") for name in compared}
+    cells = [("condition", *(heading for heading, _ in shown.values()))]
     for condition in dict.fromkeys(row["condition"] for row in rows):
         of = {row["quantity"]: row for row in rows if row["condition"] == condition}
-        shown = (("onset", "+,.0f"), ("below_half", "+,.0f"), ("final_loss", "+.4f"))
-        cells.append((condition, *(_difference(of[quantity], style) for quantity, style in shown)))
+        cells.append((condition, *(_difference(of[name], style) for name, (_, style) in shown.items())))
     heading = f"from {first}, paired by seed [95 % bootstrap interval]"
     return [("differences", heading), *(("", line) for line in aligned(cells))]
 

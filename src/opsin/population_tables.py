@@ -5,6 +5,8 @@ first falls lastingly below half of the plateau: it exists also where the loss f
 end could be an onset. ``final_loss`` (nats) and ``mean_loss`` (nats, the area under the training loss over the length
 of the run; a member that finished early is held at its final loss) exist for every member that trained as far as it
 should, and ``strongest_strength`` (at most 1, of the head with the strongest final induction) where heads were tracked.
+Metrics that the recipe compares are quantities by their own names: the last value of each member that trained as far
+as it should.
 
 **Outcomes.** An onset that is missing is counted, never skipped: ``formed`` has an onset, ``no plateau`` ended more
 than a quarter below its plateau without an onset that could be located, ``not formed`` did not leave its plateau by
@@ -40,6 +42,7 @@ Row = dict[str, Any]
 FORMED, NO_PLATEAU, NOT_FORMED = "formed", "no plateau", "not formed"
 FALLEN = 0.25  # share below the plateau from which a loss without an onset counts as fallen, as in PhaseChange
 QUANTITIES = ("onset", "below_half", "final_loss", "mean_loss", "strongest_strength")
+POSITIVE = ("onset", "below_half", "final_loss", "mean_loss")
 FEW = 6  # conditions up to which each is compared with each
 
 
@@ -47,13 +50,14 @@ def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[R
     """The three tables: ``members``, ``conditions`` and ``differences``, each a list of rows with the same keys."""
     members = [member_row(member, losses) for member in population.members]
     under = {name: [row for row in members if row["condition"] == name] for name in population.conditions}
+    quantities = (*QUANTITIES, *population.compare)
     return {
         "members": members,
-        "conditions": [condition_row(name, rows) for name, rows in under.items()],
+        "conditions": [condition_row(name, rows, quantities) for name, rows in under.items()],
         "differences": [
             row
             for condition, against in _comparisons(population.conditions)
-            for row in difference_rows(condition, against, under[condition], under[against])
+            for row in difference_rows(condition, against, under[condition], under[against], quantities)
         ],
     }
 
@@ -97,6 +101,7 @@ def member_row(member: TrainedMember, losses: Losses) -> Row:
         "mean_loss": _mean_loss(member, final, losses),
         "strongest_head": strongest,
         "strongest_strength": None if strongest is None else _number(strengths[strongest]),
+        **{name: _number(values[member.member]) if member.counts else None for name, values in losses.last.items()},
     }
 
 
@@ -126,7 +131,7 @@ def _number(value: float | None) -> float | None:
 # ---- conditions -----------------------------------------------------------------------------------
 
 
-def condition_row(condition: str, members: Sequence[Row]) -> Row:
+def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[str]) -> Row:
     """Counts of members and the mean of every quantity with its 95 % interval over the seeds."""
     status, outcome = [row["status"] for row in members], [row["outcome"] for row in members]
     row: Row = {
@@ -138,11 +143,16 @@ def condition_row(condition: str, members: Sequence[Row]) -> Row:
         "diverged": status.count(DIVERGED),
         "unfinished": status.count(UNFINISHED),
     }
-    for name in QUANTITIES:
-        floor = -math.inf if name == "strongest_strength" else 0.0
+    for name in quantities:
+        floor = 0.0 if name in POSITIVE else -math.inf
         mean = mean_interval(_by_seed(members, name).values(), floor)
         row |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
     return row
+
+
+def with_intervals(row: Row) -> list[str]:
+    """What a condition's row has a mean of."""
+    return [name for name in row if f"{name}_low" in row]
 
 
 def _by_seed(members: Sequence[Row], quantity: str) -> dict[int, float | None]:
@@ -160,7 +170,9 @@ def _comparisons(conditions: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield later, earlier
 
 
-def difference_rows(condition: str, against: str, members: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+def difference_rows(
+    condition: str, against: str, members: Sequence[Row], others: Sequence[Row], quantities: Sequence[str]
+) -> list[Row]:
     """Every quantity of one condition minus that of the other, paired by seed.
 
     ``pairs`` are the seeds that trained as far as they should under both; ``formed_pairs`` of them have the quantity
@@ -169,7 +181,7 @@ def difference_rows(condition: str, against: str, members: Sequence[Row], others
     """
     no_plateau = {row["seed"] for row in (*members, *others) if row["outcome"] == NO_PLATEAU}
     rows: list[Row] = []
-    for quantity in QUANTITIES:
+    for quantity in quantities:
         first, second = _by_seed(members, quantity), _by_seed(others, quantity)
         found = paired_difference(first, second)
         rows.append(

@@ -302,6 +302,35 @@ def test_the_report_says_what_was_found_with_its_intervals_and_what_is_missing(t
     assert lines[-1].endswith(str(path))
 
 
+def test_the_last_value_of_a_metric_is_compared_where_the_recipe_asks_for_it(tmp_path):
+    values = [[9.0] * 6, [1.0, 2.0, 3.0, 1.5, 2.25, 5.0], [1.0, 2.0, 4.0, 1.5, 2.25, math.nan]]
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"calibration/ece": values})
+    summary = finish_population(path)
+    assert [each["calibration/ece"] for each in summary["members"]] == [1.0, 2.0, 4.0, 1.5, 2.25, None]
+    none, copy = summary["conditions"]
+    assert none["calibration/ece"] == pytest.approx(7 / 3) and copy["calibration/ece"] == 1.875
+    assert none["calibration/ece_low"] == mean_interval([1.0, 2.0, 4.0]).low
+    found = row(summary["differences"], condition="copy", quantity="calibration/ece")
+    assert (found["difference"], found["formed_pairs"], found["only_against"]) == (0.375, 2, 1)
+    lines = population_report(summary, path).splitlines()
+    assert sum("calibration/ece" in line for line in lines) == 2
+    assert any(line.split()[:2] == ["copy", "1.8750"] for line in lines)
+    assert any("+0.3750" in line and "(2 of 3 pairs)" in line for line in lines)
+
+
+def test_a_metric_that_no_member_recorded_is_compared_to_nothing(tmp_path):
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"val/train/loss": []})
+    summary = finish_population(path)
+    assert {each["val/train/loss"] for each in summary["members"]} == {None}
+    assert "none of 3 pairs" in population_report(summary, path)
+
+
+def test_a_diverged_member_s_last_value_enters_no_mean(tmp_path):
+    path = write_population(tmp_path / "run", MEMBERS, [*RECORDS[:5], DIVERGED], compare={"x": [[1.0] * 5 + [7.0]]})
+    summary = finish_population(path)
+    assert summary["members"][5]["x"] is None and row(summary["conditions"], condition="copy")["x"] == 1.0
+
+
 def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
     records = [*RECORDS[:4], record(None, 0.69), record(None, 0.69)]
     some = population_report(finish_population(write_population(tmp_path / "a", MEMBERS, records)), tmp_path)
