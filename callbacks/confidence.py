@@ -15,14 +15,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.neurons import CONTROL_SEED, PICTURED_MEMBERS, require_neurons
+from opsin.callbacks.neurons import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
 from opsin.callbacks.run_folder import run_folder
 from opsin.confidence_plots import confidence_figure
 from opsin.errors import ConfigError
 from opsin.metrics.confidence import Change, Compared, Study, change, strongest, token_entropy
-from opsin.metrics.neurons import Effect, ReadOut, candidates, mean_ablation_effects, random_outputs
+from opsin.metrics.neurons import Effect, ReadOut, candidates
 from opsin.module import OpsinModule, opsin_module
-from opsin.pictures import as_image
+from opsin.pictures import PICTURED_MEMBERS, as_image
 from opsin.runs import write_atomically
 from opsin.step import cross_entropy, scored_logits
 
@@ -161,7 +161,7 @@ class ConfidenceStudy(Callback):
 @torch.no_grad()
 def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]:
     """Every member by its final weights."""
-    batch, sites = module.evaluation_set(SET), _sites(layer)
+    batch, sites = module.evaluation_set(SET), neuron_sites(module)
     scored = list(batch.layout.scored)
     seen = module.observe(batch, [*sites, "hook_logits"])
     resid, post = (seen[site][:, :, scored] for site in sites)
@@ -169,12 +169,13 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
     loss, entropy = (x.mean(1).cpu() for x in (cross_entropy(logits, batch), token_entropy(logits)))
     repeated = batch.truth.query[:, :, scored].all(1).all(0)
     means = post[:, :, ~repeated].mean((1, 2), keepdim=True)
-    effect, candidate = _candidates(module, layer)
+    effect, candidate = _candidates(module)
+    w_out = read_out_and_outputs(module)[1]
     studies = []
     for m in range(module.n_members):
         neurons, one = strongest(effect, candidate, m, top), slice(m, m + 1)
         own = {name: value[one].detach() for name, value in module.parameters_by_name().items()}
-        given = (ReadOut.of(own), resid[one][:, :, repeated], post[one][:, :, repeated], own[_weight(layer)])
+        given = (ReadOut.of(own), resid[one][:, :, repeated], post[one][:, :, repeated], w_out[one])
         groups = [[neuron] for neuron in neurons] + ([neurons] if len(neurons) > 1 else [])
         changes = tuple(change(*given, group, means[one], draws) for group in groups)
         activation = post[m][..., neurons].mean(0).T.cpu()
@@ -183,22 +184,9 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
     return studies
 
 
-def _candidates(module: OpsinModule, layer: int) -> tuple[Effect, Bool[Tensor, "M N"]]:
+def _candidates(module: OpsinModule) -> tuple[Effect, Bool[Tensor, "M N"]]:
     """Effects on the entropy and candidates, as ``EntropyNeurons`` has them."""
-    parameters, scored = module.parameters_by_name(), list(module.probe.layout.scored)
-    seen = module.observe(module.probe, _sites(layer))
-    resid, post = (seen[site][:, :, scored] for site in _sites(layer))
-    read_out, w_out = ReadOut.of(parameters), parameters[_weight(layer)].detach()
-    effect, control = (
-        mean_ablation_effects(read_out, resid, post, outputs)["entropy"]
-        for outputs in (w_out, random_outputs(w_out, CONTROL_SEED))
-    )
-    return effect, candidates(effect, control)
-
-
-def _sites(layer: int) -> list[str]:
-    return [f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"]
-
-
-def _weight(layer: int) -> str:
-    return f"blocks.{layer}.mlp.W_out"
+    sites, scored = neuron_sites(module), list(module.probe.layout.scored)
+    seen = module.observe(module.probe, list(sites))
+    effects, control = effects_and_control(module, *(seen[site][:, :, scored] for site in sites))
+    return effects["entropy"], candidates(effects["entropy"], control["entropy"])

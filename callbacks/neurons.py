@@ -37,16 +37,13 @@ from opsin.metrics.onset import Watch, watch
 from opsin.model import Transformer
 from opsin.module import OpsinModule, opsin_module
 from opsin.neuron_plots import neuron_figure
-from opsin.pictures import as_image
+from opsin.pictures import PICTURED_MEMBERS, as_image
 from opsin.runs import write_atomically
 from opsin.sites import SiteTable
 from opsin.watching import Event, Observation
 
 LASTING = 3.0
 """Measurements with a candidate, less those without one, that make a lasting onset."""
-
-PICTURED_MEMBERS = 4
-"""Of a larger population only the first members are drawn."""
 
 CONTROL_SEED = 0
 PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
@@ -89,7 +86,10 @@ class NeuronTracker(Callback):
     measure: str
     mediator: Mediator
     carrier: str
-    numbers: tuple[str, ...] = ("candidates", "mediated", "total", "control_mediated", "control_total")
+    numbers: tuple[str, ...] = (
+        *("candidates", "mediated", "total"),
+        *("control_candidates", "control_mediated", "control_total"),
+    )
     null_dimensions: int | None = None
 
     def __init__(self, every: int = 500, tables: int = 3) -> None:
@@ -138,9 +138,8 @@ class NeuronTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._folder = opsin_module(pl_module), run_folder(trainer)
         self._table_times = log_spaced(trainer.max_steps, self.tables) if self.tables else set()
-        self._final = trainer.max_steps
         self._layer = self._module.sites.layers - 1
-        self._resid, self._post = (f"blocks.{self._layer}.{site}" for site in ("hook_resid_post", "mlp.hook_post"))
+        self._resid, self._post = neuron_sites(self._module)
         unigram = self._module.task.unigram()
         self._unigram = None if unigram is None else finite_unigram(unigram)
         self._module.listen(self.every, self._look, [self._resid, self._post])
@@ -155,21 +154,18 @@ class NeuronTracker(Callback):
         self._module.log_everywhere(named, seen.step)
         # a table's time may fall between two measurements: the one that reaches it writes
         reached = range(max(seen.step - self.every + 1, 0), seen.step + 1)
-        if seen.step == self._final or any(step in self._table_times for step in reached):
+        if any(step in self._table_times for step in reached):
             self._write(found)
         for member, count in enumerate(found.numbers["candidates"].tolist()):
             self._update(member, seen.step, count)
 
     def _measured(self, seen: Observation) -> Measured:
-        parameters, scored = self._module.parameters_by_name(), list(seen.batch.layout.scored)
-        read_out, w_out = ReadOut.of(parameters), parameters[f"blocks.{self._layer}.mlp.W_out"].detach()
+        read_out, w_out = read_out_and_outputs(self._module)
+        scored = list(seen.batch.layout.scored)
         resid, post = (seen.activations[site][:, :, scored] for site in (self._resid, self._post))
         unigram = None if self._unigram is None else self._unigram.to(resid)
-        effects, control = (
-            mean_ablation_effects(
-                read_out, resid, post, outputs, targets=seen.batch.targets, unigram=unigram, mediator=self.mediator
-            )
-            for outputs in (w_out, random_outputs(w_out, CONTROL_SEED))
+        effects, control = effects_and_control(
+            self._module, resid, post, targets=seen.batch.targets, unigram=unigram, mediator=self.mediator
         )
         share = null_share(w_out, read_out, self.null_dimensions)
         chosen = candidates(effects[self.measure], control[self.measure])
@@ -177,8 +173,12 @@ class NeuronTracker(Callback):
         columns["rho"] = share.rho
         for name, effect in effects.items():
             columns |= {f"{name}_{part}": getattr(effect, part) for part in PARTS}
-        numbers = {"candidates": chosen.sum(-1).to(resid.dtype), **_strongest(effects[self.measure], share)}
-        numbers |= _against(effects[self.measure], control[self.measure])
+        by_chance = candidates(control[self.measure], control[self.measure])
+        numbers = {
+            "candidates": chosen.sum(-1).to(resid.dtype),
+            "control_candidates": by_chance.sum(-1).to(resid.dtype),
+        }
+        numbers |= _strongest(effects[self.measure], share) | _against(effects[self.measure], control[self.measure])
         columns, numbers = ({name: x.cpu() for name, x in which.items()} for which in (columns, numbers))
         return Measured(seen.step, columns, {name: numbers[name] for name in self.numbers})
 
@@ -208,6 +208,7 @@ class NeuronTracker(Callback):
         module = self._module
         if self._last is None:
             return
+        self._write(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
         module.summary[self.name] = rows[0] if len(rows) == 1 else rows
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ class NeuronTracker(Callback):
             for neuron, chosen in enumerate(columns["candidate"])
             if chosen
         ]
-        control = {name: float(found.numbers[name][member]) for name in ("control_mediated", "control_total")}
+        control = {name: float(found.numbers[name][member]) for name in self.numbers if name.startswith("control_")}
         return {
             "onset": self._onset(member),
             "candidates": sorted(rows, key=lambda row: -row["total"]),
@@ -271,16 +272,17 @@ class EntropyNeurons(NeuronTracker):
     is above the 99th percentile of those of its member's control: as many random output weights, of the same norms
     and with the same activations.
 
-    Recorded and logged, ``[M]`` each, as ``entropy_neurons/...``: ``candidates``, how many; ``total``, the largest
-    effect (nats, mean absolute change); ``control_total``, that percentile; ``mediated``, the largest share among
-    neurons whose effect is above it (nan where none is); ``control_mediated``, the control's median share; ``rho``, the
-    largest share of an output weight on the null directions, and ``rho_chance``.
+    Recorded and logged, ``[M]`` each, as ``entropy_neurons/...``: ``candidates``, how many, and
+    ``control_candidates``, how many of the control are by the same rule; ``total``, the largest effect (nats, mean
+    absolute change); ``control_total``, that percentile; ``mediated``, the largest share among neurons whose effect is
+    above it (nan where none is); ``control_mediated``, the control's median share; ``rho``, the largest share of an
+    output weight on the null directions, and ``rho_chance``.
 
     In the run folder: ``entropy_neurons/step_0001234.csv``, one row a member and neuron with its norm, LogitVar, rho,
     and for entropy, loss and (where the task has a unigram) KL from the unigram the total and direct effect and the
     mediated share; ``entropy_neurons.png``, norm against LogitVar at the end, which W&B receives while training. The
     module's summary receives under ``entropy_neurons``, for several members as a list, the final ``candidates``
-    (strongest first), the control's two numbers, and ``onset``: ``{"value", "low", "high"}`` in sequences, the
+    (strongest first), the control's three numbers, and ``onset``: ``{"value", "low", "high"}`` in sequences, the
     first measurement from which on a candidate lasts (``LASTING``) and the one before it; None without one. The onset
     is announced as an ``Event`` when it is noticed.
 
@@ -349,6 +351,36 @@ def require_neurons(own: str, model: Transformer) -> None:
         raise ConfigError(own, "a model without MLPs", "one with them: transformer.mlp_ratio a number")
     if not model.norm:
         raise ConfigError(own, "a model without LayerNorm", "one with it: transformer.norm true")
+
+
+def neuron_sites(module: OpsinModule) -> tuple[str, str]:
+    """Of the last layer, the residual stream after it and its neurons' activations."""
+    layer = module.sites.layers - 1
+    return f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"
+
+
+def read_out_and_outputs(module: OpsinModule) -> tuple[ReadOut, Float[Tensor, "M N D"]]:
+    """By the weights as they are, what turns the last residual stream into logits, and what each last neuron writes."""
+    parameters = module.parameters_by_name()
+    return ReadOut.of(parameters), parameters[f"blocks.{module.sites.layers - 1}.mlp.W_out"].detach()
+
+
+def effects_and_control(
+    module: OpsinModule, resid: Float[Tensor, "M B Q D"], post: Float[Tensor, "M B Q N"], **about: Any
+) -> tuple[dict[str, Effect], dict[str, Effect]]:
+    """Effects of the last layer's neurons, and of as many random output weights of the same norms.
+
+    Args:
+        module: its weights decide.
+        resid, post: activations of ``neuron_sites``.
+        about: more arguments of ``mean_ablation_effects``.
+    """
+    read_out, w_out = read_out_and_outputs(module)
+    effects, control = (
+        mean_ablation_effects(read_out, resid, post, outputs, **about)
+        for outputs in (w_out, random_outputs(w_out, CONTROL_SEED))
+    )
+    return effects, control
 
 
 def _strongest(effect: Effect, share: NullShare) -> dict[str, Float[Tensor, " M"]]:

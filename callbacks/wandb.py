@@ -22,15 +22,12 @@ from opsin.callbacks.wandb_start import Mode, default_mode, open_ledgers, start,
 from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength
 from opsin.module import callbacks_of, opsin_module
-from opsin.pictures import as_image, attention_figure, position_names
+from opsin.pictures import PICTURED_MEMBERS, as_image, attention_figure, position_names
 from opsin.watching import Event, Pictured
 
 # wandb takes a second to import, so it is imported when a run starts
 if TYPE_CHECKING:
     import wandb
-
-PICTURED_MEMBERS = 4
-"""Of several members in one process only the first are drawn."""
 
 
 class WeightsAndBiases(Callback):

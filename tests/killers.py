@@ -1,4 +1,4 @@
-"""Callbacks that end a run the hard way, and runs that are ended so, for the tests of resuming."""
+"""Callbacks that save a run or end it the hard way, and runs that are ended so, for the tests of resuming."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ class KillAfter(Callback):
         if seen.step == self.step:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             threading.Timer(self.seconds, kill).start() if self.seconds else kill()
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after the batch that reaches a step."""
+
+    def __init__(self, step: int, path: Path | str) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 class Killed(BaseException):

@@ -21,6 +21,9 @@ from opsin.task import Layout
 FEW, SOME = 9, 5
 """Up to so many positions are all named, each cell ruled off; of more only so many are named."""
 
+PICTURED_MEMBERS = 4
+"""Of several members in one process only the first are drawn."""
+
 # inches, but for the distance from panel to panel, in panels
 PANEL, LEFT, RIGHT, TOP, BOTTOM = 1.4, 0.6, 0.85, 0.6, 0.5
 ACROSS, DOWN = 1.06, 1.2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from opsin.model import Transformer, forward
 from opsin.module import OpsinModule
 from opsin.schedules import Schedule
 from opsin.step import scored_logits
+from tests.killers import SaveAt
 from tests.toys import ToyTokens, few_shot, train
 
 FITS = ["temperature", "vector", "neural_clamping"]
@@ -137,15 +137,6 @@ def test_training_does_not_notice_that_calibration_is_measured_and_fitted():
     before = torch.get_rng_state()
     train(watched, 10, Clamp(**clamp), Preserve(["values"], layers=[1]), Calibration(every=3, **QUICK))
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(weights(alone), weights(watched))
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path):

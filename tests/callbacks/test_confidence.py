@@ -15,7 +15,8 @@ from opsin.errors import ConfigError
 from opsin.model import Transformer, forward
 from opsin.module import OpsinModule
 from opsin.tasks import Repeats
-from tests.callbacks.test_neurons import SaveAt, Sent
+from tests.callbacks.test_neurons import Sent
+from tests.killers import SaveAt
 from tests.toys import ToyTokens, train
 
 MODEL = Transformer(layers=2, width=12, heads=2, mlp_ratio=2.0)

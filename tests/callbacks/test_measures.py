@@ -30,6 +30,7 @@ from opsin.schedules import Schedule
 from opsin.step import accuracy, cross_entropy, scored_logits
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.watching import recorded_metrics
+from tests.killers import SaveAt
 from tests.toys import train
 
 
@@ -152,15 +153,6 @@ def test_single_pass_sets_share_one_pass_and_others_add_one_for_each_pass_they_t
         seen.clear()
         model._notify(0, model._listeners)
         assert seen == passes
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step: int, path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_a_resumed_run_leaves_the_table_and_the_summary_of_an_uninterrupted_one(tmp_path):

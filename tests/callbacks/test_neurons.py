@@ -7,19 +7,28 @@ import json
 import math
 from itertools import product
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from opsin.callbacks import Ablate, EntropyNeurons, KeepRun, TokenFrequencyNeurons, WeightsAndBiases, wandb
+from opsin.callbacks import (
+    Ablate,
+    EntropyNeurons,
+    KeepRun,
+    StopWhen,
+    TokenFrequencyNeurons,
+    WeightsAndBiases,
+    neurons,
+    wandb,
+)
 from opsin.callbacks.neurons import Measured
 from opsin.errors import ConfigError
 from opsin.metrics.neurons import ReadOut, logit_var, mean_ablation_effects, null_share, weight_norm
 from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.watching import recorded_metrics
+from tests.killers import SaveAt
 from tests.toys import ToyTokens, train
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=2.0)
@@ -44,15 +53,6 @@ def both(**settings):
 def table(path) -> list[dict[str, float]]:
     with path.open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step: int, path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_path):
@@ -80,11 +80,35 @@ def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_pa
     assert model.history["entropy_neurons/total"].values[-1] == pytest.approx(effects["entropy"].total.amax(-1).numpy())
 
 
+def test_the_control_is_put_through_the_same_rule(monkeypatch):
+    model = module([1, 2])
+
+    def one_that_the_unembedding_does_not_see(w_out, seed):
+        left, _, _ = torch.linalg.svd(ReadOut.of(model.parameters_by_name()).effective().double())
+        unseen = left[..., 6:] - left[..., 6:].mean(1, keepdim=True)  # of 8 directions, 6 differences of logits
+        small = 1e-3 * w_out
+        small[:, 0] = 3 * unseen[..., 0] + 3 * unseen[..., 1]
+        return small
+
+    train(model, 5, EntropyNeurons())
+    assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [0, 0]
+    monkeypatch.setattr(neurons, "random_outputs", one_that_the_unembedding_does_not_see)
+    train(model := module([1, 2]), 5, EntropyNeurons())
+    assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [1, 1]
+
+
 def test_tables_are_written_at_the_measurements_that_reach_log_spaced_steps_and_at_the_end(tmp_path):
     train(module(), 45, EntropyNeurons(every=4, tables=1), TokenFrequencyNeurons(every=30, tables=0), KeepRun(tmp_path))
     written = {folder: sorted(int(p.stem[5:]) for p in (tmp_path / folder).iterdir()) for folder in NAMES}
     # log-spaced are 0, 1 and 10
     assert written == {"entropy_neurons": [0, 4, 12, 45], "token_frequency_neurons": [45]}
+
+
+def test_a_run_that_ends_early_leaves_the_table_of_its_last_step(tmp_path):
+    ends = StopWhen(below=99.0, in_a_row=4)
+    model = train(module(), 500, EntropyNeurons(every=7, tables=0), ends, KeepRun(tmp_path))
+    assert model.steps_done < 500
+    assert [p.stem for p in (tmp_path / "entropy_neurons").iterdir()] == [f"step_{model.steps_done:07d}"]
 
 
 NAMES = ("entropy_neurons", "token_frequency_neurons")
@@ -158,7 +182,8 @@ def test_the_summary_names_the_candidates_strongest_first_as_ablate_takes_them()
     columns = {name: torch.full((1, 4), value) for name, value in row.items()}
     columns["candidate"] = torch.tensor([[False, True, False, True]])
     columns["entropy_total"] = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
-    numbers = {"control_mediated": torch.tensor([torch.nan]), "control_total": torch.tensor([0.5])}
+    numbers = {f"control_{name}": torch.tensor([0.5]) for name in ("candidates", "total")}
+    numbers["control_mediated"] = torch.tensor([torch.nan])
     found = callback._member_summary(Measured(20, columns, numbers), 0)
     assert [each["neuron"] for each in found["candidates"]] == ["1:3", "1:1"]
     assert found["candidates"][0]["total"] == 2.0 and found["control_mediated"] is None
@@ -170,7 +195,7 @@ def test_what_is_recorded_is_what_is_said_to_be():
     model = train(module(), 5, *callbacks)
     said = recorded_metrics(callbacks, model.sites, model.task, validates=False)
     found = {name for name in model.history.names() if name.startswith(NAMES)}
-    assert found == {name for name in said if name.startswith(NAMES)} and len(found) == 7 + 5
+    assert found == {name for name in said if name.startswith(NAMES)} and len(found) == 8 + 6
 
 
 def test_without_a_unigram_entropy_neurons_leave_the_divergence_out_and_the_others_refuse(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from opsin.errors import ConfigError
 from opsin.model import Transformer
 from opsin.module import OpsinModule
 from opsin.tasks import FewShot, GaussianClusters, Repeats
+from tests.killers import SaveAt
 from tests.toys import train
 
 BATCH, LOG = 32, 10
@@ -26,15 +26,6 @@ PLATEAU = float(np.log(2))
 def tiny(seed: int | list[int] = 0) -> OpsinModule:
     task = FewShot(exemplars=GaussianClusters(classes=20, features=16), train_classes=12, batch_size=BATCH)
     return OpsinModule(task, Transformer(width=16, heads=2), seed=seed, steps_per_batch=10, log_every=5, compile=False)
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step: int, path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def drop(at: float, steps: np.ndarray, seed: int = 0) -> np.ndarray:
