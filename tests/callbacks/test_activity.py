@@ -13,6 +13,7 @@ from opsin.model import Transformer, forward
 from opsin.module import OpsinModule
 from opsin.schedules import Schedule
 from opsin.watching import recorded_metrics
+from tests.killers import SaveAt
 from tests.toys import ToyTokens, few_shot, train
 
 SHAPE = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
@@ -124,6 +125,18 @@ def test_training_does_not_notice_that_activity_is_watched():
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(alone.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path):
+    saved = tmp_path / "middle.ckpt"
+    whole = train(module(seed=[1, 2]), 20, *readers(), SaveAt(10, saved))
+    resumed = train(module(seed=[1, 2]), 20, *readers(), resume=str(saved))
+    assert whole.history.names() == resumed.history.names()
+    for name in whole.history.names():
+        for one, other in zip(whole.history[name].arrays(), resumed.history[name].arrays(), strict=True):
+            assert np.array_equal(one, other)
+    steps = {name: whole.history[name].steps for name in ("attention_sink", "attention_sink_effect")}
+    assert steps == {"attention_sink": [0, 3, 6, 9, 12, 15, 18, 20], "attention_sink_effect": [0, 10, 20]}
 
 
 def test_they_say_which_metrics_they_record():
