@@ -21,7 +21,7 @@ LOWEST = 1e-6
 """LogitVar below it is drawn at it: the axis is logarithmic, and an exact null space has none."""
 
 # inches
-PANEL, LEFT, RIGHT, TOP, BOTTOM, APART = 2.6, 0.7, 0.95, 0.75, 0.5, 0.55
+PANEL, LEFT, RIGHT, TOP, BOTTOM, APART = 2.6, 0.85, 0.95, 0.75, 0.5, 0.75
 
 
 def neuron_figure(
