@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from lightning.pytorch import Callback
@@ -16,6 +16,7 @@ from opsin.interventions import (
     Induction,
     Match,
     Noise,
+    OverallMean,
     PreviousToken,
     Resample,
     check_share,
@@ -29,9 +30,18 @@ from opsin.sites import SiteTable
 # beyond it the way from an activation to the value overflows
 LARGEST = 1e38
 
+ABLATIONS: dict[str, Callable[[str], Value]] = {
+    "zero": lambda site: Constant(0.0),
+    "mean": lambda site: BatchMean(),
+    "overall_mean": lambda site: OverallMean(),
+    "resample": lambda site: Resample(),
+    "noise": lambda site: Noise(salt_of(site)),
+}
+"""What takes an activation's place, by its name and the site."""
+
 
 class Ablate(Callback):
-    """Silence heads, neurons or whole sites: by zero, their mean over the batch, another example or noise.
+    """Silence heads, neurons or whole sites: by zero, their mean, another example or noise.
 
     Gradient: stopped at what is silenced, and nothing flows through what takes its place.
 
@@ -41,11 +51,11 @@ class Ablate(Callback):
             they would still be mixed by the head's own attention.
         neurons: ``"layer:neuron"``.
         sites: whole sites, for example ``blocks.0.hook_attn_out`` or ``hook_embed``.
-        value: ``zero``; ``mean`` (over the batch, at each position and member); ``resample`` (the
+        value: ``zero``; ``mean`` (over the batch, at each position and member, so that what the position tells stays);
+            ``overall_mean`` (over the batch and all positions, one number a neuron or entry); ``resample`` (the
             activation of another example of the batch, at each step another, the same for all that is
             resampled in it); ``noise`` (normal, with mean and standard deviation over the batch). A batch of
-            one is its own mean, example and noise: nothing but ``zero`` changes it, which ends the run
-            as an idle writer does.
+            one is its own mean, example and noise, which change nothing and end the run as an idle writer does.
         at: neurons ``pre`` (``mlp.hook_pre``) or ``post`` (``mlp.hook_post``) their nonlinearity; post when None.
         positions: positions it is silenced at; all when None.
         members: members it is silenced in; all when None.
@@ -58,7 +68,7 @@ class Ablate(Callback):
         heads: list[str] | None = None,
         neurons: list[str] | None = None,
         sites: list[str] | None = None,
-        value: Literal["zero", "mean", "resample", "noise"] = "zero",
+        value: Literal["zero", "mean", "overall_mean", "resample", "noise"] = "zero",
         at: Literal["pre", "post"] | None = None,
         positions: list[int] | None = None,
         members: list[int] | None = None,
@@ -67,8 +77,8 @@ class Ablate(Callback):
     ) -> None:
         if not (heads or neurons or sites):
             raise ConfigError("Ablate", None, "heads, neurons or sites")
-        if value not in ("zero", "mean", "resample", "noise"):
-            raise ConfigError("Ablate.value", value, "'zero', 'mean', 'resample' or 'noise'")
+        if value not in ABLATIONS:
+            raise ConfigError("Ablate.value", value, f"one of {', '.join(ABLATIONS)}")
         if at is not None and not neurons:
             raise ConfigError("Ablate.at", at, "nothing: without neurons it has no effect")
         self.heads, self.neurons, self.sites, self.value = heads, neurons, sites, value
@@ -92,12 +102,13 @@ class Ablate(Callback):
         site = sites.find(name, "Ablate.sites")
         if self.value != "zero" and "B" not in site.axes:
             raise ConfigError("Ablate.value", self.value, f"zero: {name} is the same for the whole batch")
+        if self.value == "overall_mean" and not site.axes.startswith("MBL"):
+            raise ConfigError("Ablate.value", self.value, f"another: {name} has not one vector for each position")
         return site.name
 
     def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
-        values = {"zero": Constant(0.0), "mean": BatchMean(), "resample": Resample(), "noise": Noise(salt_of(site))}
         selection = Selection(positions=self.positions, members=self.members, **selected)
-        return Intervention("Ablate", site, selection, values[self.value], self.schedule, self.order)
+        return Intervention("Ablate", site, selection, ABLATIONS[self.value](site), self.schedule, self.order)
 
 
 class Clamp(Callback):

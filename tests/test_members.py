@@ -50,6 +50,7 @@ CONDITIONS = {
     "number": lambda **o: [Clamp(site="blocks.0.hook_attn_out", value=0.5, schedule=PULSED, **o)],
     "ablated head": lambda **o: [Ablate(heads=["1:1"], **o)],
     "mean": lambda **o: [Ablate(heads=["1:1"], value="mean", **o)],
+    "overall mean": lambda **o: [Ablate(heads=["1:1"], value="overall_mean", **o)],
     "resample": lambda **o: [Ablate(heads=["1:1"], value="resample", **o)],
     "noise": lambda **o: [Ablate(heads=["0:0"], value="noise", schedule=PULSED, **o)],
     "neurons": lambda **o: [Ablate(neurons=["1:0", "1:5"], at="pre", **o)],

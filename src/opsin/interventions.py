@@ -50,6 +50,18 @@ class BatchMean(Value):
 
 
 @dataclass(frozen=True)
+class OverallMean(Value):
+    """The activation's mean over the batch and all positions, per member and entry of the later axes; gradient stops.
+
+    What Stolfo et al. 2024 ("Confidence regulation neurons in language models", section 3.2) hold a neuron at: one
+    number, in which nothing is left of the position either.
+    """
+
+    def __call__(self, x: Float[Tensor, "M B L ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+        return Overwrite(x.detach().mean((1, 2), keepdim=True).expand_as(x))
+
+
+@dataclass(frozen=True)
 class Clipped(Value):
     """At queries, the activation's mean over what is no query where it would pass that mean; gradient stops.
 

@@ -38,6 +38,7 @@ STOPS = {
     "number": [Clamp(site="blocks.1.attn.hook_z", value=0.5)],
     "zero": [Ablate(heads=["1:1"])],
     "mean": [Ablate(heads=["1:1"], value="mean")],
+    "overall mean": [Ablate(heads=["1:1"], value="overall_mean")],
     "resample": [Ablate(neurons=["1:3"], value="resample")],
     "noise": [Ablate(neurons=["1:3"], at="pre", value="noise")],
     "previous token": [Clamp(["1:1"], "previous_token", strength=0.7)],

@@ -21,7 +21,7 @@ TASK = few_shot()
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=0.5)
 BATCH = batch_of(TASK, dtype=torch.float64)
 WEIGHTS = weights(MODEL, TASK)
-VALUES = ["zero", "mean", "resample", "noise"]
+VALUES = ["zero", "mean", "overall_mean", "resample", "noise"]
 PRE, POST, RESID = "blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_post", "blocks.0.hook_resid_post"
 V, Z = "blocks.0.attn.hook_v", "blocks.0.attn.hook_z"
 
@@ -73,6 +73,17 @@ def test_the_mean_leaves_no_variance_over_the_batch():
     assert (seen[PRE][..., [1, 2]].std(1) > 0).all()
 
 
+def test_the_overall_mean_is_one_number_a_neuron_and_member():
+    seen = seen_with(Ablate(neurons=["0:0", "0:3"], value="overall_mean"))[POST]
+    for member in range(2):
+        for neuron in (0, 3):
+            values = PLAIN[POST][member, ..., neuron]
+            assert values.std(0).max() > 0 and values.mean(0).std() > 0
+            assert (seen[member, ..., neuron] == seen[member, 0, 0, neuron]).all()
+            assert seen[member, 0, 0, neuron].item() == pytest.approx(sum(values.flatten().tolist()) / values.numel())
+    assert torch.equal(seen[..., [1, 2]], PLAIN[POST][..., [1, 2]])
+
+
 def test_noise_has_mean_and_standard_deviation_of_the_batch():
     steps = 20_000
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +118,7 @@ def test_noise_differs_between_steps_members_sites_and_examples_and_is_the_same_
 # ---- where they act -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "site"), [("zero", V), ("mean", Z), ("resample", Z), ("noise", Z)])
+@pytest.mark.parametrize(("value", "site"), [("zero", V), *((value, Z) for value in VALUES[1:])])
 def test_zero_takes_a_heads_values_and_the_others_what_it_read(value, site):
     (item,) = Ablate(heads=["0:1"], value=value).interventions(MODEL.sites(TASK))
     assert item.site == site
@@ -238,10 +249,10 @@ def test_in_a_batch_of_one_nothing_but_zero_can_silence_and_the_run_says_so(valu
 def test_the_plan_shows_each_value_beside_its_site():
     writers = [Ablate(neurons=["0:1"], value=value, at="pre", order=i) for i, value in enumerate(VALUES)]
     rows = plan_of(MODEL, TASK, *writers).describe()
-    assert [row["value"] for row in rows] == ["Constant(constant=0.0)", "BatchMean", "Resample", "Noise"]
+    assert [row["value"] for row in rows] == ["Constant(constant=0.0)", "BatchMean", "OverallMean", "Resample", "Noise"]
     assert {row["gradient"] for row in rows} == {"stops"} and {row["site"] for row in rows} == {PRE}
     text = sites_report(MODEL.sites(TASK), 2, 4, plan_of(MODEL, TASK, *writers))
-    assert "4  1     Ablate 4  blocks.0.mlp.hook_pre  neurons [1]  Noise" in text
+    assert "5  1     Ablate 5  blocks.0.mlp.hook_pre  neurons [1]  Noise" in text
 
 
 # ---- settings -------------------------------------------------------------------------------------
@@ -286,7 +297,14 @@ def test_a_neuron_that_is_missing_stops_the_build(model, writer, field):
     assert refused.value.field == field
 
 
-@pytest.mark.parametrize("value", ["mean", "resample", "noise"])
+@pytest.mark.parametrize("site", ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_attn_scores"])
+def test_a_site_with_keys_has_no_overall_mean(site):
+    message = rf"^Ablate.value: got 'overall_mean', expected another: {site} has not one vector for each position$"
+    with pytest.raises(ConfigError, match=message):
+        plan_of(MODEL, TASK, Ablate(sites=[site], value="overall_mean"))
+
+
+@pytest.mark.parametrize("value", VALUES[1:])
 def test_what_is_the_same_for_the_whole_batch_can_only_be_silenced_by_zero(value):
     model = Transformer(layers=1, width=8, heads=2, positions="learned")
     with pytest.raises(ConfigError, match=rf"Ablate.value: got '{value}', expected zero: hook_pos_embed is the same"):

@@ -175,6 +175,17 @@ def test_every_effect_is_that_of_a_model_run_again_with_an_ablate(shape):
             close(held[name], total[name], through[name], neuron)
 
 
+def test_held_at_one_mean_a_neuron_does_what_the_overall_mean_of_ablate_does():
+    model = any_model()
+    found = model.effects()
+    for neuron in range(N):
+        tap = tap_of(model.model, TASK, model.batch, Ablate(neurons=[f"0:{neuron}"], value="overall_mean"))
+        total = model.change(model.rerun(tap))
+        direct = model.change(model.rerun(frozen(tap, model.seen["ln_final.hook_scale"])))
+        for name in ("entropy", "loss", "kl"):
+            close(found[name], total[name], direct[name], neuron)
+
+
 def close(effect: Effect, total, direct, neuron):
     for values, slow in ((effect.total, total.abs()), (effect.total_signed, total)):
         assert torch.allclose(values[:, neuron], slow.mean((1, 2)), rtol=0, atol=1e-10)
