@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.neurons import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
+from opsin.callbacks.looking import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
 from opsin.callbacks.run_folder import run_folder
 from opsin.confidence_plots import confidence_figure
 from opsin.errors import ConfigError
@@ -25,6 +25,7 @@ from opsin.module import OpsinModule, opsin_module
 from opsin.pictures import PICTURED_MEMBERS, as_image
 from opsin.runs import write_atomically
 from opsin.step import cross_entropy, scored_logits
+from opsin.task import Batch
 
 SET = "repeated"
 """The evaluation set whose second half repeats the first."""
@@ -40,12 +41,12 @@ class ConfidenceStudy(Callback):
     evaluation set ``repeated``, for every member: loss and entropy at each position; the activations of its entropy
     neurons (candidates as ``EntropyNeurons`` has them, by the final weights on the probe); and how the entropy on the
     repeated part changes when each of them, and all of them together, are held at the mean activation they have on the
-    part before, with the scale of the last LayerNorm recomputed (total) or as it is (direct). The control is the same
+    first half, with the scale of the last LayerNorm recomputed (total) or as it is (direct). The control is the same
     ablation of output weights of the same norms and of random directions. Where no neuron is a candidate, those whose
     total effect times mediated share is largest are shown in their place and called *not candidates*.
 
     Activations are those under the interventions in force; what an ablation does is computed for the read-out of the
-    weights alone.
+    weights alone, as if nothing were clamped between ``hook_post`` and the last ``hook_resid_post``.
 
     In the run folder: ``confidence.csv`` with one row a number (``member, what, neuron, position, value``), and
     ``confidence.png``, which W&B receives too. ``what`` is ``loss``, ``entropy`` (nats), ``activation``, ``candidate``
@@ -82,6 +83,11 @@ class ConfidenceStudy(Callback):
         neurons = module.transformer.neurons
         if neurons is not None and self.top > neurons:
             raise ConfigError("ConfidenceStudy.top", self.top, f"at most the model's {neurons} neurons of a layer")
+        first, repeated = _parts(module.task.batch(0, 0, f"eval/{SET}"))
+        if not (first.any() and repeated.any()):
+            own = f"{type(module.task).__name__} of {len(module.task.layout.scored)} positions"
+            expected = f"more of them: in {SET!r} none is foreseen from the first half in every sequence"
+            raise ConfigError("ConfidenceStudy", own, expected)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._folder, self._final = opsin_module(pl_module), run_folder(trainer), trainer.max_steps
@@ -167,8 +173,8 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
     resid, post = (seen[site][:, :, scored] for site in sites)
     logits = scored_logits(seen["hook_logits"], batch)
     loss, entropy = (x.mean(1).cpu() for x in (cross_entropy(logits, batch), token_entropy(logits)))
-    repeated = batch.truth.query[:, :, scored].all(1).all(0)
-    means = post[:, :, ~repeated].mean((1, 2), keepdim=True)
+    first, repeated = _parts(batch)
+    means = post[:, :, first].mean((1, 2), keepdim=True)
     effect, candidate = _candidates(module)
     w_out = read_out_and_outputs(module)[1]
     studies = []
@@ -182,6 +188,12 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
         shown = tuple(neurons), bool(candidate[m].any()), activation, changes
         studies.append(Study(tuple(scored), repeated.cpu(), loss[m], entropy[m], *shown))
     return studies
+
+
+def _parts(batch: Batch) -> tuple[Bool[Tensor, " Q"], Bool[Tensor, " Q"]]:
+    """Of the scored positions, those in the first half, and those whose output every sequence has shown before."""
+    scored = torch.tensor(batch.layout.scored, device=batch.tokens.device)
+    return scored < batch.tokens.shape[-1] // 2, batch.truth.query[:, :, scored].all(1).all(0)
 
 
 def _candidates(module: OpsinModule) -> tuple[Effect, Bool[Tensor, "M N"]]:

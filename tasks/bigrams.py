@@ -43,7 +43,7 @@ class TriggerBigrams(NextToken):
 
     Queries are the rows of a trigger that has occurred before. All its earlier occurrences have the same successor, so
     there is no ``other``. Evaluation sets: ``train``; ``repeated``: the second half repeats the first, and every row
-    of it can be copied.
+    of it can be copied (there tokens that are no triggers have ``other``, too).
 
     Args:
         vocabulary: V.

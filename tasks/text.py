@@ -57,7 +57,7 @@ def read_text(path: str, field: str, vocabulary: int | None, heldout: float, lea
     """
     try:
         content = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise ConfigError(field, path, "a readable text file in UTF-8") from problem
     codes = np.frombuffer(content.encode("utf-32-le"), np.uint32)
     seen = len(codes) - round(heldout * len(codes))
@@ -171,6 +171,7 @@ class Characters(NextToken):
         self.require("heldout", heldout, 0 <= heldout < 1, "a share, at least 0 and less than 1")
         self.text = read_text(path, "Characters.path", vocabulary, heldout, positions + 1)
         found = len(self.text.characters)
+        self.require("path", path, found >= 2, "a text of at least 2 different characters")
         self.require("vocabulary", vocabulary, found >= least, f"at most {found}, the characters of {path}")
         self.n_tokens = self.n_outputs = found
         if not len(self.text.heldout):

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from opsin.callbacks import Ablate, ConfidenceStudy, EntropyNeurons, KeepRun, WeightsAndBiases, wandb
+from opsin.callbacks.confidence import _parts
 from opsin.confidence_plots import confidence_figure
 from opsin.errors import ConfigError
 from opsin.model import Transformer, forward
 from opsin.module import OpsinModule
-from opsin.tasks import Repeats
+from opsin.tasks import Characters, Repeats
 from tests.callbacks.test_neurons import Sent
 from tests.killers import SaveAt
 from tests.toys import ToyTokens, train
@@ -211,3 +212,20 @@ def test_the_figure_has_a_row_for_each_of_the_first_members(tmp_path):
 def test_what_cannot_be_studied_stops_the_run_before_it_starts(make, settings, message):
     with pytest.raises(ConfigError, match=message):
         train(module(**settings), 5, make())
+
+
+def test_sequences_too_short_to_be_recognised_stop_the_run_before_it_starts(tmp_path):
+    (tmp_path / "text.txt").write_text("abcabdabe" * 20)
+    short = Characters(str(tmp_path / "text.txt"), positions=4, heldout=0.0)
+    message = "^ConfidenceStudy: got 'Characters of 4 positions', expected more of them: in 'repeated' none is foreseen"
+    with pytest.raises(ConfigError, match=message):
+        train(module(data=short), 5, ConfidenceStudy(top=1))
+
+
+def test_the_first_half_alone_says_what_a_neuron_is_held_at(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
+    text = Characters(str(tmp_path / "text.txt"), positions=20, heldout=0.0)
+    first, repeated = _parts(text.batch(0, 0, "eval/repeated"))
+    # three characters tell where a copy is, and the first two of the second half are not enough
+    assert first.tolist() == [True] * 10 + [False] * 10
+    assert repeated.tolist() == [False] * 12 + [True] * 8

@@ -189,7 +189,7 @@ def test_settings_that_do_not_fit_the_text_are_named_in_one_line(path, options, 
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfa", b"", b"too short"], ids=str)
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfa", b"", b"too short", b"a" * 900], ids=str)
 def test_a_file_that_is_missing_no_text_or_too_short_is_named(tmp_path, content):
     path = tmp_path / "odd.txt"
     if content is not None:
@@ -197,3 +197,8 @@ def test_a_file_that_is_missing_no_text_or_too_short_is_named(tmp_path, content)
     with pytest.raises(ConfigError, match=r"Characters.path: got '.*odd\.txt.*', expected ") as caught:
         task(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_no_system_has_is_named():
+    with pytest.raises(ConfigError, match=r"^Characters.path: got 'a\\x00b', expected a readable text file in UTF-8$"):
+        task("a\0b")
