@@ -112,7 +112,8 @@ class ActivationSparsity(Callback):
     - ``current_token``, ``previous_token``, ``bigram``: the same by the token, by the one before it, by both together.
 
     Explained variance is corrected for the number of positions, tokens or pairs (``opsin.metrics.activity``). A neuron
-    may be of several of the latter kinds; dead and always active ones are of none of them.
+    may be of several of the latter kinds; dead and always active ones are of none of them. A member whose activations
+    are no numbers has no counts (nan).
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
@@ -162,9 +163,11 @@ class ActivationSparsity(Callback):
     def _record(self, seen: Observation) -> None:
         found = {}
         for layer, site in enumerate(self._sites):
-            active = seen.activations[site] > 0
+            activation = seen.activations[site]
+            known, active = activation.isfinite().flatten(1).all(1), activation > 0
             for kind in self.kinds:
-                found[f"neurons/{layer}/{kind}"] = self._are(kind, active, seen.batch).sum(1).float()
+                count = self._are(kind, active, seen.batch).sum(1)
+                found[f"neurons/{layer}/{kind}"] = count.float().where(known, torch.nan)
         for metric, counts in found.items():
             self._module.history.record(metric, seen.step, counts)
         self._module.log_everywhere(found, seen.step)

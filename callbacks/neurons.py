@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from opsin.callbacks.looking import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
 from opsin.callbacks.run_folder import run_folder
 from opsin.callbacks.snapshots import log_spaced
 from opsin.errors import ConfigError
@@ -23,18 +24,14 @@ from opsin.metrics.neurons import (
     Effect,
     Mediator,
     NullShare,
-    ReadOut,
     candidates,
     control_level,
     finite_unigram,
     logit_var,
-    mean_ablation_effects,
     null_share,
-    random_outputs,
     weight_norm,
 )
 from opsin.metrics.onset import Watch, watch
-from opsin.model import Transformer
 from opsin.module import OpsinModule, opsin_module
 from opsin.neuron_plots import neuron_figure
 from opsin.pictures import PICTURED_MEMBERS, as_image
@@ -45,7 +42,6 @@ from opsin.watching import Event, Observation
 LASTING = 3.0
 """Measurements with a candidate, less those without one, that make a lasting onset."""
 
-CONTROL_SEED = 0
 PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
 TOLD = ("weight_norm", "logit_var", "rho")
 
@@ -173,11 +169,7 @@ class NeuronTracker(Callback):
         columns["rho"] = share.rho
         for name, effect in effects.items():
             columns |= {f"{name}_{part}": getattr(effect, part) for part in PARTS}
-        by_chance = candidates(control[self.measure], control[self.measure])
-        numbers = {
-            "candidates": chosen.sum(-1).to(resid.dtype),
-            "control_candidates": by_chance.sum(-1).to(resid.dtype),
-        }
+        numbers = _counted(effects[self.measure], control[self.measure])
         numbers |= _strongest(effects[self.measure], share) | _against(effects[self.measure], control[self.measure])
         columns, numbers = ({name: x.cpu() for name, x in which.items()} for which in (columns, numbers))
         return Measured(seen.step, columns, {name: numbers[name] for name in self.numbers})
@@ -266,7 +258,8 @@ class EntropyNeurons(NeuronTracker):
 
     Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 3; definitions in
     ``opsin.metrics.neurons``. Measured at the probe's scored positions under the interventions in force; what an
-    ablation does is computed for the read-out of the weights alone. Read-only.
+    ablation does is computed for the read-out of the weights alone, as if nothing were clamped between ``hook_post``
+    and the last ``hook_resid_post``. Read-only.
 
     A *candidate* is a neuron more than half of whose effect on the entropy passes through the scale, and whose effect
     is above the 99th percentile of those of its member's control: as many random output weights, of the same norms
@@ -338,54 +331,21 @@ class TokenFrequencyNeurons(NeuronTracker):
             raise ConfigError("TokenFrequencyNeurons", own, "a task with a unigram")
 
 
-def require_neurons(own: str, model: Transformer) -> None:
-    """A model has what decides on a neuron's effect through LayerNorm.
-
-    Args:
-        own: the callback that needs it.
-
-    Raises:
-        ConfigError: it has no MLPs or no LayerNorm.
-    """
-    if model.neurons is None:
-        raise ConfigError(own, "a model without MLPs", "one with them: transformer.mlp_ratio a number")
-    if not model.norm:
-        raise ConfigError(own, "a model without LayerNorm", "one with it: transformer.norm true")
-
-
-def neuron_sites(module: OpsinModule) -> tuple[str, str]:
-    """Of the last layer, the residual stream after it and its neurons' activations."""
-    layer = module.sites.layers - 1
-    return f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"
-
-
-def read_out_and_outputs(module: OpsinModule) -> tuple[ReadOut, Float[Tensor, "M N D"]]:
-    """By the weights as they are, what turns the last residual stream into logits, and what each last neuron writes."""
-    parameters = module.parameters_by_name()
-    return ReadOut.of(parameters), parameters[f"blocks.{module.sites.layers - 1}.mlp.W_out"].detach()
-
-
-def effects_and_control(
-    module: OpsinModule, resid: Float[Tensor, "M B Q D"], post: Float[Tensor, "M B Q N"], **about: Any
-) -> tuple[dict[str, Effect], dict[str, Effect]]:
-    """Effects of the last layer's neurons, and of as many random output weights of the same norms.
-
-    Args:
-        module: its weights decide.
-        resid, post: activations of ``neuron_sites``.
-        about: more arguments of ``mean_ablation_effects``.
-    """
-    read_out, w_out = read_out_and_outputs(module)
-    effects, control = (
-        mean_ablation_effects(read_out, resid, post, outputs, **about)
-        for outputs in (w_out, random_outputs(w_out, CONTROL_SEED))
-    )
-    return effects, control
+def _counted(effect: Effect, control: Effect) -> dict[str, Float[Tensor, " M"]]:
+    """Candidates, and those of the control; nan for a member whose effects are no numbers."""
+    known = (effect.total.sum(-1) + control.total.sum(-1)).isfinite()
+    both = {"candidates": effect, "control_candidates": control}
+    return {
+        name: candidates(each, control).sum(-1).to(each.total.dtype).where(known, torch.nan)
+        for name, each in both.items()
+    }
 
 
 def _strongest(effect: Effect, share: NullShare) -> dict[str, Float[Tensor, " M"]]:
     """The largest numbers of any neuron."""
-    return {"total": effect.total.amax(-1), "rho": share.rho.nan_to_num(0).amax(-1), "rho_chance": share.chance}
+    # a weight of zeros has no share, a member without numbers none at all
+    rho = share.rho.nan_to_num(0).amax(-1).where(share.chance.isfinite(), torch.nan)
+    return {"total": effect.total.amax(-1), "rho": rho, "rho_chance": share.chance}
 
 
 def _against(effect: Effect, control: Effect) -> dict[str, Float[Tensor, " M"]]:

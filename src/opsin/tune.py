@@ -35,7 +35,7 @@ from opsin.weights import WeightWriter
 LARGEST_CHUNK = 16
 """Members of one process at most: more gain no speed on a CPU, and lose more when the process is killed."""
 
-CANDIDATES = (1, 4, 8, 16, 32)
+CANDIDATES = (1, 2, 4, 8, 16, 32)
 """Numbers of members that are tried, as far as there are so many for every process."""
 
 BATCHES = 4

@@ -14,12 +14,14 @@ from PIL import Image
 
 from opsin.callbacks import (
     Ablate,
+    ActivationSparsity,
+    Calibration,
     EntropyNeurons,
     KeepRun,
     StopWhen,
     TokenFrequencyNeurons,
     WeightsAndBiases,
-    neurons,
+    looking,
     wandb,
 )
 from opsin.callbacks.neurons import Measured
@@ -31,7 +33,14 @@ from opsin.watching import recorded_metrics
 from tests.killers import SaveAt
 from tests.toys import ToyTokens, train
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=2.0)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Where runs without KeepRun leave their tables."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Skewed(ToyTokens):
@@ -80,6 +89,31 @@ def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_pa
     assert model.history["entropy_neurons/total"].values[-1] == pytest.approx(effects["entropy"].total.amax(-1).numpy())
 
 
+def test_a_neuron_that_is_held_at_its_overall_mean_has_no_effect_left(tmp_path):
+    held = Ablate(neurons=["1:3", "1:7"], value="overall_mean")
+    train(module([1, 2]), 20, EntropyNeurons(every=10, tables=0), held, KeepRun(tmp_path))
+    rows = table(tmp_path / "entropy_neurons" / "step_0000020.csv")
+    total = np.array([row["entropy_total"] for row in rows]).reshape(2, -1)
+    assert (total[:, [3, 7]] < 1e-5).all() and (np.delete(total, [3, 7], 1) > 1e-4).mean() > 0.9
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e30])
+def test_a_member_that_diverges_leaves_the_others_numbers_and_has_none(rate, tmp_path):
+    both_of = {}
+    for name, rates in (("alone", [1e-2, 1e-2]), ("beside", [1e-2, rate])):
+        readers = [
+            *both(every=5),
+            Calibration(every=5, fit=["temperature", "vector"], fit_every=5),
+            ActivationSparsity(),
+        ]
+        model = train(module([1, 2], learning_rate=rates), 20, *readers, KeepRun(tmp_path / name))
+        both_of[name] = {metric: model.history[metric].values[-1] for metric in model.history.names()}
+    for metric, values in both_of["beside"].items():
+        assert np.array_equal(values[0], both_of["alone"][metric][0], equal_nan=True), metric
+        if metric.startswith((*NAMES, "calibration/", "neurons/")) and not metric.endswith("exact_entropy"):
+            assert np.isnan(values[1]), metric
+
+
 def test_the_control_is_put_through_the_same_rule(monkeypatch):
     model = module([1, 2])
 
@@ -92,7 +126,7 @@ def test_the_control_is_put_through_the_same_rule(monkeypatch):
 
     train(model, 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [0, 0]
-    monkeypatch.setattr(neurons, "random_outputs", one_that_the_unembedding_does_not_see)
+    monkeypatch.setattr(looking, "random_outputs", one_that_the_unembedding_does_not_see)
     train(model := module([1, 2]), 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [1, 1]
 

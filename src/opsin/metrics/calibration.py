@@ -79,7 +79,7 @@ def fit_temperature(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B 
     """The temperature that logits should be divided by: temperature scaling (Guo et al. 2017, section 4.2).
 
     The loss is convex in 1 / T, and its slope is the mean expected logit minus the mean logit of the answers; its zero
-    is found by halving, in double precision, between the ``TEMPERATURES``.
+    is found by halving, in double precision, between the ``TEMPERATURES``. nan where logits are no numbers.
     """
     z = logits.detach().double()
     answer = z.gather(-1, targets[..., None]).mean((1, 2, 3))
@@ -90,7 +90,7 @@ def fit_temperature(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B 
         # an expected logit above the answers' says that the distribution is too sharp
         too_sharp = expected > answer
         low, high = torch.where(too_sharp, middle, low), torch.where(too_sharp, high, middle)
-    return ((low + high) / 2).exp().to(logits.dtype)
+    return ((low + high) / 2).exp().where(answer.isfinite() & expected.isfinite(), torch.nan).to(logits.dtype)
 
 
 def at_temperature(logits: Float[Tensor, "M B Q V"], temperature: Float[Tensor, " M"]) -> Float[Tensor, "M B Q V"]:

@@ -124,10 +124,14 @@ def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int
     Args:
         dimensions: k, from 0 to D - 1. None counts, for each member, the directions whose singular value is at
             most ``NULL_FRACTION`` of the largest, those that have none included: at least max(0, D - V),
-            since D - 1 centred directions meet V - 1 differences of logits.
+            since D - 1 centred directions meet V - 1 differences of logits. Of a member whose unembedding is no
+            number rho and chance are nan.
     """
     basis = _without_ones(w_out.shape[-1]).to(w_out.device)  # D C
-    inside = basis.T @ read_out.effective().double()  # M C V
+    effective = read_out.effective().double()
+    # a member that has diverged would end the decomposition of all
+    known = effective.isfinite().all(-1).all(-1)
+    inside = basis.T @ effective.where(known[:, None, None], 0.0)  # M C V
     directions, values, _ = torch.linalg.svd(inside, full_matrices=inside.shape[1] > inside.shape[2])  # M C C
     values = torch.nn.functional.pad(values, (0, inside.shape[1] - values.shape[1]))  # M C, descending
     if dimensions is None:
@@ -137,7 +141,9 @@ def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int
     squares = (w_out.double() @ basis @ directions).square()
     rho = ((squares * unseen[:, None]).sum(-1) / squares.sum(-1)).sqrt()
     count = unseen.sum(-1)
-    return NullShare(rho.to(w_out.dtype), count, (count / values.shape[1]).sqrt().to(w_out.dtype))
+    chance = (count / values.shape[1]).sqrt()
+    rho, chance = (x.where(known[:, None] if x.dim() > 1 else known, torch.nan).to(w_out.dtype) for x in (rho, chance))
+    return NullShare(rho, count, chance)
 
 
 def _without_ones(width: int) -> Float[Tensor, "D C"]:
