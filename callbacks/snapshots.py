@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class Snapshots(Callback):
         self._module.listen(1, self._look)
         self._module.on_event(self._on_event)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a run that ended early, whose last step was no special one until then
+        if not self._path(self._module.steps_done).exists():
+            values = self._module.parameters_by_name()
+            self._write(self._module.steps_done, {name: _copy(tensor) for name, tensor in values.items()})
+
     def _look(self, seen: Observation) -> None:
         step, recent = seen.step, seen.step % self.every == 0
         write = step in self._spaced or step == self._last or (recent and step <= self._dense_until)
@@ -109,8 +116,11 @@ class Snapshots(Callback):
         while self._recent:
             self._write(*self._recent.popleft())
 
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step:07d}.pt"
+
     def _write(self, step: int, parameters: dict[str, Tensor]) -> None:
-        path = self._folder / f"step_{step:07d}.pt"
+        path = self._path(step)
         part = path.with_name(path.name + PART)
         sequences = step * self._module.task.batch_size
         with part.open("wb") as file:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 STEPS = 60
+ABLATED = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:3"]}}
 RECIPE = {
     "task": {
         "class_path": "opsin.tasks.FewShot",
@@ -166,8 +167,41 @@ def test_a_metric_without_one_recorded_number_a_member_cannot_be_compared(metric
     assert line.startswith(f"opsin: population.compare: got '{metric}', expected any of train/loss, train/accuracy")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"conditions": {"watched": {"callbacks": [{"class_path": "opsin.callbacks.InductionHeads"}]}}},
+            "population.conditions: callbacks: got 'InductionHeads', expected one that acts in chosen members",
+        ),
+        ({"model": {"learning_rate": [0.01]}}, "model.learning_rate: got [0.01], expected one number beside"),
+        ({"windows": {"starts": [0, 60]}}, "population.windows.starts: got 60, expected 0 to below 60, the steps of"),
+        (
+            {"windows": {"callbacks": [{**ABLATED, "init_args": {**ABLATED["init_args"], "schedule": {"ramp": 5}}}]}},
+            "population.windows.callbacks: Ablate.schedule: got ",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_population_would_pass_over_in_silence_is_refused(change, message, tmp_path):
+    windows = {"callbacks": [ABLATED], "starts": [0], "lengths": [10], "unit": "steps", **change.get("windows", {})}
+    wrong = {**RECIPE, "model": {**RECIPE["model"], **change.get("model", {})}}
+    wrong["population"] = {"seeds": 1, "windows": windows, "conditions": change.get("conditions", {})}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    assert message in ended.stderr.splitlines()[-1]
+
+
+def test_a_chunk_of_which_every_member_has_diverged_is_whole(tmp_path):
+    population = {"seeds": 2, "members_per_process": 1, "conditions": {"fast": {"learning_rate": 1e30}, "none": {}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"population": population}))
+    opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path)
+    members = pd.read_csv(tmp_path / "run" / "members.csv")
+    assert members["status"].tolist() == ["diverged", "diverged", "complete", "complete"]
+
+
 OVERFLOWING = {"class_path": "opsin.callbacks.Clamp", "init_args": {"site": "hook_embed", "value": 1e38}}
-ABLATED = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:3"]}}
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def fit_population(cli: OpsinCLI) -> None:
     if cli.trainer.max_steps < 1:
         raise ConfigError("trainer.max_steps", cli.trainer.max_steps, "the number of optimizer steps")
     _check_compared(cli)
+    _check_windows(cli)
     folder = cli.keeper.folder
     if (folder / "population.json").exists():
         raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
@@ -201,6 +202,17 @@ def _check_compared(cli: OpsinCLI) -> None:
     for name in cli.config.population.compare:
         if name not in numbers:
             raise ConfigError("population.compare", name, f"any of {', '.join(numbers)}")
+
+
+def _check_windows(cli: OpsinCLI) -> None:
+    """Every window of a critical-period study begins before the run ends."""
+    if (windows := cli.config.population.windows) is None:
+        return
+    size = cli.model.task.batch_size if windows.unit == "sequences" else 1
+    for start in windows.starts:
+        if not 0 <= start < cli.trainer.max_steps * size:
+            expected = f"0 to below {cli.trainer.max_steps * size:,}, the {windows.unit} of the run"
+            raise ConfigError("population.windows.starts", start, expected)
 
 
 def resume(args: Sequence[str]) -> None:

@@ -57,6 +57,12 @@ def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
     settings, seed = recipe["population"], recipe["model"]["seed"]
     if not isinstance(seed, int):
         raise ConfigError("model.seed", seed, "one seed beside a population, which chooses the others")
+    for name in ("learning_rate", "weight_decay"):
+        if isinstance(value := recipe["model"].get(name), list):
+            raise ConfigError(f"model.{name}", value, f"one number beside a population; a condition has its own {name}")
+    if recipe["model"].get("initial"):
+        expected = "none beside a population; a condition's `initial` says what its members start from"
+        raise ConfigError("model.initial", recipe["model"]["initial"], expected)
     conditions, grid = expanded(recipe)
     members = members_of(settings["seeds"], seed, list(conditions), settings["paired"])
     graphs: dict[str, Hashable] = {}
@@ -147,7 +153,12 @@ def train_population(folder: Path) -> None:
         + (f"; {count - len(jobs)} chunks are finished" if len(jobs) < count else "")
     )
     teller = _Teller(folder, count, count - len(jobs))
-    failed = run_jobs(jobs, arrangement["processes"], teller.ended, teller.tick)
+    try:
+        failed = run_jobs(jobs, arrangement["processes"], teller.ended, teller.tick)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; `opsin resume {folder}` continues") from None
+    # one whose members have all diverged ends with an error, and is whole
+    failed = [job for job in failed if _job(job.folder) is not None]
     summary = finish_population(folder)
     send_population(folder, summary)
     print(population_report(summary, folder))
@@ -187,7 +198,7 @@ class _Teller:
 
     def ended(self, job: Job, code: int) -> None:
         """A worker ended."""
-        self.done += code == 0
+        self.done += _job(job.folder) is None
         what = "finished" if code == 0 else f"ended with code {code}: {job.last_words()}"
         log.info(f"opsin: chunk {job.folder.name} {what} ({self.done} of {self.count} done)")
 

@@ -22,7 +22,7 @@ from opsin.step import Moment
 from opsin.watching import Event
 from opsin.weights import missed_updates
 
-KIND = "feedback"
+KIND, DIVERGED = "feedback", "diverged"
 
 PATIENCE = 100
 """Active steps after which a writer that has changed nothing counts as idle."""
@@ -72,9 +72,15 @@ class Control:
         Args:
             without: interventions of the run's own pass that are switched off.
         """
-        gates = self._as_gates(self._strengths(step, 1))[0]
+        gates, clock = self._as_gates(self._strengths(step, 1))[0], self._clock(step, 1)[0]
+        # those that learn no more stay under what was in force at their own last step
+        for last in {how["stopped_at"] - 1 for how in self.ended.values()}:
+            if 0 <= last < step:
+                those = [member for member, how in self.ended.items() if how["stopped_at"] - 1 == last]
+                gates[:, those] = self._as_gates(self._strengths(last, 1))[0][:, those]
+                clock[those] = self._clock(last, 1)[0][those]
         gates[[index for index, item in enumerate(self.plan.interventions) if item in without]] = 0
-        return Moment(gates, self._clock(step, 1)[0], self.fired, self.alive, self.missed)
+        return Moment(gates, clock, self.fired, self.alive, self.missed)
 
     def moments(self, first: int, count: int) -> Iterator[Moment]:
         """What the plan is told at each of some steps; each is made when it is asked for, and counted as active."""
@@ -98,6 +104,9 @@ class Control:
     def _learning(self) -> Bool[np.ndarray, " M"]:
         return np.array([member not in self.ended for member in range(len(self.seeds))])
 
+    def _diverged(self) -> Bool[np.ndarray, " M"]:
+        return np.array([self.ended.get(member, {}).get("status") == DIVERGED for member in range(len(self.seeds))])
+
     def _newly_measured(self, step: int) -> bool:
         """Whether a feedback has a record of just this many steps."""
         return any(name in self.history and self.history[name].steps[-1] == step for name in self._followed)
@@ -105,7 +114,7 @@ class Control:
     def _tell_changes(self, step: int) -> None:
         """Record and announce every feedback whose strength is another than at the step before."""
         for name, row in self.plan.loops.items():
-            feedback, covers = self.plan.schedules[row].feedback, self._covers[row]
+            feedback, covers = self.plan.schedules[row].feedback, self._covers[row] & self._learning()
             assert feedback is not None
             now, before = (feedback.reading(at, len(self.seeds), self.history) for at in (step, step - 1))
             was = before.strength if step else np.zeros(len(self.seeds))
@@ -139,7 +148,7 @@ class Control:
         for name in dict.fromkeys(self.plan.names):
             rows = [index for index, other in enumerate(self.plan.names) if other == name]
             active = self.active[rows].max(0)
-            idle = (active >= (1 if finished else PATIENCE)) & (fired[rows].sum(0) == 0) & self._learning()
+            idle = (active >= (1 if finished else PATIENCE)) & (fired[rows].sum(0) == 0) & ~self._diverged()
             if idle.any() and name not in self._warned:
                 self._tell(name, rows, int(idle.argmax()), int(active[idle.argmax()]))
 
@@ -159,20 +168,21 @@ class Control:
         Args:
             first: the first of these steps.
             finite: whether each member still had a loss.
-
-        Raises:
-            DivergedError: nobody is left.
         """
         for member in (~finite).any(0).nonzero().flatten().tolist():
             if member not in self.ended:
                 step = first + int((~finite[:, member]).nonzero()[0])
-                self.end(member, "diverged", step, f"its loss or gradient was no finite number at step {step:,}")
-        if len(self.ended) == len(self.seeds) and all(how["status"] == "diverged" for how in self.ended.values()):
-            step, member = min((how["stopped_at"], member) for member, how in self.ended.items())
-            raise DivergedError(
-                f"train/loss: got no finite number at step {step} of member {member}, expected a finite loss and "
-                "gradient; the run up to there is kept (try a lower model.learning_rate)"
-            )
+                self.end(member, DIVERGED, step, f"its loss or gradient was no finite number at step {step:,}")
+
+    def all_diverged(self) -> DivergedError | None:
+        """What to tell where every member has diverged."""
+        if not self._diverged().all():
+            return None
+        step, member = min((how["stopped_at"], member) for member, how in self.ended.items())
+        return DivergedError(
+            f"train/loss: got no finite number at step {step} of member {member}, expected a finite loss and "
+            "gradient; the run up to there is kept (try a lower model.learning_rate)"
+        )
 
     def end(self, member: int, status: str, step: int, why: str) -> None:
         """Let a member learn no more; its weights stay as they are.

@@ -26,7 +26,7 @@ from opsin.crew import Crew, places
 from opsin.donors import Start, read_donor
 from opsin.errors import ConfigError
 from opsin.model import Members, Transformer, init_parameters, position_table
-from opsin.optim import MemberAdam
+from opsin.optim import MemberAdam, check_scheduler
 from opsin.passes import Intervention
 from opsin.plan import Plan, Writer, build_plan
 from opsin.runs import History
@@ -202,9 +202,7 @@ class OpsinModule(pl.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau) and self.n_members > 1:
-            expected = f"a schedule that follows no loss: {self.n_members} members share it"
-            raise ConfigError("model.lr_scheduler", "ReduceLROnPlateau", expected)
+        check_scheduler(scheduler, optimizer, self.betas)
         return [optimizer], [scheduler]
 
     def train_dataloader(self) -> DataLoader:
@@ -264,6 +262,11 @@ class OpsinModule(pl.LightningModule):
             self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
             self.control.check_idle(finished=True)
 
+    def on_fit_end(self) -> None:
+        # once its callbacks have written what there is
+        if problem := self.control.all_diverged():
+            raise problem
+
     def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MemberAdam)
@@ -294,6 +297,7 @@ class OpsinModule(pl.LightningModule):
 
     def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
         self.control.check_diverged(first, results[:, 0].isfinite())
+        self.trainer.should_stop |= self.control.all_diverged() is not None
         means = results.nanmean((0, 2))
         for name, value in zip(STEP_METRICS, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)

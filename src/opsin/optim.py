@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from opsin.errors import ConfigError
 from opsin.step import AdamState, Hyper
 
 
@@ -86,6 +88,21 @@ class MemberAdam(torch.optim.Optimizer):
         result = closure()
         self.param_groups[0]["steps"] += 1
         return result
+
+
+def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[float]) -> None:
+    """Refuse a schedule that members cannot share, and one that changes what the step was built with.
+
+    Raises:
+        ConfigError: it follows one loss, or cycles the betas.
+    """
+    members = optimizer.parameters[0].shape[0]
+    if isinstance(scheduler, ReduceLROnPlateau) and members > 1:
+        expected = f"a schedule that follows no loss: {members} members share it"
+        raise ConfigError("model.lr_scheduler", "ReduceLROnPlateau", expected)
+    if tuple(optimizer.param_groups[0]["betas"]) != tuple(betas):
+        name = type(scheduler).__name__
+        raise ConfigError("model.lr_scheduler", name, "one that leaves the betas alone: cycle_momentum: false")
 
 
 def member_groups(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback
 
 from opsin.errors import ConfigError
+from opsin.schedules import Schedule
 
 OF_ALL = ("population", "run_folder", "tune")
 """Settings of a recipe that its chunks do not have."""
@@ -42,6 +43,12 @@ class Condition:
     weight_decay: float | None = None
     task: dict[str, Any] = field(default_factory=dict)
     initial: str | None = None
+
+    def __post_init__(self) -> None:
+        for callback in (*self.callbacks, *(own for each in self.by_seed.values() for own in each)):
+            if not hasattr(callback, "members"):
+                expected = "one that acts in chosen members; trainer.callbacks are for all"
+                raise ConfigError("population.conditions: callbacks", type(callback).__name__, expected)
 
 
 @dataclass
@@ -70,7 +77,7 @@ class Population:
         conditions: by name; the first is the one that others are compared with.
         windows: further conditions, one for every start and length.
         paired: the n-th seed has the same initial weights and data in all conditions, so that differences
-            are caused by the condition; else every member has a seed of its own.
+            are caused by the condition; else every member has a seed of its own, and no differences are told.
         compare: recorded metrics of one number a member whose last value is compared between conditions, beside
             onset and loss.
         processes: that train at once, each on one thread; the machine's cores when None.
@@ -99,6 +106,12 @@ class Population:
                 raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")
         if self.windows is not None and not (self.windows.starts and self.windows.lengths and self.windows.callbacks):
             raise ConfigError("population.windows", "nothing", "callbacks, starts and lengths")
+        for callback in self.windows.callbacks if self.windows is not None else ():
+            if (schedule := getattr(callback, "schedule", Schedule())) != Schedule():
+                expected = "none: the windows say when it acts"
+                raise ConfigError(
+                    f"population.windows.callbacks: {type(callback).__name__}.schedule", schedule, expected
+                )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from opsin.callbacks import InductionHeads, KeepRun, PhaseChange, StopWhen
-from opsin.errors import ConfigError
+from opsin.callbacks import Ablate, Clamp, InductionHeads, KeepRun, PhaseChange, Snapshots, StopWhen
+from opsin.errors import ConfigError, IdleError
+from opsin.feedback import Feedback
+from opsin.schedules import Schedule
 from tests.opsin.test_module import fit, module
 
 
@@ -66,6 +68,46 @@ def test_readers_look_once_more_when_every_member_has_ended():
 
     fit(model, 500, [Reader(), StopWhen(below=99.0, in_a_row=4)])
     assert seen == {7: [0, 7, 14, 20], 10: [0, 10, 20]}
+
+
+def test_a_member_that_ended_is_measured_under_what_was_in_force_at_its_own_end():
+    """A clamp on head 1:1 is over when the other member ends, and was not when this one did."""
+    clamp = {"heads": ["1:1"], "pattern": "match", "schedule": Schedule(stop=100)}
+
+    def trained(seeds, below):
+        model = module(seed=seeds)
+        stop = StopWhen(below=99.0, in_a_row=4, members=[0])
+        fit(model, 200, [InductionHeads(every=10), Clamp(**clamp), *([stop] if below else [])])
+        return model
+
+    beside, alone = trained([1, 2], True), trained([1], True)
+    assert (beside.steps_done, alone.steps_done) == (200, 20)
+    strengths = [model.history["induction_strength"].arrays()[1][-1][:, 1, 1] for model in (beside, alone)]
+    assert strengths[0][0] == pytest.approx(strengths[1][0], abs=1e-4) and abs(strengths[0][1] - strengths[0][0]) > 0.1
+
+
+def test_a_closed_loop_of_a_member_that_ended_stays_as_it_was_and_tells_nothing():
+    loop = Schedule(feedback=Feedback("train/loss", below=99.0))
+    model = module(seed=[1, 2])
+    fit(model, 60, [Ablate(heads=["0:1"], schedule=loop), StopWhen(below=99.0, in_a_row=4, members=[0])])
+    assert model.ended[0]["stopped_at"] == 20
+    assert [event.step for event in model.events if event.kind == "feedback" and event.member == 0] == [5]
+    assert model.control.moment(59).gates.tolist() == [[1.0, 1.0]]
+
+
+def test_a_writer_that_was_idle_until_everyone_ended_is_told():
+    writers = [
+        Ablate(sites=["blocks.0.hook_attn_out"], order=0),
+        Clamp(site="blocks.0.hook_attn_out", value=0.0, order=1),
+    ]
+    for members in ([1], [1, 2]):
+        with pytest.raises(IdleError, match=r"^Clamp: was active for 20 steps"):
+            fit(module(seed=members), 60, [*writers, StopWhen(below=99.0, in_a_row=4, members=[0])])
+
+
+def test_the_last_state_of_a_run_that_ends_early_is_kept(tmp_path):
+    fit(module(), 500, [StopWhen(below=99.0, in_a_row=4), Snapshots(), KeepRun(tmp_path)])
+    assert max(path.name for path in (tmp_path / "snapshots").iterdir()) == "step_0000020.pt"
 
 
 def test_a_head_can_be_what_is_waited_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau
 
 from opsin.callbacks import (
     Ablate,
@@ -206,6 +207,19 @@ def test_a_clamp_on_a_missing_head_stops_the_build():
         fit(module(), callbacks=[Clamp(heads=["0:2"], pattern="match")])
 
 
+@pytest.mark.parametrize("cycles", [True, False])
+def test_a_schedule_that_cycles_the_betas_is_refused(cycles):
+    rate = {"max_lr": 0.01, "total_steps": 20, "cycle_momentum": cycles}
+    model = module(lr_scheduler=lambda optimizer: OneCycleLR(optimizer, **rate))
+    if not cycles:
+        fit(model, steps=20)
+        return
+    with pytest.raises(
+        ConfigError, match=r"^model.lr_scheduler: got 'OneCycleLR', expected .*: cycle_momentum: false$"
+    ):
+        fit(model, steps=20)
+
+
 def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_run(tmp_path):
     model = module(learning_rate=1e30)
     with pytest.raises(
@@ -215,6 +229,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_run(tmp_path):
     assert "\n" not in str(e.value)
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert table[table.metric == "train/loss"].value.isna().any()
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
 
 
 def test_members_of_different_seeds_differ_and_equal_seeds_agree():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opsin.cli_population import lay_out
 from opsin.errors import ConfigError
 from opsin.population import Population, arrange, chunk_recipe, expanded, members_of, merged
 
@@ -111,3 +112,9 @@ def test_an_impossible_population_is_refused_by_name(settings, field):
     with pytest.raises(ConfigError) as refused:
         Population(**settings)
     assert refused.value.field == f"population.{field}"
+
+
+def test_initial_weights_of_the_recipe_are_refused_beside_a_population(tmp_path):
+    recipe = {"population": {"seeds": 2}, "model": {"seed": 1, "initial": [{"path": "donor"}]}}
+    with pytest.raises(ConfigError, match=r"^model.initial: got .*, expected none beside a population"):
+        lay_out(recipe, tmp_path, lambda path: pytest.fail("was built"))
