@@ -19,7 +19,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -175,6 +175,7 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
     met = _Met(
         [(array("q"), array("d")) for _ in population.members],
         {metric: np.full(len(population.members), math.nan) for metric in population.compare},
+        {member.member for member in population.members if member.status == EARLY},
     )
     target = population.path / "metrics.csv"
     part = target.with_name(target.name + ".part")
@@ -193,17 +194,19 @@ class _Met:
     Args:
         curves: of every member, the sequences and values of its training loss.
         last: of each metric that is compared, every member's newest value.
+        early: members that ended early, of whose steps after that there are records without a number.
     """
 
     curves: list[tuple[array[int], array[float]]]
     last: dict[str, Float[np.ndarray, " M"]]
+    early: Collection[int]
 
     def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
         """One record."""
         if metric == LOSS:
             self.curves[member][0].append(int(sequences))
             self.curves[member][1].append(value)
-        if metric in self.last:
+        if metric in self.last and not (member in self.early and math.isnan(value)):
             self.last[metric][member] = value
 
     def losses(self) -> Losses:

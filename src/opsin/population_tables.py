@@ -114,13 +114,15 @@ def _outcome(member: TrainedMember, plateau: float | None, final: float | None) 
 
 
 def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> float | None:
-    y = losses.values[:, member.member].copy()
     if not member.counts:
         return None
+    # members of other batches have records at other numbers of sequences
+    own = np.isfinite(losses.values[:, member.member])
+    x, y = losses.sequences[own], losses.values[own, member.member]
     if member.status == EARLY and final is not None:
-        known = np.flatnonzero(np.isfinite(y))
-        y[known[-1] + 1 if len(known) else 0 :] = final
-    return mean_over_run(losses.sequences, y)
+        after = losses.sequences[losses.sequences > x[-1]] if len(x) else losses.sequences
+        x, y = np.append(x, after), np.append(y, np.full(len(after), final))
+    return mean_over_run(x, y)
 
 
 def _number(value: float | None) -> float | None:

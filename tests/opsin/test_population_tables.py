@@ -318,6 +318,22 @@ def test_the_last_value_of_a_metric_is_compared_where_the_recipe_asks_for_it(tmp
     assert any("+0.3750" in line and "(2 of 3 pairs)" in line for line in lines)
 
 
+def test_of_a_member_that_ended_early_the_last_number_is_compared(tmp_path):
+    records = [record(6000.0, status="finished early", stopped_at=1), *RECORDS[1:]]
+    values = [[1.0] * 6, [2.0] * 6, [math.nan, *[3.0] * 5]]
+    summary = finish_population(
+        write_population(tmp_path / "run", MEMBERS, records, compare={"train/accuracy": values})
+    )
+    assert [each["train/accuracy"] for each in summary["members"]] == [2.0, *[3.0] * 5]
+
+
+def test_members_whose_records_are_at_other_sequences_have_a_mean_loss_of_their_own(tables):
+    flat = [lambda x, level=level: np.where(x % 400 == 0, level, math.nan) for level in (1.0, 2.0)]
+    every = [lambda x, level=level: np.full(len(x), level) for level in (3.0, 4.0, 5.0, 6.0)]
+    members = tables(losses=[*flat, *every])["members"]
+    assert [each["mean_loss"] for each in members] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
 def test_a_metric_that_no_member_recorded_is_compared_to_nothing(tmp_path):
     path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"val/train/loss": []})
     summary = finish_population(path)
