@@ -104,8 +104,7 @@ def _rate(recipe: Mapping[str, Any], size: int, processes: int) -> float:
         command = [sys.executable, "-m", "opsin.tune", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         workers = [
-            subprocess.Popen(command, cwd=scratch, env=environment, stdout=subprocess.PIPE, text=True)
-            for _ in range(processes)
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)
         ]
         told = [worker.communicate()[0] for worker in workers]
     codes = [worker.returncode for worker in workers if worker.returncode]
@@ -115,7 +114,7 @@ def _rate(recipe: Mapping[str, Any], size: int, processes: int) -> float:
 
 
 class Stopwatch(Callback):
-    """Seconds per optimizer step from the second Lightning batch on.
+    """Seconds per optimizer step from the second Lightning batch on; ends the trial after ``BATCHES``.
 
     Args:
         recorded: what the recipe's readers, which a trial lacks, would record: schedules may follow it.
@@ -131,9 +130,11 @@ class Stopwatch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         done = opsin_module(pl_module).steps_done
         if not hasattr(self, "_began"):
-            self._began, self._first = time.perf_counter(), done
+            self._began, self._first, self._batches = time.perf_counter(), done, 1
         elif done > self._first:
             self.seconds = (time.perf_counter() - self._began) / (done - self._first)
+            self._batches += 1
+            trainer.should_stop = self._batches >= BATCHES
 
 
 def time_recipe(path: Path) -> float:
@@ -148,7 +149,7 @@ def time_recipe(path: Path) -> float:
     watch = Stopwatch(recorded_metrics(callbacks, model.sites, model.task, validates=True))
     writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
     trainer = Trainer(
-        max_steps=BATCHES * cli.model.steps_per_batch,
+        max_steps=cli.trainer.max_steps,
         callbacks=[*writers, watch],
         accelerator="cpu",
         logger=False,

@@ -21,14 +21,16 @@ from tests.toys import few_shot
 
 
 def test_the_fastest_number_of_members_comes_first(monkeypatch):
-    rates = {1: 100.0, 4: 300.0, 6: 250.0}
+    rates = {1: 100.0, 2: 50.0, 4: 300.0, 6: 250.0}
     tried = []
     monkeypatch.setattr(tune, "_rate", lambda recipe, size, processes: tried.append((recipe, processes)) or rates[size])
-    assert list(tune.fastest(lambda size: {"members": size}, 2, 6)) == [4, 6, 1]
-    assert tried == [({"members": size}, 2) for size in (1, 4, 6)]
+    assert list(tune.fastest(lambda size: {"members": size}, 2, 6)) == [4, 6, 1, 2]
+    assert tried == [({"members": size}, 2) for size in (1, 2, 4, 6)]
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (3, [1, 3]), (16, [1, 4, 8, 16]), (100, [1, 4, 8, 16, 32])])
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (3, [1, 2, 3]), (16, [1, 2, 4, 8, 16]), (100, [1, 2, 4, 8, 16, 32])]
+)
 def test_no_more_members_are_tried_than_there_are(most, sizes, monkeypatch):
     monkeypatch.setattr(tune, "_rate", lambda recipe, size, processes: -size)
     assert list(tune.fastest(lambda size: {}, 2, most)) == sizes
@@ -65,6 +67,24 @@ def test_a_schedule_may_follow_in_a_trial_what_only_the_run_measures():
     model = module(idle="warn")
     fit(model, 20, [loop, watch])
     assert watch.seconds > 0 and model.steps_done == 20
+
+
+def test_a_trial_ends_after_some_batches_whatever_the_length_of_its_run():
+    late, watch = Ablate(["0:1"], schedule=Schedule(start=900)), tune.Stopwatch({})
+    model = module()
+    fit(model, 1000, [late, watch])
+    assert watch.seconds > 0 and model.steps_done == tune.BATCHES * model.steps_per_batch
+
+
+def test_a_trial_finds_what_the_recipe_finds(tmp_path, monkeypatch):
+    """Paths beside the recipe, and writers that act later than a trial lasts."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
+    task = {"class_path": "opsin.tasks.Characters", "init_args": {"path": "text.txt", "positions": 8, "batch_size": 4}}
+    late = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["0:1"], "schedule": {"start": 900}}}
+    trainer = {**RECIPE["trainer"], "max_steps": 1000, "callbacks": [late]}
+    monkeypatch.chdir(tmp_path)
+    recipe = {"task": task, "model": RECIPE["model"], "trainer": trainer}
+    assert list(tune.fastest(lambda size: recipe, 1, 1)) == [1]
 
 
 @pytest.mark.slow
