@@ -152,6 +152,16 @@ def test_a_replay_from_a_checkpoint_and_one_from_the_beginning_agree(forked, ops
     assert one["global_step"] == 25 and same(one, two)
 
 
+def test_a_run_with_a_logger_and_what_needs_one_can_be_forked(forked):
+    settings = recipe(*TRUNK, {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}, seed=0)
+    settings["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "."},
+    }
+    (branch,) = forked(settings)
+    assert (branch / "summary.json").exists()
+
+
 def test_a_fork_leaves_its_run_as_it_is(forked, tmp_path):
     forked(recipe(*TRUNK))
     run = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

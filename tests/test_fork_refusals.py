@@ -40,6 +40,16 @@ WRONG = {
         ["conditions.a: Ablate.schedule", "steps 0 to 20", "20 to 40"],
     ),
     "too short": (["run", "--at", 20], {"conditions": {"a": {"max_steps": 20}}}, ["conditions.a: max_steps", "20"]),
+    "a task that is a number": (
+        ["run", "--at", 20],
+        {"conditions": {"a": {"task": 5}}},
+        ["conditions.a.task", "got 5"],
+    ),
+    "other batches": (
+        ["run", "--at", 20],
+        {"conditions": {"a": {"task": {"batch_size": 8}}}},
+        ["conditions.a: task.batch_size: got 8, expected 4"],
+    ),
     "other shapes": (["run", "--at", 20], {"conditions": {"a": {"task": {"n_labels": 4}}}}, ["task", "embed.W_E"]),
 }
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from opsin.callbacks import KeepRun, WeightsAndBiases
 from opsin.cli_population import default_arrangement, train_population
@@ -323,7 +324,8 @@ def _run_silently(cli: OpsinCLI) -> None:
     outsiders = (WeightsAndBiases, Checkpoint, ProgressBar)
     kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, outsiders)]
     trainer.callbacks = [*kept, _StopOnceKept(cli.keeper)]  # type: ignore[attr-defined]
-    trainer.loggers = []
+    # a logger that keeps nothing, since some callbacks want one
+    trainer.loggers = [DummyLogger()] if trainer.loggers else []
     try:
         trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
     except _Reached:

@@ -75,6 +75,8 @@ def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, A
     for setting, value in settings.items():
         if setting not in SETTINGS:
             raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(SETTINGS)}")
+    if not isinstance(settings.get("task") or {}, Mapping):
+        raise ConfigError(f"conditions.{name}.task", settings["task"], "settings of the task, by name")
     found = copy.deepcopy(dict(recipe)) | {"ckpt_path": str(start)}
     found["model"] |= {key: settings[key] for key in PER_MEMBER if settings.get(key) is not None}
     found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
@@ -101,6 +103,9 @@ def check_branch(branch: Built, trunk: Built, at: int, steps: int) -> None:
     """
     if steps <= at:
         raise ConfigError("max_steps", steps, f"more than the fork's step {at}")
+    size, own = trunk.module.task.batch_size, branch.module.task.batch_size
+    if own != size:
+        raise ConfigError("task.batch_size", own, f"{size}, as the run has it, whose records count sequences")
     was = {name: tuple(tensor.shape) for name, tensor in trunk.module.state_dict().items()}
     for name, tensor in branch.module.state_dict().items():
         if was[name] != tuple(tensor.shape):
