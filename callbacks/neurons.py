@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.looking import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
+from opsin.callbacks.last_neurons import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
 from opsin.callbacks.run_folder import run_folder
 from opsin.callbacks.snapshots import log_spaced
 from opsin.errors import ConfigError

@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Bool
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from opsin.control import EARLY
 from opsin.errors import ConfigError
 from opsin.feedback import PER_HEAD, Feedback
 from opsin.module import OpsinModule, callbacks_of, opsin_module
 from opsin.watching import recorded_metrics
-
-STATUS = "finished early"
 
 
 class StopWhen(Callback):
@@ -76,7 +75,7 @@ class StopWhen(Callback):
             if member not in module.ended and (self.members is None or member in self.members):
                 condition = self.condition
                 why = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
-                module.control.end(member, STATUS, done, why)
+                module.control.end(member, EARLY, done, why)
         if len(module.ended) == module.n_members:
             trainer.should_stop = True
 

@@ -23,6 +23,7 @@ from opsin.callbacks.run_folder import is_finished
 from opsin.cli_fork import fork_run
 from opsin.cli_population import (
     arranged,
+    check_population,
     default_arrangement,
     lay_out,
     train_population,
@@ -38,7 +39,6 @@ from opsin.report import final_report, sites_report
 from opsin.runs import load_saved
 from opsin.task import Task
 from opsin.tune import cores, members_that_fit
-from opsin.watching import recorded_metrics
 
 USAGE = """usage: opsin VERB ...
 
@@ -178,8 +178,8 @@ def fit_population(cli: OpsinCLI) -> None:
         raise ConfigError("ckpt_path", cli.config.ckpt_path, "none beside a population; `opsin resume` continues one")
     if cli.trainer.max_steps < 1:
         raise ConfigError("trainer.max_steps", cli.trainer.max_steps, "the number of optimizer steps")
-    _check_compared(cli)
-    _check_windows(cli)
+    callbacks, validates = callbacks_of(cli.trainer), bool(cli.trainer.limit_val_batches)
+    check_population(cli.config.population, cli.model, callbacks, cli.trainer.max_steps, validates)
     folder = cli.keeper.folder
     if (folder / "population.json").exists():
         raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
@@ -192,27 +192,6 @@ def fit_population(cli: OpsinCLI) -> None:
         arrangement = tuned_arrangement(layout, arrangement, fit)
     write_population(layout, folder, arranged(layout, arrangement), arrangement)
     train_population(folder)
-
-
-def _check_compared(cli: OpsinCLI) -> None:
-    """Metrics that a population compares are recorded by its runs, one number a member."""
-    model, validates = cli.model, bool(cli.trainer.limit_val_batches)
-    found = recorded_metrics(callbacks_of(cli.trainer), model.sites, model.task, validates)
-    numbers = [name for name, shape in found.items() if not shape]
-    for name in cli.config.population.compare:
-        if name not in numbers:
-            raise ConfigError("population.compare", name, f"any of {', '.join(numbers)}")
-
-
-def _check_windows(cli: OpsinCLI) -> None:
-    """Every window of a critical-period study begins before the run ends."""
-    if (windows := cli.config.population.windows) is None:
-        return
-    size = cli.model.task.batch_size if windows.unit == "sequences" else 1
-    for start in windows.starts:
-        if not 0 <= start < cli.trainer.max_steps * size:
-            expected = f"0 to below {cli.trainer.max_steps * size:,}, the {windows.unit} of the run"
-            raise ConfigError("population.windows.starts", start, expected)
 
 
 def resume(args: Sequence[str]) -> None:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Callback
 
 from opsin.callbacks.run_folder import is_finished
 from opsin.callbacks.wandb_population import send_population
 from opsin.errors import ConfigError, PopulationError, log
 from opsin.fleet import Job, run_jobs
+from opsin.module import OpsinModule
 from opsin.plan import Plan
-from opsin.population import Member, arrange, chunk_recipe, document, expanded, members_of
+from opsin.population import PER_MEMBER, Member, Population, arrange, chunk_recipe, document, expanded, members_of
 from opsin.population_folder import chunk_folder
 from opsin.population_report import finish_population, population_report
 from opsin.runs import load_saved, write_atomically
 from opsin.tune import LARGEST_CHUNK, cores, fastest
+from opsin.watching import recorded_metrics
 
 TELL_EVERY_SECONDS = 15.0
 
@@ -48,6 +51,31 @@ class Layout:
     graphs: Mapping[str, Hashable]
 
 
+def check_population(
+    population: Population, module: OpsinModule, callbacks: Sequence[Callback], steps: int, validates: bool
+) -> None:
+    """What it compares is recorded by its runs, one number a member, and its windows begin before these end.
+
+    Args:
+        module, callbacks, steps, validates: of the recipe without its conditions.
+
+    Raises:
+        ConfigError: names the metric, or the window.
+    """
+    found = recorded_metrics(callbacks, module.sites, module.task, validates)
+    numbers = [name for name, shape in found.items() if not shape]
+    for name in population.compare:
+        if name not in numbers:
+            raise ConfigError("population.compare", name, f"any of {', '.join(numbers)}")
+    if (windows := population.windows) is None:
+        return
+    length = steps * (module.task.batch_size if windows.unit == "sequences" else 1)
+    for start in windows.starts:
+        if not 0 <= start < length:
+            expected = f"0 to below {length:,}, the {windows.unit} of the run"
+            raise ConfigError("population.windows.starts", start, expected)
+
+
 def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
     """Members and conditions of a resolved recipe; every condition is built once, so that a wrong one stops here.
 
@@ -57,7 +85,7 @@ def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
     settings, seed = recipe["population"], recipe["model"]["seed"]
     if not isinstance(seed, int):
         raise ConfigError("model.seed", seed, "one seed beside a population, which chooses the others")
-    for name in ("learning_rate", "weight_decay"):
+    for name in PER_MEMBER:
         if isinstance(value := recipe["model"].get(name), list):
             raise ConfigError(f"model.{name}", value, f"one number beside a population; a condition has its own {name}")
     if recipe["model"].get("initial"):

@@ -22,7 +22,10 @@ from opsin.step import Moment
 from opsin.watching import Event
 from opsin.weights import missed_updates
 
-KIND, DIVERGED = "feedback", "diverged"
+KIND = "feedback"
+
+EARLY, DIVERGED = "finished early", "diverged"
+"""How members end that learn no more."""
 
 PATIENCE = 100
 """Active steps after which a writer that has changed nothing counts as idle."""

@@ -21,6 +21,9 @@ from opsin.schedules import Schedule
 OF_ALL = ("population", "run_folder", "tune")
 """Settings of a recipe that its chunks do not have."""
 
+PER_MEMBER = ("learning_rate", "weight_decay")
+"""Settings of the model that every member may have its own of."""
+
 
 @dataclass
 class Condition:
@@ -67,6 +70,12 @@ class Windows:
     lengths: list[int]
     unit: Literal["steps", "sequences"] = "sequences"
 
+    def __post_init__(self) -> None:
+        for callback in self.callbacks:
+            if (schedule := getattr(callback, "schedule", Schedule())) != Schedule():
+                where = f"population.windows.callbacks: {type(callback).__name__}.schedule"
+                raise ConfigError(where, str(schedule), "none: the windows say when it acts")
+
 
 @dataclass
 class Population:
@@ -106,12 +115,6 @@ class Population:
                 raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")
         if self.windows is not None and not (self.windows.starts and self.windows.lengths and self.windows.callbacks):
             raise ConfigError("population.windows", "nothing", "callbacks, starts and lengths")
-        for callback in self.windows.callbacks if self.windows is not None else ():
-            if (schedule := getattr(callback, "schedule", Schedule())) != Schedule():
-                expected = "none: the windows say when it acts"
-                raise ConfigError(
-                    f"population.windows.callbacks: {type(callback).__name__}.schedule", schedule, expected
-                )
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
     own = [conditions[member.condition] or {} for member in members]
     model = found["model"]
     model["seed"] = [member.seed for member in members]
-    for name in ("learning_rate", "weight_decay"):
+    for name in PER_MEMBER:
         values = [model[name] if (value := settings.get(name)) is None else value for settings in own]
         model[name] = values[0] if len({*values}) == 1 else values
     paths = [settings.get("initial") for settings in own]
@@ -272,9 +275,6 @@ def document(chunks: Sequence[Sequence[Member]], conditions: Sequence[str], **ab
         for slot, member in enumerate(chunk)
     ]
     return {"members": sorted(rows, key=lambda row: row["member"]), "conditions": list(conditions), **about}
-
-
-PER_MEMBER = ("learning_rate", "weight_decay")
 
 
 def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:

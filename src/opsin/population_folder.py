@@ -27,11 +27,12 @@ from typing import Any, TextIO
 import numpy as np
 from jaxtyping import Float, Int
 
+from opsin.control import DIVERGED, EARLY
 from opsin.errors import ConfigError
 from opsin.runs import COLUMNS
 
 LOSS = "train/loss"
-COMPLETE, EARLY, DIVERGED, UNFINISHED = "complete", "finished early", "diverged", "unfinished"
+COMPLETE, UNFINISHED = "complete", "unfinished"
 STATUSES = (COMPLETE, EARLY, DIVERGED, UNFINISHED)
 
 

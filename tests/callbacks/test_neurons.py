@@ -21,7 +21,7 @@ from opsin.callbacks import (
     StopWhen,
     TokenFrequencyNeurons,
     WeightsAndBiases,
-    looking,
+    last_neurons,
     wandb,
 )
 from opsin.callbacks.neurons import Measured
@@ -126,7 +126,7 @@ def test_the_control_is_put_through_the_same_rule(monkeypatch):
 
     train(model, 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [0, 0]
-    monkeypatch.setattr(looking, "random_outputs", one_that_the_unembedding_does_not_see)
+    monkeypatch.setattr(last_neurons, "random_outputs", one_that_the_unembedding_does_not_see)
     train(model := module([1, 2]), 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [1, 1]
 
