@@ -1,23 +1,27 @@
 """Who may touch or watch a run."""
 
-from opsin.callbacks.activity import ActivationSparsity, AttentionSinks
-from opsin.callbacks.calibration import Calibration
-from opsin.callbacks.confidence import ConfidenceStudy
-from opsin.callbacks.grafts import Graft
-from opsin.callbacks.measures import ProgressMeasures
-from opsin.callbacks.neurons import EntropyNeurons, TokenFrequencyNeurons
-from opsin.callbacks.optogenetics import Ablate, Clamp, Clip, Disallow
-from opsin.callbacks.passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
-from opsin.callbacks.paths import PathPatch
-from opsin.callbacks.phase import PhaseChange
-from opsin.callbacks.progress import Progress
-from opsin.callbacks.run_folder import KeepRun
-from opsin.callbacks.snapshots import Snapshots
-from opsin.callbacks.stopping import StopWhen
-from opsin.callbacks.subspaces import Project
-from opsin.callbacks.trackers import InductionHeads, PreviousTokenHeads
-from opsin.callbacks.wandb import WeightsAndBiases
-from opsin.callbacks.weights import Freeze, Reinitialise
+from opsin.callbacks.readers.activation_sparsity import ActivationSparsity
+from opsin.callbacks.readers.attention_sinks import AttentionSinks
+from opsin.callbacks.readers.calibration import Calibration
+from opsin.callbacks.readers.confidence_study import ConfidenceStudy
+from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
+from opsin.callbacks.readers.phase_change import PhaseChange
+from opsin.callbacks.readers.progress_bar import Progress
+from opsin.callbacks.readers.progress_measures import ProgressMeasures
+from opsin.callbacks.readers.run_folder import KeepRun
+from opsin.callbacks.readers.snapshots import Snapshots
+from opsin.callbacks.readers.stopping import StopWhen
+from opsin.callbacks.wandb.callback import WeightsAndBiases
+from opsin.callbacks.writers.ablate import Ablate
+from opsin.callbacks.writers.clamp import Clamp
+from opsin.callbacks.writers.clip import Clip
+from opsin.callbacks.writers.disallow import Disallow
+from opsin.callbacks.writers.graft import Graft
+from opsin.callbacks.writers.other_passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
+from opsin.callbacks.writers.path_patch import PathPatch
+from opsin.callbacks.writers.project import Project
+from opsin.callbacks.writers.weights import Freeze, Reinitialise
 
 __all__ = [
     "Ablate",

@@ -61,13 +61,13 @@ from opsin.callbacks import (
     Project,
     Snapshots,
 )
-from opsin.donors import Donor, donor_from
 from opsin.errors import ConfigError
-from opsin.feedback import Feedback
-from opsin.model import Transformer, init_parameters
-from opsin.module import OpsinModule
-from opsin.schedules import Schedule
+from opsin.interventions.donors import Donor, donor_from
+from opsin.interventions.feedback import Feedback
+from opsin.interventions.schedules import Schedule
+from opsin.model.transformer import Transformer, init_parameters
 from opsin.tasks import FewShot
+from opsin.training.module import OpsinModule
 
 REFERENCE = Transformer(layers=2, width=64, heads=8)
 STEPS_PER_TURN = {"eager": 100, "opsin": 500, "interventions": 100}

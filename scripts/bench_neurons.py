@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from opsin.metrics.neurons import ReadOut, finite_unigram, mean_ablation_effects
-from opsin.model import Transformer, forward, init_parameters, position_table
+from opsin.model.transformer import Transformer, forward, init_parameters, position_table
 from opsin.task import Task
 from opsin.tasks import Repeats
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opsin.model import Members, Transformer, init_parameters, position_table
-from opsin.optim import MemberAdam
-from opsin.plan import build_plan
-from opsin.scene import constants_of
-from opsin.step import Moment, Step
+from opsin.interventions.apply import Moment, constants_of
+from opsin.interventions.plan import build_plan
+from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.tasks import FewShot
+from opsin.training.optimizers import MemberAdam
+from opsin.training.step import Step
 
 SIZES = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 1024)}
 """Members of one process, by device."""

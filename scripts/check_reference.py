@@ -46,10 +46,12 @@ from reference_others import check_initialisation, check_sampler, toy_errors
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.model import Transformer, forward, position_table
-from opsin.optim import MemberAdam
-from opsin.scene import Constants, Scene, constants_of, run_passes
-from opsin.step import Moment, Step, compile_step, cross_entropy, keep_compiled, scored_logits
+from opsin.interventions.apply import Constants, Moment, Scene, constants_of, run_passes
+from opsin.model.transformer import Transformer, forward, position_table
+from opsin.training.compiling import compile_step, keep_compiled
+from opsin.training.objective import cross_entropy, scored_logits
+from opsin.training.optimizers import MemberAdam
+from opsin.training.step import Step
 
 CHANCE = 1.0
 TRAINED = ("base", "clamp", "trajectory")

@@ -27,12 +27,12 @@ from opsin.callbacks import (
     PerfectPreviousInput,
     Preserve,
 )
-from opsin.callbacks.passes import PRESERVED
-from opsin.donors import Donor, donor_from
-from opsin.model import Transformer
-from opsin.passes import Intervention
-from opsin.plan import Plan, Writer, build_plan
-from opsin.sites import SiteTable
+from opsin.callbacks.writers.other_passes import PRESERVED
+from opsin.interventions.donors import Donor, donor_from
+from opsin.interventions.intervention import Intervention
+from opsin.interventions.plan import Plan, Writer, build_plan
+from opsin.model.sites import SiteTable
+from opsin.model.transformer import Transformer
 from opsin.tasks import Exemplars, FewShot, Kind
 
 File = dict[str, np.ndarray]

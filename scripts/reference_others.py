@@ -15,8 +15,8 @@ from jaxtyping import Float
 from reference_files import File, Given, Uncovered, parameter_name, relative_error, transposed
 from torch import Tensor
 
-from opsin.interventions import overwrite
-from opsin.model import TRUNCATED_STD, Transformer, init_parameters
+from opsin.interventions.apply import overwrite
+from opsin.model.transformer import TRUNCATED_STD, Transformer, init_parameters
 from opsin.tasks import FewShot
 
 STANDARD_ERRORS = 5.0

@@ -1,10 +1,10 @@
 """What is learned: one file per task."""
 
-from opsin.tasks.bigrams import TriggerBigrams
-from opsin.tasks.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
+from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.repeats import Repeats
-from opsin.tasks.text import Characters
+from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
+from opsin.tasks.trigger_bigrams import TriggerBigrams
 
 __all__ = [
     "ArrayFile",

@@ -21,8 +21,17 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
-from opsin.tasks.exemplars import Exemplars, GaussianClusters
-from opsin.tasks.streams import WORD, below, check_draw, normals, stream_key, uniforms, without_replacement, zipf_masses
+from opsin.tasks.shared.exemplars import Exemplars, GaussianClusters
+from opsin.tasks.shared.streams import (
+    WORD,
+    below,
+    check_draw,
+    normals,
+    stream_key,
+    uniforms,
+    without_replacement,
+    zipf_masses,
+)
 
 _CHOICES, _CORRUPTION, _NOISE = range(3)
 """Separate streams, so that switching corruption or noise on leaves every other choice as it was."""

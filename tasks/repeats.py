@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from opsin.tasks.copying import Segments, predict_next
-from opsin.tasks.next_token import REPEATED, NextToken, entropy, repeat_first_half
-from opsin.tasks.streams import below, by_mass, uniforms, zipf_masses
-from opsin.tasks.text import ORDER, NGrams, read_text, text_baselines, windows
+from opsin.tasks.shared.copying import Segments, predict_next
+from opsin.tasks.shared.next_token import REPEATED, NextToken, entropy, repeat_first_half
+from opsin.tasks.shared.streams import below, by_mass, uniforms, zipf_masses
+from opsin.tasks.shared.text import ORDER, NGrams, read_text, text_baselines, windows
 
 _TOKENS, _SEGMENTS, _NOISE = range(3)
 """Separate streams, so that other segments or other noise leave every other choice as it was."""

@@ -9,7 +9,7 @@ from collections import namedtuple
 import hypothesis
 import pytest
 
-from tests import shapes
+from tests.helpers import shapes
 
 assert "opsin" not in sys.modules, "shapes can only be checked if the hook comes before the package"
 shapes.install("opsin")
@@ -54,6 +54,6 @@ def opsin(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def tiny_task():
     """A few-shot task small enough for loops in Python."""
-    from tests.toys import few_shot
+    from tests.helpers.toys import few_shot
 
     return few_shot()

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from opsin.model import Transformer
-from opsin.runs import COLUMNS
-from tests.killers import EndAt, Killed, kill
-from tests.toys import few_shot
+from opsin.model.transformer import Transformer
+from opsin.records.schema import COLUMNS
+from tests.helpers.killers import EndAt, Killed, kill
+from tests.helpers.toys import few_shot
 
 STEPS, BATCH = 40, 4
 RECIPE = f"""
@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_line(fit, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "run/metrics.csv")
 
-    monkeypatch.setattr("opsin.runs.RunFolder.append_metrics", full)
+    monkeypatch.setattr("opsin.records.folder.RunFolder.append_metrics", full)
     ended = fit("--run_folder", "run")
     assert ended.code == 1 and re.fullmatch(r"opsin: [^\n]*No space left on device[^\n]*\n", ended.err)
 

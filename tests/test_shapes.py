@@ -4,10 +4,11 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from opsin.interventions import previous_token_pattern
+from opsin.interventions.values.patterns import previous_token_pattern
 from opsin.metrics.heads import induction_strength
-from opsin.step import Hyper, accuracy
-from tests.toys import batch_of
+from opsin.training.objective import accuracy
+from opsin.training.optimizers import Hyper
+from tests.helpers.toys import batch_of
 
 
 def test_an_argument_of_another_shape_is_refused(tiny_task):

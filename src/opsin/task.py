@@ -14,6 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+
+def scored_rows(batch: Batch) -> Bool[Tensor, " L"]:
+    """Rows whose prediction enters the loss."""
+    rows = torch.zeros(batch.layout.positions, dtype=torch.bool, device=batch.tokens.device)
+    rows[list(batch.layout.scored)] = True
+    return rows
+
+
 Draw = dict[str, Tensor]
 """The random choices behind some batches, small integers and floats; every tensor is ``[S, M, B, ...]``."""
 

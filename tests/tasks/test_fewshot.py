@@ -1,9 +1,7 @@
 """Claims about the few-shot task: its data are a function of (seed, step), and follow the stated rules."""
 
 import math
-import os
 from itertools import combinations
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -15,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from opsin.errors import ConfigError
 from opsin.tasks import FewShot, GaussianClusters, Kind
+from tests.helpers.paths import REFERENCE
 
-REFERENCE = Path(os.environ.get("OPSIN_REFERENCE", Path(__file__).parents[3] / "shared/reference"))
 SMALL = GaussianClusters(classes=20, exemplars=5, features=6)
 SEEDS = st.integers(0, 2**64 - 1)
 PINNED_CLASSES = [[4, 1, 4], [40, 9, 40], [49, 14, 14]]

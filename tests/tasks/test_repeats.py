@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from opsin.errors import ConfigError
-from opsin.interventions import match_pattern
+from opsin.interventions.values.patterns import match_pattern
 from opsin.tasks import Repeats
-from opsin.tasks.copying import Segments, predict_next
-from opsin.tasks.streams import stream_key, uniforms
-from tests.token_tasks import (
+from opsin.tasks.shared.copying import Segments, predict_next
+from opsin.tasks.shared.streams import stream_key, uniforms
+from tests.helpers.token_tasks import (
     agrees,
     check_exact_is_finite_and_normal,
     check_other_draws,

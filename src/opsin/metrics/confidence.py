@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opsin.metrics.neurons import Effect, ReadOut, centred, random_outputs
-from opsin.model import NORM_EPS
+from opsin.model.transformer import NORM_EPS
 
 
 @dataclass(frozen=True)

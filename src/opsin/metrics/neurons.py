@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opsin.model import NORM_EPS
+from opsin.model.transformer import NORM_EPS
 
 Mediator = Literal["scale", "frequency"]
 """What a direct effect holds: LayerNorm's scale, or the logits' projection on the log-unigram direction."""

@@ -1,0 +1,113 @@
+"""Read-only callbacks: attention that rests on the first token, and neurons that are silent or fire for one reason.
+
+Legend: M members, B batch, L positions, N neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from opsin.errors import ConfigError
+from opsin.metrics.activity import always_on, by_position, by_tokens, dead
+from opsin.model.sites import SiteTable
+from opsin.task import Batch
+from opsin.training.module import opsin_module
+from opsin.training.observers import Observation
+
+KINDS = ("dead", "always_on", "positional", "current_token", "previous_token", "bigram")
+
+
+class ActivationSparsity(Callback):
+    """Counts, in every layer, neurons that are never or always active, and those that one thing explains.
+
+    A neuron is active where its pre-activation is above 0. Recorded and logged on the probe, under the interventions in
+    force, is for every layer and kind the number of neurons ``neurons/LAYER/KIND``, ``[M]``; definitions after Voita et
+    al. 2023 ("Neurons in large language models: Dead, n-gram, positional"), with these kinds:
+
+    - ``dead``: active nowhere on the probe; ``always_on``: active everywhere on it;
+    - ``positional``: more than ``explained`` of the variance of its being active is explained by the position;
+    - ``current_token``, ``previous_token``, ``bigram``: the same by the token, by the one before it, by both together.
+
+    Explained variance is corrected for the number of positions, tokens or pairs (``opsin.metrics.activity``). A neuron
+    may be of several of the latter kinds; dead and always active ones are of none of them. A member whose activations
+    are no numbers has no counts (nan).
+
+    Args:
+        every: optimizer steps between measurements; the first and the last state are always measured.
+        kinds: which are counted.
+        explained: share of the variance above which one thing explains a neuron, from 0 to below 1.
+
+    Raises:
+        ConfigError: an unknown kind, or a share outside its range; when training starts, a model without MLPs, and
+            kinds that ask for a token at every position on a task that has none there.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        kinds: list[Literal["dead", "always_on", "positional", "current_token", "previous_token", "bigram"]]
+        | None = None,
+        explained: float = 0.5,
+    ) -> None:
+        if every < 1:
+            raise ConfigError("ActivationSparsity.every", every, "at least 1 optimizer step")
+        chosen = list(KINDS if kinds is None else kinds)
+        unknown = [kind for kind in chosen if kind not in KINDS]
+        if unknown or not chosen:
+            raise ConfigError("ActivationSparsity.kinds", unknown[0] if unknown else [], f"any of {', '.join(KINDS)}")
+        if not 0 <= explained < 1:
+            raise ConfigError("ActivationSparsity.explained", explained, "a share from 0 to below 1")
+        self.every, self.kinds, self.explained = every, chosen, explained
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Its metrics, for schedules with feedback."""
+        return {f"neurons/{layer}/{kind}": () for layer in range(sites.layers) for kind in self.kinds}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module = opsin_module(pl_module)
+        if not module.sites.size("N"):
+            raise ConfigError("ActivationSparsity", "a model without MLPs", "neurons: model.transformer.mlp_ratio")
+        of_tokens = [kind for kind in self.kinds if kind in KINDS[3:]]
+        if of_tokens and module.task.layout.features:
+            expected = f"any of {', '.join(KINDS[:3])}: not every position of this task holds a token"
+            raise ConfigError("ActivationSparsity.kinds", of_tokens, expected)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._module = opsin_module(pl_module)
+        self._sites = [f"blocks.{layer}.mlp.hook_pre" for layer in range(self._module.sites.layers)]
+        self._module.listen(self.every, self._record, self._sites)
+
+    def _record(self, seen: Observation) -> None:
+        found = {}
+        for layer, site in enumerate(self._sites):
+            activation = seen.activations[site]
+            known, active = activation.isfinite().flatten(1).all(1), activation > 0
+            for kind in self.kinds:
+                count = self._are(kind, active, seen.batch).sum(1)
+                found[f"neurons/{layer}/{kind}"] = count.float().where(known, torch.nan)
+        for metric, counts in found.items():
+            self._module.history.record(metric, seen.step, counts)
+        self._module.log_everywhere(found, seen.step)
+
+    def _are(self, kind: str, active: Bool[Tensor, "M B L N"], batch: Batch) -> Bool[Tensor, "M N"]:
+        """Which neurons of a layer are of this kind."""
+        match kind:
+            case "dead":
+                return dead(active)
+            case "always_on":
+                return always_on(active)
+            case "positional":
+                share = by_position(active)
+            case "current_token":
+                share = by_tokens(active, batch.tokens, 0)
+            case "previous_token":
+                # the token of the row before, and its neurons' activity one row later
+                share = by_tokens(active[:, :, 1:], batch.tokens[..., :-1], 0)
+            case _:
+                share = by_tokens(active, batch.tokens, 1)
+        return share > self.explained

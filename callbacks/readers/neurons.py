@@ -1,0 +1,359 @@
+"""Readers of the last MLP: neurons that set the confidence of a model, watched while they form.
+
+Legend: M members, N neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from opsin.callbacks.readers.last_layer import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
+from opsin.callbacks.readers.run_folder import run_folder
+from opsin.errors import ConfigError
+from opsin.figures.neurons import neuron_figure
+from opsin.figures.style import PICTURED_MEMBERS, as_image
+from opsin.metrics.neurons import (
+    Effect,
+    Mediator,
+    NullShare,
+    candidates,
+    control_level,
+    finite_unigram,
+    logit_var,
+    null_share,
+    weight_norm,
+)
+from opsin.metrics.onset import Watch, watch
+from opsin.model.sites import SiteTable
+from opsin.records.folder import write_atomically
+from opsin.records.history import log_spaced
+from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.observers import Event, Observation
+
+LASTING = 3.0
+"""Measurements with a candidate, less those without one, that make a lasting onset."""
+
+PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
+TOLD = ("weight_norm", "logit_var", "rho")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of all neurons of the last MLP.
+
+    Args:
+        step: optimizer steps finished.
+        columns: of the table, by name.
+        numbers: recorded metrics, by name.
+    """
+
+    step: int
+    columns: dict[str, Shaped[Tensor, "M N"]]
+    numbers: dict[str, Float[Tensor, " M"]]
+
+    def of_member(self, member: int) -> Measured:
+        """That of a run which has this member alone."""
+        columns, numbers = (
+            {name: values[member : member + 1].clone() for name, values in which.items()}
+            for which in (self.columns, self.numbers)
+        )
+        return Measured(self.step, columns, numbers)
+
+
+class NeuronTracker(Callback):
+    """What both trackers share: a measurement at a cadence, its table, its candidates and when they formed.
+
+    Args:
+        every: optimizer steps between measurements; the first and the last state are always measured.
+        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+    """
+
+    name: str
+    kind: str
+    measure: str
+    mediator: Mediator
+    carrier: str
+    numbers: tuple[str, ...] = (
+        *("candidates", "mediated", "total"),
+        *("control_candidates", "control_mediated", "control_total"),
+    )
+    null_dimensions: int | None = None
+
+    def __init__(self, every: int = 500, tables: int = 3) -> None:
+        own = type(self).__name__
+        if every < 1:
+            raise ConfigError(f"{own}.every", every, "at least 1 optimizer step")
+        if tables < 0:
+            raise ConfigError(f"{own}.tables", tables, "0 or more")
+        self.every, self.tables = every, tables
+        self._forget(0)
+
+    def _forget(self, members: int) -> None:
+        self._watches = [Watch()] * members
+        self._last: Measured | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every=self.every, null_dimensions=self.null_dimensions)
+
+    def state_dict(self) -> dict[str, Any]:
+        last = None if self._last is None else dict(vars(self._last))
+        return {"watches": [state.to_dict() for state in self._watches], "last": last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._watches = [Watch(**state) for state in state_dict["watches"]]
+        self._last = None if state_dict["last"] is None else Measured(**state_dict["last"])
+
+    def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
+        """The state of a run that has this member alone."""
+        last = state["last"] and dict(vars(Measured(**state["last"]).of_member(member)))
+        return {"watches": [state["watches"][member]], "last": last}
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Its metrics, for schedules with feedback."""
+        return {f"{self.name}/{number}": () for number in self.numbers}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            module = opsin_module(pl_module)
+            self._check(module)
+            self._forget(module.n_members)
+
+    def _check(self, module: OpsinModule) -> None:
+        require_neurons(type(self).__name__, module.transformer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._module, self._folder = opsin_module(pl_module), run_folder(trainer)
+        self._table_times = log_spaced(trainer.max_steps, self.tables) if self.tables else set()
+        self._layer = self._module.sites.layers - 1
+        self._resid, self._post = neuron_sites(self._module)
+        unigram = self._module.task.unigram()
+        self._unigram = None if unigram is None else finite_unigram(unigram)
+        self._module.listen(self.every, self._look, [self._resid, self._post])
+
+    # ---- while training -------------------------------------------------------------------------
+
+    def _look(self, seen: Observation) -> None:
+        found = self._last = self._measured(seen)
+        named = {f"{self.name}/{number}": values for number, values in found.numbers.items()}
+        for metric, values in named.items():
+            self._module.history.record(metric, seen.step, values)
+        self._module.log_everywhere(named, seen.step)
+        # a table's time may fall between two measurements: the one that reaches it writes
+        reached = range(max(seen.step - self.every + 1, 0), seen.step + 1)
+        if any(step in self._table_times for step in reached):
+            self._write(found)
+        for member, count in enumerate(found.numbers["candidates"].tolist()):
+            self._update(member, seen.step, count)
+
+    def _measured(self, seen: Observation) -> Measured:
+        read_out, w_out = read_out_and_outputs(self._module)
+        scored = list(seen.batch.layout.scored)
+        resid, post = (seen.activations[site][:, :, scored] for site in (self._resid, self._post))
+        unigram = None if self._unigram is None else self._unigram.to(resid)
+        effects, control = effects_and_control(
+            self._module, resid, post, targets=seen.batch.targets, unigram=unigram, mediator=self.mediator
+        )
+        share = null_share(w_out, read_out, self.null_dimensions)
+        chosen = candidates(effects[self.measure], control[self.measure])
+        columns = {"candidate": chosen, "weight_norm": weight_norm(w_out), "logit_var": logit_var(w_out, read_out)}
+        columns["rho"] = share.rho
+        for name, effect in effects.items():
+            columns |= {f"{name}_{part}": getattr(effect, part) for part in PARTS}
+        numbers = _counted(effects[self.measure], control[self.measure])
+        numbers |= _strongest(effects[self.measure], share) | _against(effects[self.measure], control[self.measure])
+        columns, numbers = ({name: x.cpu() for name, x in which.items()} for which in (columns, numbers))
+        return Measured(seen.step, columns, {name: numbers[name] for name in self.numbers})
+
+    def _write(self, found: Measured) -> None:
+        columns = {name: x.int() if x.dtype == torch.bool else x for name, x in found.columns.items()}
+        members, neurons = found.columns["candidate"].shape
+        places = [range(members), range(neurons)]
+        rows = zip(*(values.flatten().tolist() for values in columns.values()), strict=True)
+        lines = [",".join(["member", "neuron", *columns])]
+        lines += [",".join(map(repr, (*place, *row))) for place, row in zip(product(*places), rows, strict=True)]
+        write_atomically(self._folder / self.name / f"step_{found.step:07d}.csv", "\n".join(lines) + "\n")
+
+    def _update(self, member: int, step: int, count: float) -> None:
+        x = float(step * self._module.task.batch_size)
+        state, fires = watch(
+            self._watches[member], x, float(count > 0), before=0.0, after=1.0, way=0.5, patience=LASTING
+        )
+        self._watches[member] = state
+        if fires:
+            who = f" in member {member}" if self._module.n_members > 1 else ""
+            message = f"{self.kind}{who}: a candidate lasts since {state.announced:,.0f} sequences"
+            self._module.announce(Event(self.kind, step, member, f"{message} (noticed at {x:,.0f})"))
+
+    # ---- at the end -----------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = self._module
+        if self._last is None:
+            return
+        self._write(self._last)
+        rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
+        module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = self._folder / f"{self.name}.png.part"
+        self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS))).save(part, format="png")
+        part.replace(self._folder / f"{self.name}.png")
+
+    def _member_summary(self, found: Measured, member: int) -> dict[str, Any]:
+        columns = {name: values[member].tolist() for name, values in found.columns.items()}
+        told = {name: name for name in TOLD} | {part: f"{self.measure}_{part}" for part in PARTS[:3]}
+        rows = [
+            {"neuron": f"{self._layer}:{neuron}", **{name: columns[column][neuron] for name, column in told.items()}}
+            for neuron, chosen in enumerate(columns["candidate"])
+            if chosen
+        ]
+        control = {name: float(found.numbers[name][member]) for name in self.numbers if name.startswith("control_")}
+        return {
+            "onset": self._onset(member),
+            "candidates": sorted(rows, key=lambda row: -row["total"]),
+            **{name: value if value == value else None for name, value in control.items()},
+        }
+
+    def _onset(self, member: int) -> dict[str, float] | None:
+        """From the last measurement before the first of those with a candidate, to that one."""
+        history, value = self._module.history, self._watches[member].announced
+        if value is None:
+            return None
+        x = history.sequences(history[f"{self.name}/candidates"].arrays()[0])
+        return {"value": value, "low": float(max(x[x < value], default=value)), "high": value}
+
+    # ---- pictures -------------------------------------------------------------------------------
+
+    def picture(self, member: int) -> Image.Image | None:
+        """Norm against LogitVar at the newest measurement; None before the first."""
+        return None if self._last is None else self._drawn(self._last, [member])
+
+    def _drawn(self, found: Measured, members: Sequence[int]) -> Image.Image:
+        chosen = list(members)
+        columns = {name: values[chosen].numpy() for name, values in found.columns.items()}
+        sequences = found.step * self._module.task.batch_size
+        figure = neuron_figure(
+            columns["weight_norm"],
+            columns["logit_var"],
+            columns[f"{self.measure}_mediated"],
+            columns["candidate"],
+            [f"member {member}" if self._module.n_members > 1 else "" for member in chosen],
+            f"Neurons of layer {self._layer} after step {found.step:,} ({sequences:,} sequences)",
+            f"share of the effect on {self.carrier}",
+        )
+        return as_image(figure)
+
+
+class EntropyNeurons(NeuronTracker):
+    """Neurons of the last MLP that set the entropy of the output through the scale of the last LayerNorm.
+
+    Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 3; definitions in
+    ``opsin.metrics.neurons``. Measured at the probe's scored positions under the interventions in force; what an
+    ablation does is computed for the read-out of the weights alone, as if nothing were clamped between ``hook_post``
+    and the last ``hook_resid_post``. Read-only.
+
+    A *candidate* is a neuron more than half of whose effect on the entropy passes through the scale, and whose effect
+    is above the 99th percentile of those of its member's control: as many random output weights, of the same norms
+    and with the same activations.
+
+    Recorded and logged, ``[M]`` each, as ``entropy_neurons/...``: ``candidates``, how many, and
+    ``control_candidates``, how many of the control are by the same rule; ``total``, the largest effect (nats, mean
+    absolute change); ``control_total``, that percentile; ``mediated``, the largest share among neurons whose effect is
+    above it (nan where none is); ``control_mediated``, the control's median share; ``rho``, the largest share of an
+    output weight on the null directions, and ``rho_chance``.
+
+    In the run folder: ``entropy_neurons/step_0001234.csv``, one row a member and neuron with its norm, LogitVar, rho,
+    and for entropy, loss and (where the task has a unigram) KL from the unigram the total and direct effect and the
+    mediated share; ``entropy_neurons.png``, norm against LogitVar at the end, which W&B receives while training. The
+    module's summary receives under ``entropy_neurons``, for several members as a list, the final ``candidates``
+    (strongest first), the control's three numbers, and ``onset``: ``{"value", "low", "high"}`` in sequences, the
+    first measurement from which on a candidate lasts (``LASTING``) and the one before it; None without one. The onset
+    is announced as an ``Event`` when it is noticed.
+
+    Args:
+        every: optimizer steps between measurements; the first and the last state are always measured.
+        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+        null_dimensions: directions that count as unseen by the unembedding; None for those whose singular value is
+            at most a hundredth of the largest.
+
+    Raises:
+        ConfigError: a number out of its range or, when training starts, a model without MLPs or LayerNorm.
+    """
+
+    name, kind = "entropy_neurons", "entropy neurons"
+    measure, mediator, carrier = "entropy", "scale", "entropy through LayerNorm"
+    numbers = (*NeuronTracker.numbers, "rho", "rho_chance")
+
+    def __init__(self, every: int = 500, tables: int = 3, null_dimensions: int | None = None) -> None:
+        self.null_dimensions = null_dimensions
+        super().__init__(every, tables)
+
+    def _check(self, module: OpsinModule) -> None:
+        super()._check(module)
+        most = module.transformer.width - 1
+        if self.null_dimensions is not None and not 0 <= self.null_dimensions <= most:
+            raise ConfigError("EntropyNeurons.null_dimensions", self.null_dimensions, f"0 to {most}, or null")
+
+
+class TokenFrequencyNeurons(NeuronTracker):
+    """Neurons of the last MLP that move the output toward or away from the unigram distribution of the task.
+
+    Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 4. As ``EntropyNeurons``, but the
+    effect is that on KL(model || unigram), and the share that which is lost when the projection of the logits on the
+    centred unit log-unigram is restored. Names begin with ``token_frequency_neurons``.
+
+    Args:
+        every: optimizer steps between measurements; the first and the last state are always measured.
+        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+
+    Raises:
+        ConfigError: a number out of its range or, when training starts, a model without MLPs or LayerNorm, or a task
+            of which no output is rarer than another.
+    """
+
+    name, kind = "token_frequency_neurons", "token-frequency neurons"
+    measure, mediator, carrier = "kl", "frequency", "KL through the log-unigram"
+
+    def _check(self, module: OpsinModule) -> None:
+        super()._check(module)
+        unigram = module.task.unigram()
+        if unigram is None or torch.allclose(unigram, unigram.mean()):
+            own = f"{type(module.task).__name__}, all of whose outputs are as frequent"
+            raise ConfigError("TokenFrequencyNeurons", own, "a task with a unigram")
+
+
+def _counted(effect: Effect, control: Effect) -> dict[str, Float[Tensor, " M"]]:
+    """Candidates, and those of the control; nan for a member whose effects are no numbers."""
+    known = (effect.total.sum(-1) + control.total.sum(-1)).isfinite()
+    both = {"candidates": effect, "control_candidates": control}
+    return {
+        name: candidates(each, control).sum(-1).to(each.total.dtype).where(known, torch.nan)
+        for name, each in both.items()
+    }
+
+
+def _strongest(effect: Effect, share: NullShare) -> dict[str, Float[Tensor, " M"]]:
+    """The largest numbers of any neuron."""
+    # a weight of zeros has no share, a member without numbers none at all
+    rho = share.rho.nan_to_num(0).amax(-1).where(share.chance.isfinite(), torch.nan)
+    return {"total": effect.total.amax(-1), "rho": rho, "rho_chance": share.chance}
+
+
+def _against(effect: Effect, control: Effect) -> dict[str, Float[Tensor, " M"]]:
+    """The effect beside its control."""
+    level = control_level(control)
+    passing = torch.where(effect.total > level[:, None], effect.mediated, torch.nan).nan_to_num(-torch.inf).amax(-1)
+    return {
+        "mediated": torch.where(passing.isfinite(), passing, torch.nan),
+        "control_mediated": control.mediated.nanmedian(-1).values,
+        "control_total": level,
+    }

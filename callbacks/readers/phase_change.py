@@ -1,0 +1,207 @@
+"""When the phase change happened: in the loss and in every head, announced while training and written to the run.
+
+Legend: M members, n records of a metric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.callbacks.readers.heads import InductionHeads
+from opsin.errors import ConfigError
+from opsin.interventions.selection import check_share
+from opsin.metrics.onset import Transition, Watch, find_transition, watch
+from opsin.task import Task
+from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.observers import Event
+
+KIND = "phase change"
+LEFT = 0.1  # share of the way from the plateau to the best loss where the loss has left the plateau
+CHANGED = 0.25  # share that makes it a phase change and not a drift, online and at the end
+BEST_SEQUENCES = 128  # sequences over which the best loss is measured
+FINAL = 0.05  # share of the record whose mean is the final loss
+
+
+class PhaseChange(Callback):
+    """Onset, midpoint and end of the loss drop and of each head's rise, each with an uncertainty.
+
+    While training, the first lasting fall of a member's loss by a quarter of the way from the plateau to the best loss
+    (that of the task's exact predictor, 0 where it has none) is announced as an ``Event`` of kind ``"phase change"``.
+    At the end of training the module's summary receives, for one member at its top and for several as a list under
+    ``members``:
+
+    - ``onset``, ``midpoint``, ``end``: ``{"value", "low", "high"}`` in sequences, 95 % intervals; None
+      where the loss did not lastingly change,
+    - ``plateau``, ``final_loss``: nats; the latter the mean of the last 5 % of the record,
+    - ``heads``: for each ``"layer:head"`` its final induction ``strength`` and, if it formed,
+      ``onset``, ``midpoint`` and ``end`` of its rise; None if it did not. Empty without ``InductionHeads``,
+    - ``strongest_heads``: heads that formed, strongest first,
+    - ``evaluations``: last value of every metric of each evaluation set.
+
+    Args:
+        metric: the loss that is watched: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
+        plateau: loss (nats) before the change; None takes the task's best strategy without look-up.
+        head_threshold: final induction strength from which a head counts as formed.
+
+    Raises:
+        ConfigError: a value out of its range or, when training starts, a metric that is no loss of the run.
+    """
+
+    def __init__(self, metric: str = "train/loss", plateau: float | None = None, head_threshold: float = 0.3) -> None:
+        if plateau is not None and not 0 < plateau < math.inf:
+            raise ConfigError("PhaseChange.plateau", plateau, "a loss above 0, or null")
+        check_share("PhaseChange.head_threshold", head_threshold)
+        if head_threshold == 0:
+            raise ConfigError("PhaseChange.head_threshold", head_threshold, "more than 0")
+        self.metric, self.plateau, self.head_threshold = metric, plateau, head_threshold
+        self._forget(0)
+
+    def _forget(self, members: int) -> None:
+        self._taken = 0
+        # two tests of each member: when it left the plateau, and whether that grew into a change
+        self._leaving, self._passing = [Watch()] * members, [Watch()] * members
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(metric=self.metric, plateau=self.plateau, head_threshold=self.head_threshold)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "taken": self._taken,
+            "leaving": [state.to_dict() for state in self._leaving],
+            "passing": [state.to_dict() for state in self._passing],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._taken = state_dict["taken"]
+        self._leaving = [Watch(**state) for state in state_dict["leaving"]]
+        self._passing = [Watch(**state) for state in state_dict["passing"]]
+
+    def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
+        """The state of a run that has this member alone."""
+        return {**state, **{name: [state[name][member]] for name in ("leaving", "passing")}}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = opsin_module(pl_module)
+        losses = ["train/loss", *(f"val/{name}/loss" for name in module.task.evaluations)]
+        if self.metric not in losses:
+            raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
+        self._level = list(module.task.baselines().values())[-1] if self.plateau is None else self.plateau
+        self._best = best_loss(module.task, self.metric, self._level)
+        self._forget(module.n_members)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._take_new_records(opsin_module(pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = opsin_module(pl_module)
+        self._take_new_records(module)
+        rows = [self._member_summary(module, member) for member in range(module.n_members)]
+        module.summary.update(rows[0] if module.n_members == 1 else {"members": rows})
+
+    # ---- while training -------------------------------------------------------------------------
+
+    def _take_new_records(self, module: OpsinModule) -> None:
+        if self.metric not in module.history:
+            return
+        series = module.history[self.metric]
+        for index in range(self._taken, len(series.steps)):
+            # taken before it is announced: a handler may save a checkpoint
+            self._taken = index + 1
+            for member, loss in enumerate(series.values[index].tolist()):
+                if math.isfinite(loss):
+                    self._update(module, member, series.steps[index], loss)
+
+    def _update(self, module: OpsinModule, member: int, step: int, loss: float) -> None:
+        x = float(step * module.history.batch_size)
+        levels = {"before": self._level, "after": self._best}
+        self._leaving[member], _ = watch(self._leaving[member], x, loss, way=LEFT, **levels)
+        self._passing[member], fires = watch(self._passing[member], x, loss, way=CHANGED, **levels)
+        if fires:
+            # a sample beyond the further way is beyond the nearer one, so that test is in excess, too
+            who = f" in member {member}" if module.n_members > 1 else ""
+            message = f"{KIND}{who}: the loss left its plateau at about {self._leaving[member].since:,.0f} sequences"
+            module.announce(Event(KIND, step, member, f"{message} (noticed at {x:,.0f})"))
+
+    # ---- at the end -------------------------------------------------------------------------------
+
+    def _member_summary(self, module: OpsinModule, member: int) -> dict[str, Any]:
+        x, loss = _curve(module, self.metric, (member,))
+        least = CHANGED * (self._level - self._best)
+        change = find_transition(x, loss, before=self._level, minimum_change=least, direction="fall")
+        heads = self._heads(module, member)
+        formed = [name for name, head in heads.items() if head["strength"] >= self.head_threshold]
+        last = max(1, math.ceil(FINAL * len(loss)))
+        return {
+            **module.ended.get(member, {}),
+            **_crossings(change),
+            "plateau": float(self._level),
+            "final_loss": float(loss[-last:].mean()) if len(loss) else None,
+            "heads": heads,
+            "strongest_heads": sorted(formed, key=lambda name: -heads[name]["strength"]),
+            "evaluations": _last_evaluations(module, member),
+        }
+
+    def _heads(self, module: OpsinModule, member: int) -> dict[str, dict[str, Any]]:
+        if InductionHeads.metric not in module.history:
+            return {}
+        _, layers, heads = module.history[InductionHeads.metric].values[-1].shape
+        return {
+            f"{layer}:{head}": self._head(*_curve(module, InductionHeads.metric, (member, layer, head)))
+            for layer in range(layers)
+            for head in range(heads)
+        }
+
+    def _head(self, x: np.ndarray, strength: np.ndarray) -> dict[str, Any]:
+        # half the threshold: a head is not untrained at exactly 0, so one that just formed rose by less
+        least = 0.5 * self.head_threshold
+        formed = strength[-1] >= self.head_threshold
+        rise = find_transition(x, strength, minimum_change=least, direction="rise") if formed else None
+        return {"strength": float(strength[-1]), **_crossings(rise)}
+
+
+def best_loss(task: Task, metric: str, plateau: float) -> float:
+    """Loss (nats) of the best predictor the task knows, on the sequences of that metric; 0 where it knows none.
+
+    Also 0 where the best is not below the plateau, for example of a set that the predictor was not made for.
+    """
+    name = metric.split("/")[1] if metric.startswith("val/") else "train"
+    batch = task.batch(0, 0, f"eval/{name}", BEST_SEQUENCES)
+    exact = task.exact(batch)
+    if exact is None:
+        return 0.0
+    loss = -float(exact.gather(-1, batch.targets[..., None]).mean())
+    return loss if loss < plateau else 0.0
+
+
+def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences seen and values ``[n]`` of one member or head; empty if the metric was never recorded."""
+    if metric not in module.history:
+        return np.zeros(0), np.zeros(0)
+    steps, values = module.history[metric].arrays()
+    at: tuple[Any, ...] = (slice(None), *index)
+    # a member that has ended has no numbers from there on
+    known = np.isfinite(values[at])
+    return module.history.sequences(steps)[known], values[at][known]
+
+
+def _crossings(change: Transition | None) -> dict[str, Mapping[str, float] | None]:
+    names = ("onset", "midpoint", "end")
+    return {name: None if change is None else getattr(change, name).to_dict() for name in names}
+
+
+def _last_evaluations(module: OpsinModule, member: int) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name in module.task.evaluations:
+        for metric in ("loss", "accuracy", "accuracy_in_context"):
+            key = f"val/{name}/{metric}"
+            if key in module.history:
+                found.setdefault(name, {})[metric] = float(module.history[key].values[-1][member])
+    return found

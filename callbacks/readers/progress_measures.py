@@ -1,0 +1,143 @@
+"""Progress measures: what the loss would be under interventions that training does not have.
+
+Legend: M members, S sets of interventions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.callbacks.readers.phase_change import CHANGED, best_loss
+from opsin.errors import ConfigError, log
+from opsin.interventions.plan import Writer
+from opsin.metrics.onset import find_transition
+from opsin.model.sites import SiteTable
+from opsin.records.schema import BASE_LINE
+from opsin.training.module import callbacks_of, opsin_module
+from opsin.training.observers import Observation
+from opsin.training.progress_measures import Measured, build_measures, evaluate, measure_constants
+
+FIELD = "ProgressMeasures.measures"
+
+
+class ProgressMeasures(Callback):
+    """Evaluates the current weights on the probe under sets of interventions that training does not have.
+
+    A measure is the loss of the model with some of its parts made perfect, or taken away: it falls when the
+    other parts have formed, long before the loss itself may show it (progress measures of Nanda et al. 2023,
+    "Progress measures for grokking via mechanistic interpretability", by the clamps of Singh et al. 2024,
+    "What needs to go right for an induction head?"). Read-only: the weights are the same with and without it.
+
+    Recorded and logged are, ``[M]`` each, ``progress/NAME/loss`` (nats) and ``progress/NAME/accuracy`` of every set,
+    and of the base line ``none``. The base line and the measures are those of the weights alone: interventions
+    that training has do not act here. Random values are drawn as in the last step. At the end the
+    module's summary receives under ``progress``, for one member a mapping and for several a list of
+    them, for each NAME:
+
+    - ``onset``: ``{"value", "low", "high"}`` in sequences, a 95 % interval: when the loss under the set left the
+      task's plateau; None where it did not lastingly fall by a quarter of the way to the best loss (``PhaseChange``),
+    - ``final_loss``: nats, of the final weights.
+
+    Cost: S sets and the base line are one forward pass, run eagerly on (S + 1) x M members, and one more
+    such pass for each different pass that values of any set are taken from.
+
+    Args:
+        measures: writers of each set by its name, every one always in force. A set that changes no activation of the
+            probe is told of by a warning at the first measurement.
+        every: optimizer steps between measurements; the first and the last state are always measured.
+
+    Raises:
+        ConfigError: no set or an empty one, a name that cannot stand in a metric's, or something that overwrites no
+            activation; when training starts, a writer with a schedule, or with a tensor that it renews while
+            training, whatever else a run with such writers would refuse, and a second ProgressMeasures.
+    """
+
+    def __init__(self, measures: dict[str, list[Callback]], every: int = 100) -> None:
+        if every < 1:
+            raise ConfigError("ProgressMeasures.every", every, "at least 1 optimizer step")
+        if not measures:
+            raise ConfigError(FIELD, measures, "at least one name with a list of writers")
+        self.every = every
+        self.measures = {name: _checked(name, callbacks) for name, callbacks in measures.items()}
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Its metrics, for schedules with feedback."""
+        return {metric: () for name in (BASE_LINE, *self.measures) for metric in _metrics(name)}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if sum(isinstance(callback, ProgressMeasures) for callback in callbacks_of(trainer)) > 1:
+            raise ConfigError("ProgressMeasures", "two of them", "one a run, with every set in its measures")
+        module = self._module = opsin_module(pl_module)
+        self._planned = build_measures(self.measures, module.sites, module.n_members, module.task.batch_size, FIELD)
+        for donor in self._planned.plan.donors:
+            donor.check(module.task)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._told = False
+        self._module.listen(self.every, self._measure)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the module's own constants are made between its two hooks
+        self._constants = measure_constants(self._planned, self._module.constants)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = [self._member_summary(member) for member in range(self._module.n_members)]
+        self._module.summary["progress"] = rows[0] if len(rows) == 1 else rows
+
+    def _measure(self, seen: Observation) -> None:
+        module = self._module
+        clock = module.control.moment(max(seen.step - 1, 0)).clock
+        parameters = module.parameters_by_name()
+        found = evaluate(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        values: dict[str, torch.Tensor] = {}
+        for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
+            values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
+        for metric, each in values.items():
+            module.history.record(metric, seen.step, each)
+        module.log_everywhere(values, seen.step)
+        if not self._told:
+            self._tell_idle(found, seen.step)
+
+    def _tell_idle(self, found: Measured, step: int) -> None:
+        idle = self._planned.covers() & ~found.changed.cpu()
+        for name, members in zip(self._planned.names, idle, strict=True):
+            if members.any():
+                of = f" of member {int(members.int().argmax())}" if len(members) > 1 else ""
+                log.warning(f"opsin: {FIELD}.{name}: changed no activation{of} on the probe after {step:,} steps")
+        self._told = True
+
+    def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
+        history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
+        least = CHANGED * (plateau - best_loss(self._module.task, "train/loss", plateau))
+        rows = {}
+        for name in self._planned.names:
+            steps, values = history[_metrics(name)[0]].arrays()
+            x, loss = history.sequences(steps), values[:, member]
+            fall = find_transition(x, loss, before=plateau, minimum_change=least, direction="fall")
+            rows[name] = {"onset": fall and fall.onset.to_dict(), "final_loss": float(loss[-1])}
+        return rows
+
+
+def _metrics(name: str) -> tuple[str, str]:
+    return f"progress/{name}/loss", f"progress/{name}/accuracy"
+
+
+def _checked(name: str, callbacks: list[Callback]) -> list[Writer]:
+    """The writers of one set."""
+    if name == BASE_LINE or not re.fullmatch(r"[\w.+-]+", name):
+        expected = f"a name of letters, digits, '_', '.', '+' and '-', other than {BASE_LINE}, the base line"
+        raise ConfigError(FIELD, name, expected)
+    if not callbacks:
+        raise ConfigError(f"{FIELD}.{name}", callbacks, "at least one writer")
+    writers: list[Writer] = []
+    for callback in callbacks:
+        if not isinstance(callback, Writer):
+            raise ConfigError(f"{FIELD}.{name}", type(callback).__name__, "callbacks that overwrite activations")
+        writers.append(callback)
+    return writers

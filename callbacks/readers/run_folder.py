@@ -1,0 +1,137 @@
+"""Keeps the run on disk: metrics as they come, a checkpoint to resume from, and the summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from opsin.errors import ConfigError
+from opsin.figures.run import save_summary
+from opsin.records.folder import RunFolder, write_atomically
+from opsin.training.module import callbacks_of, opsin_module
+
+
+class KeepRun(Callback):
+    """Writes everything a run leaves behind into one folder.
+
+    What was logged is on disk before the checkpoint that counts on it, so a run killed at any
+    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder.
+
+    Args:
+        folder: of this run; made when training starts.
+        config: the resolved configuration as YAML.
+        checkpoint_every: optimizer steps between checkpoints.
+    """
+
+    def __init__(self, folder: str | Path, config: str | None = None, checkpoint_every: int = 1_000) -> None:
+        if checkpoint_every < 1:
+            raise ConfigError("KeepRun.checkpoint_every", checkpoint_every, "at least 1 optimizer step")
+        self.folder, self.config, self.checkpoint_every = Path(folder), config, checkpoint_every
+        self._seconds_before, self._last_saved, self._finished = 0.0, 0, False
+
+    @cached_property
+    def files(self) -> RunFolder:
+        """The folder, made when first asked for, so that a run whose settings are refused leaves none."""
+        return RunFolder(self.folder)
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a resume starts from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._module, self._started, self._finished = opsin_module(pl_module), time.monotonic(), False
+        if self.config is not None:
+            write_atomically(self.files.path / "config.yaml", self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.start_metrics()
+        self._last_saved = trainer.global_step
+        self._write()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._write()
+        # Lightning would skip, on resuming, a validation that its checkpoint precedes
+        if not _validation_follows(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._write()
+            self._save_if_due(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_module"):
+            self._write()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = self._module
+        # who ended early is known without a PhaseChange, too
+        ended = [dict(module.ended.get(member, {})) for member in range(module.n_members)]
+        if "members" not in module.summary:
+            module.summary.update(ended[0] if len(ended) == 1 else {"members": ended})
+        module.summary["steps"] = trainer.global_step
+        module.summary["sequences"] = trainer.global_step * module.task.batch_size
+        module.summary["wall_time_seconds"] = round(self._seconds(), 1)
+        module.summary["plan"] = module.plan.describe()
+        module.summary["interventions"] = module.control.counts()
+        module.summary["plan_digest"] = module.plan.digest()
+        self.files.write_json("summary.json", module.summary)
+        save_summary(module.history, module.summary, self.files.path / "summary.png")
+        # last, so that a run killed before its summary was written goes back and writes it
+        self._finished = True
+        self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds(), "finished": self._finished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _write(self) -> None:
+        self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        # the last step's checkpoint is that of the finished run
+        ends = trainer.global_step >= trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        if not ends and trainer.global_step - self._last_saved >= self.checkpoint_every:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.checkpoint)
+        self._last_saved = trainer.global_step
+
+
+def is_finished(saved: Mapping[str, Any]) -> bool:
+    """Whether a run's last checkpoint is that of its end."""
+    return saved["callbacks"][KeepRun.__qualname__]["finished"]
+
+
+def keeper_of(trainer: Trainer) -> KeepRun | None:
+    """The callback that keeps this run, if one does."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, KeepRun)), None)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where this run keeps its files; the Trainer's own folder where nothing keeps it."""
+    keeper = keeper_of(trainer)
+    return keeper.folder if keeper else Path(trainer.default_root_dir)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer validates after the batch that just ended."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -1,0 +1,95 @@
+"""Ends the training of a member that has done what it was trained for; the others go on without it.
+
+Legend: M members.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Bool
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.errors import ConfigError
+from opsin.interventions.feedback import PER_HEAD, Feedback
+from opsin.records.schema import EARLY
+from opsin.training.module import OpsinModule, callbacks_of, opsin_module
+from opsin.training.observers import recorded_metrics
+
+
+class StopWhen(Callback):
+    """Ends a member once something that the run records has been past a level in enough records in a row.
+
+    A member that has ended keeps its weights, costs no training time any more, and says ``finished early`` in the
+    summary; when all have ended the run ends. It is looked at after every Lightning batch.
+
+    Args:
+        metric: what is read, named as in ``metrics.csv``: ``train/loss``, ``val/SET/loss``, ``induction_strength``.
+        head: ``"layer:head"`` for a metric with one value per head.
+        above: the condition: the value is more than this.
+        below: or: the value is less than this; exactly one of the two.
+        in_a_row: so many records.
+        members: who may end; all when None.
+
+    Raises:
+        ConfigError: a value out of its range or, when training starts, something that the run does not record or
+            members it does not have.
+    """
+
+    def __init__(
+        self,
+        metric: str = "train/loss",
+        head: str | None = None,
+        above: float | None = None,
+        below: float | None = None,
+        in_a_row: int = 20,
+        members: list[int] | None = None,
+    ) -> None:
+        if in_a_row < 1:
+            raise ConfigError("StopWhen.in_a_row", in_a_row, "at least 1")
+        if head in PER_HEAD:
+            raise ConfigError("StopWhen.head", head, "a head as layer:head")
+        self.in_a_row, self.members = in_a_row, members
+        try:
+            self.condition = Feedback(metric, head, above, below)
+        except ConfigError as error:
+            raise _as_own(error) from None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = opsin_module(pl_module)
+        found = recorded_metrics(callbacks_of(trainer), module.sites, module.task, bool(trainer.limit_val_batches))
+        try:
+            self.condition.check("StopWhen", found)
+        except ConfigError as error:
+            raise _as_own(error) from None
+        if self.members is not None and not {*self.members} <= {*range(module.n_members)}:
+            raise ConfigError("StopWhen.members", self.members, f"members from 0 to {module.n_members - 1}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        module = opsin_module(pl_module)
+        done = module.steps_done
+        for member in np.flatnonzero(self._holds(module)).tolist():
+            if member not in module.ended and (self.members is None or member in self.members):
+                condition = self.condition
+                why = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
+                module.control.end(member, EARLY, done, why)
+        if len(module.ended) == module.n_members:
+            trainer.should_stop = True
+
+    def _holds(self, module: OpsinModule) -> Bool[np.ndarray, " M"]:
+        """In which members the last records fulfil the condition."""
+        if self.condition.metric not in module.history:
+            return np.zeros(module.n_members, dtype=bool)
+        values = module.history[self.condition.metric].values
+        if len(values) < self.in_a_row:
+            return np.zeros(module.n_members, dtype=bool)
+        return np.all([self.condition.holds(each) for each in islice(reversed(values), self.in_a_row)], axis=0)
+
+
+def _as_own(error: ConfigError) -> ConfigError:
+    """The same under the name that the user wrote."""
+    field = error.field.removeprefix("StopWhen.").replace("schedule.feedback", "StopWhen", 1)
+    return ConfigError(field, error.value, error.expected)

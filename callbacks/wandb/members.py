@@ -1,0 +1,121 @@
+"""What Weights & Biases is told of each member: its name, its group and tags, its own settings, its own summary.
+
+Legend: I interventions and changes of weights, M members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from inspect import signature
+from jaxtyping import Bool
+from typing import Any
+import json
+import numpy as np
+import yaml
+
+from opsin.callbacks.readers.run_folder import KeepRun
+from opsin.interventions.plan import covered_members
+from opsin.population.chunks import recipe_of_member
+from opsin.population.folder import rows_of_chunk
+from opsin.training.module import OpsinModule
+
+LONGEST_TAG = 64
+"""Characters; W&B refuses a run with a longer one."""
+
+OF_THE_PLAN = ("plan", "interventions")
+"""What the summary has a list of that is not one entry a member."""
+
+
+def about_members(
+    module: OpsinModule, keeper: KeepRun | None, name: str | None, group: str | None, tags: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Name, group, tags and configuration of every member's W&B run, as ``wandb.init`` takes them.
+
+    A member of a population is called ``CONDITION seed N`` and tagged with both, in the group of the population's
+    folder; one of several seeds ``NAME seed N`` and tagged with its seed, in the group of the run's folder. A run of
+    one model has only what the user gave it, and its folder's name.
+
+    Args:
+        keeper: of the run, which may be a population's chunk.
+        name, group, tags: what the user gave; they come before what is found here.
+    """
+    config = resolved_config(module, keeper.config if keeper else None)
+    folder = keeper.folder.absolute() if keeper else None
+    population, rows = (folder and rows_of_chunk(folder)) or (folder, [])
+    title = name or (None if rows or folder is None else folder.name)
+    apart = bool(rows) or module.n_members > 1
+    found = []
+    for slot, seed in enumerate(module.seeds):
+        settings = recipe_of_member(config, slot) | {"seed": seed, "plan": plan_of(module, slot)}
+        words = [f"seed {seed}"] if apart else []
+        if rows:
+            settings |= {name: rows[slot][name] for name in ("condition", "member")}
+            words = [rows[slot]["condition"], *words]
+        own = {
+            "name": " ".join(filter(None, (title, *words))) or None,
+            "group": group or (population.name if apart and population else None),
+            "tags": [*dict.fromkeys([*tags, *(word[:LONGEST_TAG] for word in words)])],
+        }
+        found.append({**own, "config": settings})
+    return found
+
+
+def resolved_config(module: OpsinModule, text: str | None) -> dict[str, Any]:
+    """The resolved configuration (YAML), or what the module says of itself; and the digest of the plan."""
+    config = yaml.safe_load(text) if text else None
+    if not isinstance(config, dict):
+        settings = {name: getattr(module, name, None) for name in signature(type(module)).parameters}
+        config = {
+            "task": {"class_path": type(module.task).__name__, "init_args": plain(vars(module.task))},
+            "model": plain(settings | {"seed": module.seeds, "compile": module.compile_setting}),
+            "trainer": {"max_steps": module.trainer.max_steps},
+        }
+    return {**config, "plan_digest": module.plan.digest()}
+
+
+def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The public attributes that JSON can hold."""
+    kept = {}
+    for name, value in attributes.items():
+        if name.startswith("_"):
+            continue
+        try:
+            kept[name] = json.loads(json.dumps(value, default=asdict))
+        except TypeError:
+            continue
+    return kept
+
+
+def plan_of(module: OpsinModule, slot: int) -> list[dict[str, str]]:
+    """What is done to one member, as ``opsin sites`` prints it."""
+    plan, covers = module.plan, _covers(module)
+    order = [index for planned in plan.passes for index in planned.items]
+    order += range(len(plan.interventions), len(plan.places))
+    return [row for index, row in zip(order, plan.describe(), strict=True) if covers[index, slot]]
+
+
+def _covers(module: OpsinModule) -> Bool[np.ndarray, "I M"]:
+    return covered_members(module.plan, module.n_members)
+
+
+def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:
+    """One member's part of the run's summary, and how it ended if that was before the others."""
+    found = dict(module.summary)
+    if module.n_members > 1:
+        # what readers found of every member
+        lists = {name: rows for name, rows in found.items() if name not in OF_THE_PLAN and isinstance(rows, list)}
+        found |= {name: rows[slot] for name, rows in lists.items() if len(rows) == module.n_members}
+    found |= found.pop("members", {})
+    if "plan" in found:
+        found["plan"] = plan_of(module, slot)
+    if "interventions" in found:
+        rows = zip(found["interventions"], _covers(module)[:, slot], strict=True)
+        found["interventions"] = [_cut(row, slot) for row, covered in rows if covered]
+    return found | module.ended.get(slot, {})
+
+
+def _cut(row: Mapping[str, Any], slot: int) -> dict[str, Any]:
+    """A row of counts with one member's numbers in the place of everybody's."""
+    return {name: value[slot] if isinstance(value, list) else value for name, value in row.items()}

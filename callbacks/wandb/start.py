@@ -1,0 +1,259 @@
+"""How Weights & Biases runs are started, or found again by a resumed process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+from typing import Literal
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+import json
+import netrc
+import os
+import secrets
+import subprocess
+import sys
+import time
+
+from opsin.errors import log
+from opsin.records.folder import write_atomically
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+
+MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+UPSTREAM_HOST = "api.wandb.ai"
+CONNECT_SECONDS = 30
+UPLOAD_SECONDS = 300
+SETTLED_SECONDS = 2.0
+"""Longer than the interval in which wandb writes."""
+
+SEPARATOR = "\x1e"
+
+READ = f"""
+import sys
+from wandb.cli.cli import cli
+for path in sys.argv[1:]:
+    try:
+        cli(["leet", "inspect", "--summary", "--json", path])
+    except SystemExit:
+        print(end={SEPARATOR!r}, flush=True)
+"""
+"""Prints the summary of each file, and a separator after it; one process, as wandb takes a second to import."""
+
+SETTINGS: dict[str, Any] = {
+    # nothing on the terminal but what this file prints
+    "silent": True,
+    "quiet": True,
+    "console": "off",
+    # nothing about the machine or the code: the resolved configuration says what ran
+    "disable_git": True,
+    "disable_code": True,
+    "label_disable": True,
+    "x_disable_stats": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    # a lost machine costs a second of records, a lost network minutes at most
+    "x_transaction_log_flush_interval": 1.0,
+    "finish_timeout": float(UPLOAD_SECONDS),
+}
+
+
+@dataclass
+class Ledger:
+    """What a resumed process must know of the killed one: ``wandb_run.json``, of each member ``wandb_run_SLOT.json``.
+
+    Args:
+        path: of the file.
+        id: of the W&B run.
+        fingerprint: of the configuration.
+        logged_until: no step up to this one is logged again.
+        told: events that were alerts.
+        finished: it came to its end.
+    """
+
+    path: Path
+    id: str
+    fingerprint: str
+    logged_until: int = -1
+    told: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """What the file holds."""
+        return cls(path, **json.loads(path.read_text()))
+
+    @classmethod
+    def open(cls, path: Path, fingerprint: str, from_checkpoint: bool) -> Ledger:
+        """Continue what the file holds if this is the same run, else begin anew.
+
+        It is the same run if it starts from a checkpoint, or if one with the same configuration was
+        killed before its first: equal configurations give equal numbers.
+        """
+        if path.exists():
+            old = cls.read(path)
+            if from_checkpoint or (old.fingerprint == fingerprint and not old.finished):
+                return cls(path, old.id, fingerprint, old.logged_until, old.told)
+        return cls(path, secrets.token_hex(4), fingerprint)
+
+    def save(self) -> None:
+        """Write the file."""
+        content = {name: value for name, value in vars(self).items() if name != "path"}
+        write_atomically(self.path, json.dumps(content) + "\n")
+
+
+def open_ledgers(
+    paths: Sequence[Path], files: Path, fingerprints: Sequence[str], from_checkpoint: bool
+) -> list[Ledger]:
+    """The ledgers of runs that start together, each continued or begun anew as ``Ledger.open`` says.
+
+    Args:
+        files: where W&B keeps its own.
+    """
+    ledgers = [Ledger.open(*each, from_checkpoint) for each in zip(paths, fingerprints, strict=True)]
+    # what a killed process handed over last may not have reached its file
+    written = written_until(files, [ledger.id for ledger in ledgers if ledger.logged_until >= 0])
+    for ledger in ledgers:
+        ledger.logged_until = min(ledger.logged_until, written.get(ledger.id, ledger.logged_until))
+        ledger.save()
+    return ledgers
+
+
+def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
+    """Last step that the files of offline runs hold, as wandb's own reader sees them; -1 where they hold none.
+
+    Returns:
+        By id, without those that have no files here (online runs) or one that cannot be read.
+    """
+    paths = [(run_id, path) for run_id in ids for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")]
+    if not paths:
+        return {}
+    for _, path in paths:
+        _wait_until_settled(path)
+    command = [sys.executable, "-c", READ, *(str(path) for _, path in paths)]
+    read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    told = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
+    unread = {run_id for run_id, text in told if not text}
+    until: dict[str, int] = {}
+    for run_id, text in told:
+        if run_id not in unread:
+            step = json.loads(text)["step"]
+            until[run_id] = max(until.get(run_id, -1), -1 if step is None else step)
+    return until
+
+
+def _wait_until_settled(path: Path) -> None:
+    """The service of a killed process may still be writing what it was handed; ten seconds at the most."""
+    for _ in range(10):
+        age = time.time() - path.stat().st_mtime
+        if age >= SETTLED_SECONDS:
+            return
+        time.sleep(min(1.0, SETTLED_SECONDS - age))
+
+
+def default_mode() -> Mode:
+    """What ``WANDB_MODE`` says; without it, online where an API key is configured."""
+    wanted = os.environ.get("WANDB_MODE", "")
+    if wanted == "disabled":
+        return "disabled"
+    return MODES.get(wanted) or ("online" if has_key() else "offline")
+
+
+def has_key() -> bool:
+    """Whether wandb would log in without asking."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
+        return True
+    usual = (Path.home() / name for name in (".netrc", "_netrc"))
+    path = os.environ.get("NETRC") or next((path for path in usual if path.exists()), None)
+    try:
+        logins = netrc.netrc(path) if path else None
+    except (OSError, netrc.NetrcParseError):
+        return False
+    host = urlsplit(settings.base_url).netloc
+    return logins is not None and any(logins.authenticators(name) for name in (host, UPSTREAM_HOST))
+
+
+def start(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]]) -> list[wandb.Run]:
+    """W&B runs, all online or all offline; offline where online cannot be had; none where nothing can.
+
+    Args:
+        folder: where their files go.
+        abouts: what ``wandb.init`` is told of each.
+    """
+    if mode == "online" and not has_key():
+        log.info("opsin: no W&B API key is configured (`wandb login` sets one); the run is kept offline")
+        mode = "offline"
+    runs = _attempt(mode, folder, abouts, otherwise="is kept offline") or _attempt(
+        "offline", folder, abouts, otherwise="goes on without it"
+    )
+    if runs:
+        names = ", ".join(run.id for run in runs)
+        log.info(f"opsin: W&B run{'s' * (len(runs) > 1)} {names}: {_where(runs, folder)}")
+    return runs
+
+
+def _where(runs: Sequence[wandb.Run], folder: Path) -> str:
+    """Where the runs are to be seen."""
+    if not runs[0].offline:
+        return (runs[0].url if len(runs) == 1 else runs[0].project_url) or "online"
+    files = Path(runs[0].dir).parent if len(runs) == 1 else folder / "wandb" / "offline-run-*"
+    return f"offline, `wandb sync {files}` uploads {'it' if len(runs) == 1 else 'them'}"
+
+
+def _attempt(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]], otherwise: str) -> list[wandb.Run]:
+    import wandb
+
+    try:
+        return [_init(mode, folder, about) for about in abouts]
+    except Exception as error:
+        log.info(f"opsin: W&B did not start {mode} ({one_line(error)}); the run {otherwise}")
+        # or else the service holds the failed attempts' ids in use
+        wandb.teardown()
+        return []
+
+
+def _init(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # settings that this version of wandb does not know are no reason to fail
+    known = {name: value for name, value in SETTINGS.items() if name in wandb.Settings.model_fields}
+    settings = wandb.Settings(init_timeout=CONNECT_SECONDS, **known)
+    return wandb.init(
+        **about, mode=mode, dir=folder, resume="allow", reinit="create_new", allow_val_change=True, settings=settings
+    )
+
+
+@contextmanager
+def unharmed(give_up: Callable[[], None] = lambda: None, what: str = "the run goes on") -> Iterator[None]:
+    """Nothing ends because its observer did.
+
+    Args:
+        give_up: called after a failure.
+        what: is unharmed by it.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.info(f"opsin: W&B failed ({one_line(error)}); {what} without it")
+        give_up()
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,286 @@
+"""Tables of a population to its picture: the loss under every condition, and every onset.
+
+Legend: S seeds of a condition, n records of the loss, b bins of a drawn curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from opsin.figures.style import FAINT, INK, MUTED, STYLE, save_figure, short_count
+from opsin.metrics.compare import mean_curve
+from opsin.population.folder import UNFINISHED, Losses
+from opsin.population.tables import FORMED, NO_PLATEAU, NOT_FORMED, Row
+from opsin.records.schema import DIVERGED
+
+Colour = tuple[float, float, float]
+
+# Okabe and Ito's colours, after the ink of the first condition
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+EARLY = 0.04  # share of the run before which an onset would stick to the edge of a linear axis
+BINS = 250  # points of a drawn curve
+WIDTH, TOP, BOTTOM = 10.0, 0.5, 0.8  # inches
+PANEL, ROW, LEAST = 1.26, 0.42, 2.4  # height of a small panel, of a row of onsets, and of the whole, without margins
+COLUMNS = 3  # small panels side by side: as high as the rows of onsets, however many conditions
+LEFT, MIDDLE, RIGHT = 0.04, 0.555, 0.9  # where the losses start, the names of the rows and the end of the rows
+CHARACTER = 0.061  # inches of a name
+LONGEST = 26  # characters of a condition's name that are shown
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What all panels share: sequences from ``low`` to ``high``, logarithmic or not."""
+
+    low: float
+    high: float
+    log: bool
+
+    def apply(self, axes: Axes, ticks: int) -> None:
+        if self.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=ticks + 2))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(ticks))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
+        axes.set_xlim(self.low, self.high)
+
+
+def save_population(losses: Losses, summary: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw ``population.png``, 1600 pixels wide: a small panel of losses for every condition, and all onsets.
+
+    A panel shows the seeds (thin), their mean (bold) with the 95 % interval at each point, and in grey the mean under
+    the first condition. The onsets are one row a condition: each seed with its own interval, the mean with that over
+    the seeds, and a mark of another shape for each member without an onset, so that none is missing. Sequences are on
+    a logarithmic axis where an onset lies in the first ``EARLY`` of the run. A condition has one colour everywhere.
+
+    Args:
+        losses: of all members.
+        summary: of the population; read are ``members`` and ``conditions``.
+        path: the file, replaced at once.
+    """
+    conditions = len(summary["conditions"])
+    rows = -(-conditions // COLUMNS)
+    height = max(rows * PANEL, conditions * ROW, LEAST) + TOP + BOTTOM
+    style: dict[Any, Any] = {**STYLE, "axes.titlepad": 5}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), dpi=160)
+        FigureCanvasAgg(figure)
+        axis = _shared_axis(losses, summary)
+        _draw_losses(figure, losses, summary, axis)
+        _draw_onsets(figure, losses, summary, axis)
+        _legend(figure, summary)
+        save_figure(figure, path)
+
+
+def colour(index: int) -> Colour:
+    """Colour of the condition at that place of the recipe; rounds after the first are darker, then paler."""
+    if index == 0:
+        return to_rgb(INK)
+    around, place = divmod(index - 1, len(COLOURS))
+    share, towards = ((1.0, 0.0), (0.6, 0.0), (0.72, 1.0))[around % 3]
+    red, green, blue = (part * share + towards * (1 - share) for part in to_rgb(COLOURS[place]))
+    return red, green, blue
+
+
+def _shared_axis(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> _Axis:
+    last = float(losses.sequences[-1]) if len(losses.sequences) else 1.0
+    times = [row[name] for row in summary["members"] for name in ("onset", "below_half") if row[name] is not None]
+    log = bool(times) and min(times) < EARLY * last
+    # one decade before the first change is enough to show that nothing happened before it
+    low = max(min(float(losses.sequences[0]), last), 0.2 * min(times)) if log else 0.0
+    return _Axis(low, last, log)
+
+
+# ---- the losses -----------------------------------------------------------------------------------
+
+
+def _draw_losses(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
+    curves = _curves(losses, summary, axis)
+    top = max((float(np.nanmax(values)) for _, values in curves if np.isfinite(values).any()), default=1.0)
+    conditions = summary["conditions"]
+    for index, (condition, panel) in enumerate(zip(conditions, _panels(figure, len(conditions)), strict=True)):
+        if index:
+            panel.plot(curves[0][0], mean_curve(curves[0][1])[0], color=FAINT, linewidth=1.1, zorder=2)
+        _draw_loss(panel, *curves[index], colour(index))
+        name = _short(condition["condition"])
+        inches = panel.get_position().width * WIDTH
+        panel.set_title(name, color=colour(index), fontsize=min(8.0, 72 * inches / (0.7 * max(len(name), 1))))
+        axis.apply(panel, ticks=3)
+        panel.set_ylim(0, 1.06 * max(top, 1e-3))
+        panel.yaxis.set_major_locator(MaxNLocator(3))
+    _title(figure, LEFT, "Training loss (nats)", "mean over seeds, 95 % interval at each point")
+
+
+def _panels(figure: Figure, count: int) -> list[Axes]:
+    """Small axes in rows; the outer ones carry numbers, the lowest of each column what they count."""
+    height, gap, end = figure.get_figheight(), 0.28 / WIDTH, MIDDLE - 0.03
+    columns, rows = min(COLUMNS, count), -(-count // COLUMNS)
+    width = (end - LEFT - (columns - 1) * gap) / columns
+    step = (height - TOP - BOTTOM + 0.25) / rows
+    panels = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        bottom = (height - TOP - 0.15 - (row + 1) * step + 0.4) / height
+        axes = figure.add_axes((LEFT + column * (width + gap), bottom, width, (step - 0.4) / height))
+        lowest = index + columns >= count
+        axes.tick_params(labelsize=7, labelleft=column == 0, labelbottom=lowest)
+        if lowest:
+            axes.set_xlabel("sequences", labelpad=2, fontsize=7.5)
+        panels.append(axes)
+    return panels
+
+
+def _draw_loss(axes: Axes, x: Float[np.ndarray, " b"], values: Float[np.ndarray, "b S"], shade: Colour) -> None:
+    mean, low, high = mean_curve(values, floor=0.0)
+    axes.fill_between(x, low, high, color=shade, alpha=0.16, linewidth=0, zorder=1.5)
+    axes.plot(x, values, color=shade, alpha=0.4, linewidth=0.5, zorder=2.5)
+    axes.plot(x, mean, color=shade, linewidth=1.5, zorder=3)
+
+
+def _curves(
+    losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis
+) -> list[tuple[Float[np.ndarray, " b"], Float[np.ndarray, "b S"]]]:
+    """Smoothed curves of each condition's members."""
+    curves = []
+    for condition in summary["conditions"]:
+        held = [row["member"] for row in summary["members"] if row["condition"] == condition["condition"]]
+        curves.append(_binned(losses.sequences, losses.values[:, held], axis.log))
+    return curves
+
+
+def _binned(
+    x: Int[np.ndarray, " n"], values: Float[np.ndarray, "n S"], log: bool
+) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, "b S"]]:
+    """Means over bins of the record, which grow with x on a logarithmic axis; nan where a seed has no number."""
+    if not len(x):
+        return x.astype(float), values
+    edges = np.geomspace(1, len(x) + 1, BINS) - 1 if log else np.linspace(0, len(x), BINS)
+    starts = np.unique(edges.astype(int))[:-1]
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known, starts, axis=0, dtype=float)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=0)
+    sizes = np.diff(np.append(starts, len(x)))
+    with np.errstate(invalid="ignore"):
+        return np.add.reduceat(x, starts) / sizes, sums / counts
+
+
+# ---- the onsets -----------------------------------------------------------------------------------
+
+
+def _draw_onsets(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
+    height = figure.get_figheight()
+    conditions = summary["conditions"]
+    names = [_short(row["condition"]) for row in conditions]
+    left = MIDDLE + CHARACTER * max(map(len, names)) / WIDTH
+    axes = figure.add_axes((left, BOTTOM / height, RIGHT - left, 1 - (TOP + BOTTOM) / height))
+    _title(figure, MIDDLE, "Onset of the phase change", "sequences")
+    axis.apply(axes, ticks=5)
+    axes.set_ylim(len(conditions) - 0.5, -0.5)
+    axes.set_yticks(range(len(conditions)), names, fontsize=8)
+    axes.grid(False, axis="y")
+    axes.hlines(np.arange(len(conditions) - 1) + 0.5, 0, 1, transform=axes.get_yaxis_transform(), color=FAINT, lw=0.4)
+    beside = {"transform": axes.get_yaxis_transform(), "fontsize": 7.5, "color": MUTED}
+    axes.text(1.045, -0.5, "formed", va="bottom", **beside)
+    for index, condition in enumerate(conditions):
+        axes.get_yticklabels()[index].set_color(colour(index))
+        members = [row for row in summary["members"] if row["condition"] == condition["condition"]]
+        _draw_members(axes, index, sorted(members, key=lambda row: row["seed"]), losses)
+        _draw_mean(axes, index, condition)
+        axes.text(1.045, index, f"{condition['formed']} of {condition['members']}", va="center", **beside)
+
+
+def _draw_members(axes: Axes, index: int, members: Sequence[Row], losses: Losses) -> None:
+    """A mark a member, in the upper two thirds of the row."""
+    shade = colour(index)
+    places = index + np.linspace(-0.42, 0.16, len(members) + 2)[1:-1]
+    for y, row in zip(places.tolist(), members, strict=True):
+        kind = _kind(row)
+        shape, size, _ = MARKS[kind]
+        if kind == FORMED:
+            axes.hlines(y, row["onset_low"], row["onset_high"], color=shade, linewidth=0.9, alpha=0.65, zorder=2)
+        style = {"color": shade, "markerfacecolor": shade if kind == FORMED else "white", "markeredgewidth": 0.9}
+        # a mark may stand on the frame, but not outside of it
+        x = float(np.clip(_place(row, kind, losses), *axes.get_xlim()))
+        axes.plot([x], [y], shape, markersize=size, **style, clip_on=False, zorder=3)
+
+
+def _kind(row: Row) -> str:
+    """Which mark shows a member."""
+    if row["status"] in (DIVERGED, UNFINISHED):
+        return row["status"]
+    if row["onset"] is not None:
+        return FORMED
+    return NO_PLATEAU if row["outcome"] == NO_PLATEAU else NOT_FORMED
+
+
+def _place(row: Row, kind: str, losses: Losses) -> float:
+    """Where it stands: the onset, else half the plateau if there was none, else where its record ends."""
+    if kind == FORMED:
+        return row["onset"]
+    if kind == NO_PLATEAU and row["below_half"] is not None:
+        return row["below_half"]
+    known = np.flatnonzero(np.isfinite(losses.values[:, row["member"]]))
+    return float(losses.sequences[known[-1]]) if len(known) else 0.0
+
+
+def _draw_mean(axes: Axes, index: int, condition: Row) -> None:
+    if condition["onset_low"] is None:
+        return
+    y, shade = index + 0.29, colour(index)
+    ends = [condition["onset_low"], condition["onset_high"]]
+    axes.plot(ends, [y, y], color=shade, linewidth=1.8, solid_capstyle="butt", zorder=3)
+    # an interval that leaves the frame shows no end there
+    axes.plot(ends, [y, y], "|", color=shade, markersize=5, markeredgewidth=1.2, zorder=3)
+    axes.plot([condition["onset"]], [y], "D", color=shade, markersize=4.8, markeredgecolor="white", zorder=4)
+
+
+MARKS = {
+    FORMED: ("o", 3.2, "one seed, 95 %"),
+    NO_PLATEAU: ("o", 3.8, "no plateau (where the loss passed half of it)"),
+    NOT_FORMED: (">", 4.0, "not formed by the end"),
+    DIVERGED: ("X", 4.8, "diverged"),
+    UNFINISHED: ("s", 3.5, "chunk not finished"),
+}
+
+
+def _legend(figure: Figure, summary: Mapping[str, Sequence[Row]]) -> None:
+    """The marks that occur."""
+    kinds = {_kind(row) for row in summary["members"]}
+    handles = []
+    for kind, (shape, size, label) in MARKS.items():
+        if kind in kinds:
+            face = MUTED if kind == FORMED else "white"
+            style = {"marker": shape, "markersize": size, "markerfacecolor": face, "markeredgewidth": 0.9}
+            handles.append(Line2D([], [], color=MUTED, linewidth=0.9 if kind == FORMED else 0, label=label, **style))
+    if any(row["onset_low"] is not None for row in summary["conditions"]):
+        label = "mean of the formed, 95 %"
+        handles.insert(1, Line2D([], [], color=MUTED, linewidth=1.8, marker="D", markersize=4.5, label=label))
+    place = (0.99, 0.02 / figure.get_figheight())
+    style = {"frameon": False, "fontsize": 7, "labelcolor": MUTED, "handletextpad": 0.5, "columnspacing": 1.4}
+    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=place, ncols=max(len(handles), 1), **style)
+
+
+def _title(figure: Figure, left: float, text: str, more: str) -> None:
+    """A heading of half of the figure, and what it counts in a lighter hand."""
+    height = 1 - 0.18 / figure.get_figheight()
+    heading = figure.text(left, height, text, fontsize=9.5, fontweight="bold", va="center")
+    style = {"fontsize": 8, "color": MUTED, "va": "center"}
+    figure.axes[0].annotate(more, (1, 0.5), (6, 0), xycoords=heading, textcoords="offset points", **style)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"

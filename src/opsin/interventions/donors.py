@@ -1,0 +1,133 @@
+"""Donors: trained models whose activations another run may be given.
+
+Legend: M members, L positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from opsin.errors import ConfigError
+from opsin.model.sites import SiteTable, build_sites
+from opsin.model.transformer import Transformer, position_table
+from opsin.records.folder import load_saved
+from opsin.task import Task
+
+EXPECTED = "a checkpoint (RUN/checkpoints/last.ckpt), a snapshot (RUN/snapshots/step_NNNNNNN.pt) or a run folder"
+
+
+@dataclass(frozen=True)
+class Donor:
+    """One trained model, constant for the run that it is given to.
+
+    Args:
+        name: of the file it was read from, for people.
+        digest: of its weights; donors are compared and hashed by it.
+        model: its shape.
+        parameters: its weights, ``[1, ...]`` under the names of ``init_parameters``.
+        setting: that asked for it, for messages.
+    """
+
+    name: str = field(compare=False, repr=False)
+    digest: str
+    model: Transformer
+    parameters: Mapping[str, Tensor] = field(compare=False, repr=False)
+    setting: str = field(default="donor", compare=False, repr=False)
+
+    def sites(self, positions: int) -> SiteTable:
+        """Its activations on sequences of this length."""
+        neurons, additive = self.model.neurons, self.model.positions != "rope"
+        return build_sites(
+            layers=self.model.layers,
+            positions=positions,
+            width=self.model.width,
+            heads=self.model.heads,
+            neurons=neurons,
+            outputs=self.parameters["unembed.W_U"].shape[-1],
+            additive=additive,
+            norm=self.model.norm,
+        )
+
+    def table(self, positions: int) -> Float[Tensor, "2 L half"]:
+        """Its position table, in the precision of its weights."""
+        return position_table(self.model, positions, self.parameters["unembed.W_U"].dtype)
+
+    def check(self, task: Task) -> None:
+        """Refuse a donor of another task.
+
+        Raises:
+            ConfigError: it reads or predicts something else than this task, or has too few positions.
+        """
+        features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
+        tokens, outputs = self.parameters["embed.W_E"].shape[1], self.parameters["unembed.W_U"].shape[-1]
+        theirs = {"features": features, "tokens": tokens, "outputs": outputs}
+        ours = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
+        if theirs != ours:
+            expected = f"a model of this task: {_listed(ours)}"
+            raise ConfigError(self.setting, f"{self.name} with {_listed(theirs)}", expected)
+        if self.model.positions == "learned" and self.model.max_positions < task.layout.positions:
+            expected = f"at least the task's {task.layout.positions}"
+            raise ConfigError(self.setting, f"{self.name} with {self.model.max_positions} learned positions", expected)
+
+
+def _listed(sizes: Mapping[str, int | None]) -> str:
+    return ", ".join(f"{'no' if size is None else size} {name}" for name, size in sizes.items())
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a member starts from.
+
+    Args:
+        path: of a run folder, a checkpoint or a snapshot.
+        place: which member of it, the only one where it has one.
+    """
+
+    path: str
+    place: int = 0
+
+
+def donor_from(name: str, model: Transformer, parameters: Mapping[str, Tensor], setting: str = "donor") -> Donor:
+    """A donor with these weights (``[1, ...]``)."""
+    digest = hashlib.sha256()
+    for key in sorted(parameters):
+        digest.update(key.encode())
+        digest.update(parameters[key].detach().cpu().contiguous().numpy().tobytes())
+    return Donor(name, digest.hexdigest()[:16], model, {k: v.detach() for k, v in parameters.items()}, setting)
+
+
+def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
+    """One member of a run, from its checkpoint, one of its snapshots, or its folder (then the last checkpoint).
+
+    Args:
+        writer: whose settings ``donor`` and ``member`` name it, for messages.
+
+    Raises:
+        ConfigError: no such file, none that a run has written, or no such member in it.
+    """
+    path = Path(path)
+    saved = _read(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    if "parameters" in saved:
+        shape, parameters = saved["transformer"], saved["parameters"]
+    else:
+        shape, state = saved["opsin"]["transformer"], saved["state_dict"]
+        parameters = {name.removeprefix("members."): x for name, x in state.items() if name.startswith("members.")}
+    count = next(iter(parameters.values())).shape[0]
+    if not 0 <= member < count:
+        raise ConfigError(f"{writer}.member", member, f"a member from 0 to {count - 1} of {path}")
+    own = {name: x[member : member + 1].clone() for name, x in parameters.items()}
+    return donor_from(str(path), Transformer(**shape), own, f"{writer}.donor")
+
+
+def _read(field_name: str, path: Path) -> dict[str, Any]:
+    saved = load_saved(path)
+    if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
+        raise ConfigError(field_name, str(path), EXPECTED)
+    return saved

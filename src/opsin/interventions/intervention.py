@@ -1,0 +1,165 @@
+"""What is overwritten, by what, and where a value comes from: the nouns of a plan.
+
+A value may be taken from another forward pass of the same batch, which has interventions of its own and
+may run a donor's weights. Equal passes are one pass: they are compared by what they are, not by who asked
+for them.
+
+Legend: M members, B batch, L positions, N neurons, H heads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from opsin.interventions.donors import Donor
+from opsin.interventions.schedules import Schedule
+from opsin.interventions.selection import Selection
+from opsin.task import Batch
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """A value and, where it does not apply everywhere, the entries it applies to (broadcast to the site)."""
+
+    value: Tensor
+    where: Tensor | None = None
+
+
+class Value(ABC):
+    """What an activation is overwritten by. Values are small frozen dataclasses, so that plans can be hashed."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the value is made from beside the activation itself and the batch."""
+        return ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The activations among its needs."""
+        return tuple(need for need in self.needs if isinstance(need, Source))
+
+    @property
+    def gradient(self) -> str:
+        """``"stops"`` or ``"flows"``: whether gradient passes through the value, into what it is made from."""
+        return "flows" if any(source.trains for source in self.sources) else "stops"
+
+    @abstractmethod
+    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
+        """The value for activation ``x`` of this batch; ``taken`` are its needs, in order."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One overwriting: where, what, by which value, when.
+
+    Args:
+        writer: the callback that asks for it, for messages.
+        site: name of the site.
+        selection: which entries of it.
+        value: what they are overwritten by.
+        schedule: how strongly at which step.
+        order: rank among interventions that touch the same entries; the later wins.
+    """
+
+    writer: str
+    site: str
+    selection: Selection
+    value: Value
+    schedule: Schedule = field(default_factory=Schedule)
+    order: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Another forward pass of the same batch.
+
+    Args:
+        interventions: of this pass alone.
+        donor: whose weights it runs; by default those that are trained.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    donor: Donor | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether it uses activations of the pass that takes a value from it, and so runs inside that one."""
+        return any(source.of is Relative.ASKING for item in self.interventions for source in item.value.sources)
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradient that enters it can reach a trained weight."""
+        taken = [source for item in self.interventions for source in item.value.sources]
+        return self.donor is None or any(source.trains for source in taken if source.of is not Relative.THIS)
+
+
+class Relative(Enum):
+    """A pass named by where it is mentioned."""
+
+    THIS = "this pass"
+    """The one in which the value is used; its site must come earlier in it."""
+
+    ASKING = "the asking pass"
+    """The one that takes a value from the pass in which this is mentioned."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An activation as it goes on in some pass.
+
+    Args:
+        site: its name.
+        of: the pass; by default one without any intervention.
+        detach: whether gradient stops at it; by default it flows into the other pass.
+    """
+
+    site: str
+    of: Pass | Relative = Pass()
+    detach: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradient that enters it can reach a trained weight."""
+        return not self.detach and (isinstance(self.of, Relative) or self.of.trains)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter ``[M, ...]`` of the model that the pass runs.
+
+    Args:
+        name: as ``init_parameters`` names it.
+        detach: whether gradient stops at it.
+    """
+
+    name: str
+    detach: bool = False
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Every member's seed and the number of the optimizer step, ``[M, 2]`` int64: what noise is made from."""
+
+
+class Supply(ABC):
+    """A tensor that lies beside the graph and that its writer may change between steps, for example directions.
+
+    Subclasses are small frozen dataclasses; equal supplies are one tensor.
+    """
+
+    @abstractmethod
+    def initial(self, members: int) -> Tensor:
+        """What it is before the first step, ``[M, ...]``; every later tensor has this shape."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it stays what it is before the first step."""
+        return False
+
+
+Need = Source | Weight | Clock | Supply
+"""What a value may be made from."""

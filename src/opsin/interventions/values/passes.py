@@ -1,0 +1,98 @@
+"""Values taken from another forward pass of the same batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opsin.interventions.intervention import Overwrite, Source, Value
+from opsin.interventions.values.patterns import DISALLOWED_SCORE
+from opsin.task import Batch, scored_rows
+
+
+@dataclass(frozen=True)
+class FromPass(Value):
+    """What the same activation, or another of its shape, is in another pass."""
+
+    source: Source
+
+    @property
+    def needs(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
+        return Overwrite(taken[0])
+
+
+@dataclass(frozen=True)
+class Tempered(Value):
+    """Scores of another pass, those of some heads divided by a temperature.
+
+    Reference option ``set_head_temperature``.
+
+    Args:
+        source: the scores.
+        temperatures: head and its temperature; other heads keep theirs.
+    """
+
+    source: Source
+    temperatures: tuple[tuple[int, float], ...]
+
+    @property
+    def needs(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+        divisor = x.new_ones(x.shape[2])
+        for head, temperature in self.temperatures:
+            divisor[head] = temperature
+        return Overwrite(taken[0] / divisor[:, None, None])
+
+
+@dataclass(frozen=True)
+class CopyOutput(Value):
+    """Logits of a perfect copy: the score that one head gives a label is that label's logit.
+
+    Reference option ``perfect_copy_from_head_pattern``. Outputs that no label of the context names get
+    -1e9; of a label that occurs twice the later counts. Only rows whose prediction is scored.
+    """
+
+    source: Source
+    head: int
+
+    @property
+    def needs(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B L V"], batch: Batch, *taken: Tensor) -> Overwrite:
+        scores = taken[0][:, :, self.head]  # M B L K
+        value = torch.full_like(x, DISALLOWED_SCORE)
+        outputs = torch.arange(x.shape[-1], device=x.device)
+        for position in batch.layout.labels:
+            token = batch.tokens[:, :, batch.layout.tokens.index(position)]
+            named = (token[..., None] == outputs)[:, :, None]  # M B 1 V
+            value = torch.where(named, scores[..., position, None], value)
+        return Overwrite(value, scored_rows(batch)[:, None])
+
+
+@dataclass(frozen=True)
+class PreviousInput(Value):
+    """Embeddings moved on by one position, as if perfect previous-token heads had replaced them.
+
+    Rows whose prediction is scored keep their own, and so does the first (reference manipulation
+    ``perfect_prev_token_input``, pass 2).
+    """
+
+    source: Source
+
+    @property
+    def needs(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __call__(self, x: Float[Tensor, "M B L D"], batch: Batch, *taken: Tensor) -> Overwrite:
+        previous = batch.truth.previous
+        own = torch.arange(previous.shape[0], device=previous.device)
+        return Overwrite(taken[0][:, :, torch.where(scored_rows(batch), own, previous)])

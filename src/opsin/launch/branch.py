@@ -1,0 +1,309 @@
+"""Forks: what a branch of a run takes over of the run's configuration and of its state.
+
+A branch is an ordinary run. It starts from a checkpoint of the run that it branches from, rewritten for the branch's
+own plan: weights, optimizer, schedulers, records and the counts of every intervention that both runs have are taken
+over; an intervention that only the branch has begins with no counts.
+
+Legend: M members, I interventions.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opsin.errors import ConfigError
+from opsin.interventions.plan import Plan
+from opsin.interventions.schedules import Schedule
+from opsin.interventions.weights import missed_updates
+from opsin.launch.recipe import Built
+from opsin.population.chunks import PER_MEMBER, listed, merged
+from opsin.training.module import OpsinModule
+from opsin.training.optimizers import member_groups
+
+SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
+"""What a branch may have that the run it branches from has not."""
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A callback whose saved state has a part for each member."""
+
+    def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
+        """The state of a run that has this member alone."""
+
+
+# ---- the configuration ------------------------------------------------------------------------------
+
+
+def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, Any], start: Path) -> dict[str, Any]:
+    """The resolved recipe of a branch: an ordinary run that starts from a checkpoint.
+
+    Args:
+        recipe: resolved, of the run that it branches from, a single member.
+        name: of the branch.
+        settings: what it has beside those of the run: ``SETTINGS``.
+        start: its first checkpoint.
+
+    Raises:
+        ConfigError: an unknown setting.
+    """
+    for setting, value in settings.items():
+        if setting not in SETTINGS:
+            raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(SETTINGS)}")
+    if not isinstance(settings.get("task") or {}, Mapping):
+        raise ConfigError(f"conditions.{name}.task", settings["task"], "settings of the task, by name")
+    found = copy.deepcopy(dict(recipe)) | {"ckpt_path": str(start)}
+    found["model"] |= {key: settings[key] for key in PER_MEMBER if settings.get(key) is not None}
+    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
+    trainer = found["trainer"]
+    own = copy.deepcopy(listed(settings.get("callbacks")))
+    trainer["callbacks"] = [*listed(trainer.get("callbacks")), *own]
+    trainer["enable_progress_bar"] = False
+    if settings.get("max_steps") is not None:
+        trainer["max_steps"] = settings["max_steps"]
+    return found
+
+
+def check_branch(branch: Built, trunk: Built, at: int, steps: int) -> None:
+    """Refuse a branch that cannot go on from its run, and one with an intervention that could no longer act.
+
+    Args:
+        branch: the branch.
+        trunk: the run that it branches from, a single member.
+        at: the step of the fork.
+        steps: of the branch.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if steps <= at:
+        raise ConfigError("max_steps", steps, f"more than the fork's step {at}")
+    size, own = trunk.module.task.batch_size, branch.module.task.batch_size
+    if own != size:
+        raise ConfigError("task.batch_size", own, f"{size}, as the run has it, whose records count sequences")
+    was = {name: tuple(tensor.shape) for name, tensor in trunk.module.state_dict().items()}
+    for name, tensor in branch.module.state_dict().items():
+        if was[name] != tuple(tensor.shape):
+            raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {was[name]}, as the run has it")
+    plan, batch = branch.plan, branch.module.task.batch_size
+    for row, before in enumerate(_Carried(trunk.plan, plan).rows):
+        schedule: Schedule = plan.schedules[row]
+        if before is None and not schedule.strength(np.arange(at, steps), batch).any():
+            expected = f"to act in the branch, which has the steps {at} to {steps}"
+            raise ConfigError(f"{plan.names[row]}.schedule", str(schedule), expected)
+
+
+# ---- the state --------------------------------------------------------------------------------------
+
+
+def state_of_member(saved: Mapping[str, Any], trunk: Built, alone: Built, member: int) -> dict[str, Any]:
+    """The checkpoint of one member of a run, as of a run of its own.
+
+    Args:
+        saved: checkpoint of the run.
+        trunk: the run.
+        alone: the run of that member alone.
+        member: which.
+    """
+    opsin = saved["opsin"]
+    history = {
+        name: {**entry, "values": entry["values"][:, member : member + 1]} for name, entry in opsin["history"].items()
+    }
+    events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
+    control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
+    own = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
+    part = {
+        **saved,
+        "state_dict": _member(saved["state_dict"], member),
+        "optimizer_states": [_optimizer_of_member(state, member, group) for state in saved["optimizer_states"]],
+        "lr_schedulers": [_scheduler_of_group(state, group) for state in saved["lr_schedulers"]],
+        "callbacks": _callbacks_of_member(saved["callbacks"], trunk.callbacks, member),
+        "opsin": {**opsin, **own},
+    }
+    return branch_state(part, trunk, alone, member)
+
+
+def _member(tensors: Mapping[Any, Tensor], member: int) -> dict[Any, Tensor]:
+    return {name: tensor[member : member + 1].clone() for name, tensor in tensors.items()}
+
+
+def _groups(module: OpsinModule) -> tuple[list[tuple[float, float]], list[int]]:
+    return member_groups(module.learning_rate, module.weight_decay, module.n_members)
+
+
+def _optimizer_of_member(state: Mapping[str, Any], member: int, group: int) -> dict[str, Any]:
+    first, own = state["param_groups"][0], state["param_groups"][group]
+    # what schedulers change is the group's own; the parameters and the count of steps are the first's
+    alone = {**first, **{name: own[name] for name in own if name not in ("params", "steps")}}
+    moments = {index: _member(each, member) for index, each in state["state"].items()}
+    return {**state, "state": moments, "param_groups": [alone]}
+
+
+def _scheduler_of_group(state: Mapping[str, Any], group: int) -> dict[str, Any]:
+    found = {**state, **{name: [state[name][group]] for name in ("base_lrs", "_last_lr") if name in state}}
+    if "_schedulers" in found:
+        found["_schedulers"] = [_scheduler_of_group(inner, group) for inner in found["_schedulers"]]
+    return found
+
+
+def _control_of_member(control: Mapping[str, Any], member: int) -> dict[str, Any]:
+    only = slice(member, member + 1)
+    return {
+        "fired": control["fired"][:, only],
+        "active": control["active"][:, only],
+        "supplied": [tensor[only].clone() for tensor in control["supplied"]],
+        "missed": _member(control["missed"], member),
+        "ended": {},
+    }
+
+
+def _callbacks_of_member(states: Mapping[str, Any], callbacks: Mapping[str, Any], member: int) -> dict[str, Any]:
+    return {
+        key: of.member_state(state, member) if isinstance(of := callbacks.get(key), Divisible) else state
+        for key, state in states.items()
+    }
+
+
+def branch_state(saved: Mapping[str, Any], trunk: Built, branch: Built, member: int = 0) -> dict[str, Any]:
+    """The first checkpoint of a branch.
+
+    Args:
+        saved: checkpoint of the run that it branches from, of a single member.
+        trunk: that run.
+        branch: the branch.
+        member: which of the run's members was saved.
+    """
+    kinds, group_of = _groups(trunk.module)
+    rates = (kinds[group_of[member]][0], _first(branch.module.learning_rate))
+    decay = _first(branch.module.weight_decay)
+    carried = _Carried(trunk.plan, branch.plan, member)
+    opsin = {
+        **saved["opsin"],
+        "plan": branch.plan.digest(),
+        "control": carried.control(saved["opsin"]["control"]),
+        "history": carried.history(saved["opsin"]["history"]),
+    }
+    optimizers = [_with_rates(state, *rates, decay) for state in saved["optimizer_states"]]
+    schedulers = [_scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
+    return {**saved, "optimizer_states": optimizers, "lr_schedulers": schedulers, "opsin": opsin}
+
+
+def _first(value: float | Sequence[float]) -> float:
+    return float(value) if isinstance(value, (int, float)) else float(value[0])
+
+
+def _with_rates(optimizer: Mapping[str, Any], old: float, new: float, decay: float) -> dict[str, Any]:
+    groups = [
+        {**group, **{name: _moved(group[name], old, new) for name in ("lr", "initial_lr") if name in group}}
+        for group in optimizer["param_groups"]
+    ]
+    return {**optimizer, "param_groups": [{**group, "weight_decay": decay} for group in groups]}
+
+
+def _scheduler_with_rates(state: Mapping[str, Any], old: float, new: float) -> dict[str, Any]:
+    found = dict(state)
+    for name in ("base_lrs", "_last_lr"):
+        if name in found:
+            found[name] = [_moved(rate, old, new) for rate in found[name]]
+    # of schedulers made from schedulers
+    if "_schedulers" in found:
+        found["_schedulers"] = [_scheduler_with_rates(inner, old, new) for inner in found["_schedulers"]]
+    return found
+
+
+def _moved(rate: float, old: float, new: float) -> float:
+    """A scheduled rate that began at ``old``, as it would be had it begun at ``new``."""
+    # exact where nothing changes, and for a rate that no scheduler has moved
+    return rate if new == old else new if rate == old else rate * (new / old)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What one plan has counted and recorded, for another plan that has some of its interventions.
+
+    Args:
+        old: the plan of the run that is forked.
+        new: the plan of a run of one of its members.
+        member: which one.
+    """
+
+    old: Plan
+    new: Plan
+    member: int = 0
+
+    @cached_property
+    def rows(self) -> list[int | None]:
+        """For every row of the new plan that of the old one: the same intervention, or change of weights."""
+        known: dict[str, list[int]] = defaultdict(list)
+        for row, key in enumerate(_keys(self.old)):
+            if self._acts(row):
+                known[key].append(row)
+        return [known[key].pop(0) if known[key] else None for key in _keys(self.new)]
+
+    def _acts(self, row: int) -> bool:
+        """Whether a row of the old plan selects anything of the member."""
+        mask = self.old.masks[row]
+        return bool(mask[self.member if len(mask) > 1 else 0].any())
+
+    def control(self, control: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a ``Control``; a supply that the old plan does not have is None."""
+        members = control["fired"].shape[1]
+        counts = {name: torch.zeros(len(self.new.masks), members, dtype=torch.int64) for name in ("fired", "active")}
+        for row, before in enumerate(self.rows):
+            for name, count in counts.items():
+                if before is not None:
+                    count[row] = control[name][before]
+        missed = missed_updates(self.new.changes, self.new.masks[len(self.new.interventions) :], members)
+        for name, tensor in missed.items():
+            if name in control["missed"]:
+                tensor.copy_(control["missed"][name])
+        return {**control, **counts, "missed": missed, "supplied": self._supplied(control["supplied"])}
+
+    def _supplied(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        acting = [item for row, item in enumerate(self.old.interventions) if self._acts(row)]
+        needed = {need for item in acting for need in item.value.needs}
+        known = {_key(each): tensor for each, tensor in zip(self.old.supplies, tensors, strict=True) if each in needed}
+        return [known.get(_key(each)) for each in self.new.supplies]
+
+    def history(self, history: Mapping[str, Any]) -> dict[str, Any]:
+        """Records of schedules with feedback under the names that their writers have in the new plan.
+
+        Those of other members' writers are left out: their numbers may have become those of this member's.
+        """
+        labels = {row: label for label, row in self.new.loops.items()}
+        new_of = {before: labels.get(row) for row, before in enumerate(self.rows)}
+        own = {label: row for label, row in self.old.loops.items() if self._acts(row)}
+        others = tuple(f"feedback/{label}/" for label in self.old.loops if label not in own)
+        names = {f"feedback/{label}/": f"feedback/{new_of.get(row) or label}/" for label, row in own.items()}
+        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(others)}
+
+
+def _with_prefix(name: str, names: Mapping[str, str]) -> str:
+    found = next((prefix for prefix in names if name.startswith(prefix)), None)
+    return name if found is None else names[found] + name.removeprefix(found)
+
+
+def _keys(plan: Plan) -> Iterable[str]:
+    own = len(plan.passes) - 1
+    for number, planned in enumerate(plan.passes):
+        items = [plan.interventions[index] for index in planned.items]
+        # an intervention of another pass is the same only in the same pass
+        within = "" if number == own else _key((None if planned.donor is None else plan.donors[planned.donor], items))
+        yield from (within + _key(item) for item in items)
+    yield from map(_key, plan.changes)
+
+
+def _key(item: object) -> str:
+    """What a plan's digest knows of it, apart from the members: a branch has one alone."""
+    return re.sub(r"members=(?:None|\([\d, ]*\))", "members", repr(item))

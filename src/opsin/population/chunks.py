@@ -1,0 +1,217 @@
+"""Populations: seeds x conditions, who is who, and which members train in one process.
+
+A chunk is an ordinary run of several members. Members share a chunk only if they share its graph: the same task and the
+same passes, so that no member pays for a pass that only another needs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from opsin.errors import ConfigError
+
+OF_ALL = ("population", "run_folder", "tune")
+"""Settings of a recipe that its chunks do not have."""
+
+PER_MEMBER = ("learning_rate", "weight_decay")
+"""Settings of the model that every member may have its own of."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a population.
+
+    Args:
+        member: its number in the population.
+        condition: name.
+        seed: of its weights and data.
+        place: the how-manieth seed of its condition this is.
+    """
+
+    member: int
+    condition: str
+    seed: int
+    place: int
+
+
+def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int] | None]]:
+    """The conditions of a resolved recipe as plain settings, windows among them, and the window of each.
+
+    Returns:
+        Settings by name, and start and length by name; None for a condition that is no window. The
+        second is empty where the recipe has no windows.
+    """
+    population = recipe["population"]
+    conditions = dict(population.get("conditions") or {})
+    windows = population.get("windows")
+    if windows is None:
+        return conditions or {"all": {}}, {}
+    conditions = conditions or {"none": {}}
+    grid: dict[str, dict[str, int] | None] = dict.fromkeys(conditions)
+    for start in windows["starts"]:
+        for length in windows["lengths"]:
+            name = f"start_{start}_length_{length}"
+            schedule = {"start": start, "stop": start + length, "unit": windows["unit"]}
+            conditions[name] = {"callbacks": [_scheduled(c, schedule) for c in windows["callbacks"]]}
+            grid[name] = {"start": start, "length": length, "unit": windows["unit"]}
+    return conditions, grid
+
+
+def _scheduled(callback: Mapping[str, Any], schedule: dict[str, Any]) -> dict[str, Any]:
+    settings = copy.deepcopy(dict(callback))
+    settings.setdefault("init_args", {})["schedule"] = schedule
+    return settings
+
+
+def members_of(seeds: int | Sequence[int], first: int, conditions: Sequence[str], paired: bool) -> list[Member]:
+    """All members, condition by condition.
+
+    Args:
+        seeds: a list, or how many from ``first`` on.
+    """
+    chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
+    # without pairing, seeds that no other condition has
+    step = 0 if paired else max(chosen) - min(chosen) + 1
+    return [
+        Member(index * len(chosen) + place, name, seed + index * step, place)
+        for index, name in enumerate(conditions)
+        for place, seed in enumerate(chosen)
+    ]
+
+
+def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes: int, most: int) -> list[list[Member]]:
+    """Chunks, largest first: members of one graph, at most so many, all processes busy where they suffice.
+
+    Args:
+        graphs: of each condition; equal ones may share a chunk.
+        processes: that run at once.
+        most: members of one chunk.
+    """
+    groups: dict[Hashable, list[Member]] = defaultdict(list)
+    for member in members:
+        groups[graphs[member.condition]].append(member)
+    # an even share keeps the last process from working alone at the end
+    share = max(1, -(-len(members) // processes))
+    chunks: list[list[Member]] = []
+    for group in groups.values():
+        size = min(most, share, len(group))
+        parts = -(-len(group) // size)
+        bounds = [round(part * len(group) / parts) for part in range(parts + 1)]
+        chunks += [group[a:b] for a, b in pairwise(bounds)]
+    return sorted(chunks, key=len, reverse=True)
+
+
+def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
+    """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population."""
+    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in OF_ALL})
+    own = [conditions[member.condition] or {} for member in members]
+    model = found["model"]
+    model["seed"] = [member.seed for member in members]
+    for name in PER_MEMBER:
+        values = [model[name] if (value := settings.get(name)) is None else value for settings in own]
+        model[name] = values[0] if len({*values}) == 1 else values
+    paths = [settings.get("initial") for settings in own]
+    places = [
+        None if path is None else {"path": path, "place": m.place} for path, m in zip(paths, members, strict=True)
+    ]
+    model["initial"] = places if any(places) else None
+    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, own[0].get("task") or {})
+    found["trainer"]["callbacks"] = _callbacks(found["trainer"].get("callbacks"), conditions, members)
+    found["trainer"]["enable_progress_bar"] = False
+    return found
+
+
+def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Member]) -> list[dict[str, Any]]:
+    found = listed(common)
+    for callback in found:
+        _refuse_members(callback, "trainer.callbacks")
+    for name in dict.fromkeys(member.condition for member in members):
+        slots = {member.seed: slot for slot, member in enumerate(members) if member.condition == name}
+        settings = conditions[name] or {}
+        for callback in settings.get("callbacks") or []:
+            found.append(_acting_in([*slots.values()], callback, f"population.conditions.{name}.callbacks"))
+        for seed, callbacks in (settings.get("by_seed") or {}).items():
+            where = f"population.conditions.{name}.by_seed.{seed}"
+            # a file has names where Python has numbers
+            if int(seed) in slots:
+                found += [_acting_in([slots[int(seed)]], callback, where) for callback in callbacks]
+    return found
+
+
+def _acting_in(slots: list[int], callback: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A callback of a condition as one of its chunk, for some members."""
+    _refuse_members(callback, where)
+    own = copy.deepcopy(dict(callback))
+    own.setdefault("init_args", {})["members"] = slots
+    return own
+
+
+def _refuse_members(callback: Mapping[str, Any], where: str) -> None:
+    # they would be those of every chunk, whoever these are
+    members = (callback.get("init_args") or {}).get("members")
+    if members is not None:
+        raise ConfigError(where, {"members": members}, "no members: a condition chooses them")
+
+
+def listed(callbacks: Any) -> list[dict[str, Any]]:
+    """The callbacks of a resolved recipe, which may have none, or one without a list around it."""
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
+
+
+def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some replaced; settings inside settings are merged, too."""
+    found = dict(settings)
+    for name, value in overrides.items():
+        inside = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if inside else value
+    return found
+
+
+def document(chunks: Sequence[Sequence[Member]], conditions: Sequence[str], **about: Any) -> dict[str, Any]:
+    """What ``population.json`` says: who trains where, and whatever else is given."""
+    rows = [
+        {**asdict(member), "chunk": number, "slot": slot}
+        for number, chunk in enumerate(chunks)
+        for slot, member in enumerate(chunk)
+    ]
+    return {"members": sorted(rows, key=lambda row: row["member"]), "conditions": list(conditions), **about}
+
+
+def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:
+    """The resolved recipe of one member of a run, as a run of its own; of a single run, the recipe itself."""
+    found = copy.deepcopy(dict(recipe))
+    model, seeds = found["model"], recipe["model"]["seed"]
+    if isinstance(seeds, int) or len(seeds) == 1:
+        return found
+    model["seed"] = seeds[member]
+    for name in PER_MEMBER:
+        if isinstance(model.get(name), list):
+            model[name] = model[name][member]
+    if model.get("initial"):
+        model["initial"] = [model["initial"][member]]
+    callbacks = listed(found["trainer"].get("callbacks"))
+    found["trainer"]["callbacks"] = [
+        _for_member(callback, member) for callback in callbacks if _acts_in(callback, member)
+    ]
+    return found
+
+
+def _acts_in(callback: Mapping[str, Any], member: int) -> bool:
+    chosen = (callback.get("init_args") or {}).get("members")
+    return chosen is None or member in chosen
+
+
+def _for_member(callback: Mapping[str, Any], member: int) -> dict[str, Any]:
+    found = dict(callback)
+    settings = dict(found.get("init_args") or {})
+    if "members" in settings:
+        settings["members"] = None
+    # of Reinitialise: a draw for each member
+    if isinstance(settings.get("seed"), list):
+        settings["seed"] = settings["seed"][member]
+    return found | {"init_args": settings}

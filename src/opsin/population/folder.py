@@ -1,0 +1,242 @@
+"""The folder of a population at its end: who its members are, and their chunks' tables as one.
+
+A population's folder holds
+
+    population.json   members (member, condition, seed, chunk, slot), conditions in the recipe's order; ``compare``,
+                      metrics whose last values are compared, where the recipe names some; and, where the conditions
+                      form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
+    chunks/00, ...    ordinary run folders, one a chunk; a member is at index ``slot`` of its chunk's members
+    metrics.csv       the chunks' tables with the population's member numbers
+
+and what ``opsin.population.tables`` and ``opsin.figures.population`` write.
+
+Legend: M members, n records of the loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from opsin.errors import ConfigError
+from opsin.records.schema import COLUMNS, DIVERGED, EARLY
+
+LOSS = "train/loss"
+COMPLETE, UNFINISHED = "complete", "unfinished"
+STATUSES = (COMPLETE, EARLY, DIVERGED, UNFINISHED)
+
+
+@dataclass(frozen=True)
+class TrainedMember:
+    """One model of a population.
+
+    Args:
+        member: its number among all, from 0.
+        condition, seed: what it was trained under; no other member has both.
+        chunk, slot: the chunk that trained it, and its index there.
+        status: one of ``STATUSES``; unfinished if its chunk has no summary.
+        record: its part of the chunk's summary, as ``PhaseChange`` describes it; empty if unfinished.
+    """
+
+    member: int
+    condition: str
+    seed: int
+    chunk: int
+    slot: int
+    status: str
+    record: Mapping[str, Any]
+
+    @property
+    def counts(self) -> bool:
+        """Whether it was trained as far as it should be: a diverged or unfinished member enters no mean."""
+        return self.status in (COMPLETE, EARLY)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the members' tables hold.
+
+    Args:
+        sequences: after how many some member has a record of its training loss.
+        values: training loss (nats) then; nan where a member has no record.
+        last: of each metric that is compared, every member's last value; nan without one.
+    """
+
+    sequences: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, "n M"]
+    last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainedPopulation:
+    """All members, in the order of their numbers, and the conditions in the recipe's order."""
+
+    path: Path
+    conditions: tuple[str, ...]
+    members: tuple[TrainedMember, ...]
+    grid: Mapping[str, Mapping[str, int] | None]
+    compare: tuple[str, ...] = ()
+
+    def under(self, condition: str) -> list[TrainedMember]:
+        """Members of a condition, by seed."""
+        return sorted((m for m in self.members if m.condition == condition), key=lambda m: m.seed)
+
+
+def read_population(path: Path) -> TrainedPopulation:
+    """Read ``population.json`` and the summaries of the chunks.
+
+    Raises:
+        ConfigError: member numbers are not 0 to M - 1, two members share condition and seed, a condition is unknown, or
+            a chunk's summary has no such slot.
+    """
+    content = json.loads((path / "population.json").read_text())
+    conditions = tuple(content["conditions"])
+    rows = sorted(content["members"], key=lambda row: row["member"])
+    if [row["member"] for row in rows] != list(range(len(rows))):
+        raise ConfigError("population.members", [row["member"] for row in rows], "each number from 0 once")
+    summaries = {chunk: _summary(chunk_folder(path, chunk)) for chunk in {row["chunk"] for row in rows}}
+    members, seen = [], set()
+    for row in rows:
+        who = row["condition"], row["seed"]
+        if row["condition"] not in conditions:
+            raise ConfigError("population.members", row["condition"], "one of " + ", ".join(conditions))
+        if who in seen:
+            raise ConfigError("population.members", who, "one member of each condition and seed")
+        seen.add(who)
+        status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
+        place = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
+        members.append(TrainedMember(**place, status=status, record=record))
+    grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
+    return TrainedPopulation(path, conditions, tuple(members), grid, compare)
+
+
+def chunk_folder(path: Path, chunk: int) -> Path:
+    """Run folder of a chunk of the population at ``path``."""
+    return path / "chunks" / f"{chunk:02d}"
+
+
+def rows_of_chunk(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The population whose chunk a run folder is, and the rows of its members in ``population.json``, by slot.
+
+    Returns:
+        None for a run of no population.
+    """
+    folder = folder.absolute()
+    path = folder.parent.parent
+    if not (path / "population.json").exists():
+        return None
+    rows = json.loads((path / "population.json").read_text())["members"]
+    own = [row for row in rows if chunk_folder(path, row["chunk"]) == folder]
+    return (path, sorted(own, key=lambda row: row["slot"])) if own else None
+
+
+def _summary(folder: Path) -> Mapping[str, Any] | None:
+    file = folder / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """Status of a member and its part of the chunk's summary."""
+    if summary is None:
+        return UNFINISHED, {}
+    rows = summary.get("members") or [summary]
+    if not 0 <= slot < len(rows):
+        raise ConfigError("population.members", slot, f"a slot from 0 to {len(rows) - 1} of {folder}")
+    status = rows[slot].get("status", COMPLETE)
+    if status not in STATUSES:
+        raise ConfigError(f"{folder}/summary.json", status, "one of " + ", ".join(STATUSES))
+    return status, rows[slot]
+
+
+# ---- the table ------------------------------------------------------------------------------------
+
+
+def merge_metrics(population: TrainedPopulation) -> Losses:
+    """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers.
+
+    Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
+    killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
+
+    Returns:
+        The losses and last values it met on the way.
+
+    Raises:
+        ConfigError: a chunk's table has other columns, or a row of a slot that no member has.
+    """
+    met = _Met(
+        [(array("q"), array("d")) for _ in population.members],
+        {metric: np.full(len(population.members), math.nan) for metric in population.compare},
+        {member.member for member in population.members if member.status == EARLY},
+    )
+    target = population.path / "metrics.csv"
+    part = target.with_name(target.name + ".part")
+    with part.open("w") as merged:
+        merged.write(",".join(COLUMNS) + "\n")
+        for chunk in sorted({member.chunk for member in population.members}):
+            _merge_chunk(population, chunk, merged, met)
+    os.replace(part, target)
+    return met.losses()
+
+
+@dataclass(frozen=True)
+class _Met:
+    """What is kept of the tables while they are merged.
+
+    Args:
+        curves: of every member, the sequences and values of its training loss.
+        last: of each metric that is compared, every member's newest value.
+        early: members that ended early, of whose steps after that there are records without a number.
+    """
+
+    curves: list[tuple[array[int], array[float]]]
+    last: dict[str, Float[np.ndarray, " M"]]
+    early: Collection[int]
+
+    def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
+        """One record."""
+        if metric == LOSS:
+            self.curves[member][0].append(int(sequences))
+            self.curves[member][1].append(value)
+        if metric in self.last and not (member in self.early and math.isnan(value)):
+            self.last[metric][member] = value
+
+    def losses(self) -> Losses:
+        """All of it, on one axis."""
+        known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
+        sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
+        values = np.full((len(sequences), len(known)), math.nan)
+        for member, (x, y) in enumerate(known):
+            values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
+        return Losses(sequences, values, self.last)
+
+
+def _merge_chunk(population: TrainedPopulation, chunk: int, merged: TextIO, met: _Met) -> None:
+    source = chunk_folder(population.path, chunk) / "metrics.csv"
+    if not source.exists():
+        return
+    members = {str(m.slot): m.member for m in population.members if m.chunk == chunk}
+    with source.open() as lines:
+        for step, sequences, metric, slot, rest in _split(lines, source):
+            if slot not in members:
+                raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
+            member = members[slot]
+            merged.write(f"{step},{sequences},{metric},{member},{rest}")
+            if metric == LOSS or metric in met.last:
+                met.keep(metric, member, sequences, float(rest.rsplit(",", 1)[1]))
+
+
+def _split(lines: TextIO, source: Path) -> Iterator[list[str]]:
+    header = lines.readline().rstrip("\n")
+    if header != ",".join(COLUMNS):
+        raise ConfigError(str(source), header, "the columns " + ",".join(COLUMNS))
+    # a process killed while it wrote leaves half a line, without its end
+    return (line.split(",", 4) for line in lines if line.endswith("\n"))

@@ -1,0 +1,103 @@
+"""The population section of a recipe: seeds, conditions, windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+
+from opsin.errors import ConfigError
+from opsin.interventions.schedules import Schedule
+
+
+@dataclass
+class Condition:
+    """What some members have that others have not.
+
+    Args:
+        callbacks: writers that act in these members only.
+        by_seed: writers that act in the member of one seed only, by seed: for what training has put elsewhere in each,
+            as the numbers of neurons.
+        learning_rate: of these members; the recipe's when None.
+        weight_decay: of these members; the recipe's when None.
+        task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
+        initial: run folder, checkpoint or snapshot whose weights these members start from. Where it
+            holds several members, the n-th seed takes the n-th.
+    """
+
+    callbacks: list[Callback] = field(default_factory=list)
+    by_seed: dict[int, list[Callback]] = field(default_factory=dict)
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    task: dict[str, Any] = field(default_factory=dict)
+    initial: str | None = None
+
+    def __post_init__(self) -> None:
+        for callback in (*self.callbacks, *(own for each in self.by_seed.values() for own in each)):
+            if not hasattr(callback, "members"):
+                expected = "one that acts in chosen members; trainer.callbacks are for all"
+                raise ConfigError("population.conditions: callbacks", type(callback).__name__, expected)
+
+
+@dataclass
+class Windows:
+    """Conditions that are one manipulation in windows of different start and length: a critical-period study.
+
+    Args:
+        callbacks: writers, without a schedule of their own.
+        starts: first position of a window, each with every length.
+        lengths: of the windows.
+        unit: what both count.
+    """
+
+    callbacks: list[Callback]
+    starts: list[int]
+    lengths: list[int]
+    unit: Literal["steps", "sequences"] = "sequences"
+
+    def __post_init__(self) -> None:
+        for callback in self.callbacks:
+            if (schedule := getattr(callback, "schedule", Schedule())) != Schedule():
+                where = f"population.windows.callbacks: {type(callback).__name__}.schedule"
+                raise ConfigError(where, str(schedule), "none: the windows say when it acts")
+
+
+@dataclass
+class Population:
+    """The members of a recipe: every seed in every condition.
+
+    Args:
+        seeds: a list, or how many from ``model.seed`` on.
+        conditions: by name; the first is the one that others are compared with.
+        windows: further conditions, one for every start and length.
+        paired: the n-th seed has the same initial weights and data in all conditions, so that differences
+            are caused by the condition; else every member has a seed of its own, and no differences are told.
+        compare: recorded metrics of one number a member whose last value is compared between conditions, beside
+            onset and loss.
+        processes: that train at once, each on one thread; the machine's cores when None.
+        members_per_process: at most so many in one chunk; by a rule on the machine when None.
+    """
+
+    seeds: int | list[int] = 4
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    windows: Windows | None = None
+    paired: bool = True
+    compare: list[str] = field(default_factory=list)
+    processes: int | None = None
+    members_per_process: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "members_per_process"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"population.{name}", value, "at least 1")
+        few = self.seeds < 1 if isinstance(self.seeds, int) else not self.seeds
+        if few or (isinstance(self.seeds, list) and (min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds))):
+            raise ConfigError("population.seeds", self.seeds, "how many, at least 1, or different seeds of 0 or more")
+        if len({*self.compare}) < len(self.compare):
+            raise ConfigError("population.compare", self.compare, "each metric once")
+        for name in self.conditions:
+            if not name or any(sign in name for sign in ',"/\n'):
+                raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")
+        if self.windows is not None and not (self.windows.starts and self.windows.lengths and self.windows.callbacks):
+            raise ConfigError("population.windows", "nothing", "callbacks, starts and lengths")

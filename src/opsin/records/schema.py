@@ -1,0 +1,14 @@
+"""The words that a run writes: columns of metrics.csv, names of metrics, ways a member ends."""
+
+from __future__ import annotations
+
+EARLY, DIVERGED = "finished early", "diverged"
+"""How members end that learn no more."""
+
+BASE_LINE = "none"
+"""Name of the set without interventions."""
+
+COLUMNS = ("step", "sequences", "metric", "member", "layer", "head", "value")
+ROW_AXES = ("member", "layer", "head")
+
+STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")

@@ -1,0 +1,145 @@
+"""What a population leaves behind when it ends: its files, and its lines in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from opsin.figures.population import save_population
+from opsin.figures.windows import save_critical_period
+from opsin.population.folder import COMPLETE, UNFINISHED, merge_metrics, read_population
+from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
+from opsin.records.folder import write_atomically
+from opsin.records.schema import DIVERGED, EARLY
+from opsin.reports.columns import aligned
+
+MOST_NAMED = 4  # members of one status that the report names
+WORDS = {
+    COMPLETE: "trained to the end",
+    EARLY: "finished early",
+    DIVERGED: "diverged",
+    UNFINISHED: "in chunks that have not finished",
+}
+
+
+def finish_population(path: Path) -> dict[str, list[Row]]:
+    """Write what a population found, each file replaced at once.
+
+    ``metrics.csv``; ``members.csv``, ``conditions.csv`` and ``differences.csv``; ``summary.json`` with the content of
+    these three; ``population.png``; and ``critical_period.png`` where the conditions form a grid of windows.
+
+    Args:
+        path: of the population; members of chunks that have not finished are counted and enter no mean.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigError: the folder does not hold what ``population.json`` says.
+    """
+    population = read_population(path)
+    losses = merge_metrics(population)
+    summary = summarise(population, losses)
+    for name, rows in summary.items():
+        write_atomically(path / f"{name}.csv", as_csv(rows))
+    write_atomically(path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    save_population(losses, summary, path / "population.png")
+    if population.grid:
+        save_critical_period(population.grid, summary, path / "critical_period.png")
+    return summary
+
+
+def population_report(summary: Mapping[str, Sequence[Row]], folder: Path) -> str:
+    """The lines printed when a population ends: its members, every condition, the differences from the first, files.
+
+    Args:
+        summary: what ``finish_population`` returns.
+        folder: of the population.
+    """
+    rows = _member_lines(summary["members"])
+    rows += _condition_lines(summary["conditions"])
+    rows += _difference_lines(summary)
+    rows.append(("files", str(folder)))
+    return "\n".join(f"{label:<13} {text}" for label, text in rows)
+
+
+def _member_lines(members: Sequence[Row]) -> list[tuple[str, str]]:
+    conditions = len({row["condition"] for row in members})
+    rows = [("population", f"{_count(len(members), 'member')} of {_count(conditions, 'condition')}")]
+    for status, words in WORDS.items():
+        of = [row for row in members if row["status"] == status]
+        if status == COMPLETE or not of:
+            continue
+        names = [f"{row['condition']} seed {row['seed']}{_stopped(row)}" for row in of[:MOST_NAMED]]
+        more = [f"and {len(of) - MOST_NAMED} more"] if len(of) > MOST_NAMED else []
+        rows.append(("", f"{len(of)} {words}: {', '.join(names + more)}"))
+    return rows
+
+
+def _stopped(row: Row) -> str:
+    return "" if row["stopped_at"] is None else f" at step {row['stopped_at']:,}"
+
+
+def _condition_lines(conditions: Sequence[Row]) -> list[tuple[str, str]]:
+    cells = [("condition", "formed", "onset, sequences", "below half the plateau", "final loss, nats")]
+    for row in conditions:
+        cells.append(
+            (
+                row["condition"],
+                f"{row['formed']} of {row['members']}{_others(row)}",
+                _interval(row, "onset", ",.0f"),
+                _interval(row, "below_half", ",.0f"),
+                _interval(row, "final_loss", ".4f"),
+            )
+        )
+    lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
+    if not (compared := _compared(conditions)):
+        return lines
+    found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
+    return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
+
+
+def _compared(conditions: Sequence[Row]) -> list[str]:
+    """Metrics that the recipe compares."""
+    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
+
+
+def _others(row: Row) -> str:
+    """Why members of a condition have no onset, where the reason is not that nothing formed."""
+    reasons = {"no_plateau": "without a plateau", "diverged": "diverged", "unfinished": "unfinished"}
+    return "".join(f", {row[name]} {reason}" for name, reason in reasons.items() if row[name])
+
+
+def _difference_lines(summary: Mapping[str, Sequence[Row]]) -> list[tuple[str, str]]:
+    if len(summary["conditions"]) < 2:
+        return []
+    first = summary["conditions"][0]["condition"]
+    rows = [row for row in summary["differences"] if row["against"] == first]
+    compared = _compared(summary["conditions"])
+    shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
+    shown |= {"final_loss": ("final loss, nats", "+.4f")} | {name: (name, "+.4f") for name in compared}
+    cells = [("condition", *(heading for heading, _ in shown.values()))]
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        of = {row["quantity"]: row for row in rows if row["condition"] == condition}
+        cells.append((condition, *(_difference(of[name], style) for name, (_, style) in shown.items())))
+    heading = f"from {first}, paired by seed [95 % bootstrap interval]"
+    return [("differences", heading), *(("", line) for line in aligned(cells))]
+
+
+def _difference(row: Row, style: str) -> str:
+    if not row["formed_pairs"]:
+        return f"none of {_count(row['pairs'], 'pair')}"
+    text = _interval(row, "difference", style, "low", "high")
+    return text if row["formed_pairs"] == row["pairs"] else f"{text} ({row['formed_pairs']} of {row['pairs']} pairs)"
+
+
+def _interval(row: Row, name: str, style: str, low: str | None = None, high: str | None = None) -> str:
+    value, low, high = (row[key] for key in (name, low or f"{name}_low", high or f"{name}_high"))
+    if value is None:
+        return "-"
+    return f"{value:{style}}" + ("" if low is None else f" [{low:{style}} to {high:{style}}]")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

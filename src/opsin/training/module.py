@@ -1,0 +1,393 @@
+"""The LightningModule: loss, optimizer, logging. It knows nothing of interpretability.
+
+Legend: M members, S optimizer steps of one Lightning batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from opsin.errors import ConfigError
+from opsin.interventions.apply import Moment, Scene, constants_of, run_passes
+from opsin.interventions.donors import Start, read_donor
+from opsin.interventions.intervention import Intervention
+from opsin.interventions.plan import Plan, Writer, build_plan
+from opsin.interventions.weights import WeightWriter, fresh_values, weight_table
+from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.records.history import History
+from opsin.records.schema import STEP_METRICS
+from opsin.task import Batch, Task, drawn_steps
+from opsin.training.active_members import Crew, places
+from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
+from opsin.training.gates import Control
+from opsin.training.objective import evaluate, scored_logits
+from opsin.training.observers import Event, Listener, Observation, recorded_metrics
+from opsin.training.optimizers import MemberAdam, check_scheduler
+from opsin.training.probe import PROBE_SEED, observe
+from opsin.training.settings import check_settings, refuse_uneven_checkpoints
+from opsin.training.step import Step
+
+
+class OpsinModule(pl.LightningModule):
+    """Trains M transformers on one task, with whatever interventions the callbacks ask for.
+
+    Args:
+        task: what is learned.
+        transformer: shape of the model.
+        seed: seeds initialisation and data; a list trains one member per seed.
+        learning_rate: of Adam; a list has one for each member.
+        weight_decay: decoupled (AdamW); a list has one for each member.
+        gradient_clip: largest gradient norm of a member; None for none.
+        betas: of Adam.
+        eps: of Adam, added outside the square root.
+        lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
+            plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
+        steps_per_batch: optimizer steps that one Lightning batch carries.
+        log_every: optimizer steps over which one logged training value is averaged; divides
+            ``steps_per_batch``.
+        probe_size: sequences of the probe that trackers measure on.
+        evaluation_size: sequences of each evaluation set.
+        compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
+            present and the run has at least 5,000 optimizer steps.
+        threads: of this process; small models want one.
+        idle: what happens when a writer was active and never changed an activation.
+        initial: for each member, whose weights it starts from; its own initialisation where None.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        transformer: Transformer = Transformer(),  # noqa: B008 - frozen
+        seed: int | list[int] = 0,
+        learning_rate: float | list[float] = 1e-3,
+        weight_decay: float | list[float] = 0.0,
+        gradient_clip: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        steps_per_batch: int = 50,
+        log_every: int = 10,
+        probe_size: int = 128,
+        evaluation_size: int = 512,
+        compile: Literal["auto"] | bool = "auto",
+        threads: int = 1,
+        idle: Literal["stop", "warn"] = "stop",
+        initial: list[Start | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.task, self.transformer = task, transformer
+        self.seeds = [seed] if isinstance(seed, int) else list(seed)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.gradient_clip, self.betas, self.eps = gradient_clip, betas, eps
+        self.lr_scheduler = lr_scheduler
+        self.steps_per_batch, self.log_every = steps_per_batch, log_every
+        self.probe_size, self.evaluation_size = probe_size, evaluation_size
+        self.compile_setting, self.threads, self.idle = compile, threads, idle
+        check_settings(self)
+        self.sites = transformer.sites(task)
+        self.members = Members(self._first_weights(initial))
+        self.history = History(task.batch_size)
+        self.events: list[Event] = []
+        self.ended: dict[int, dict[str, Any]] = {}
+        self.summary: dict[str, Any] = {}
+        self._saved_control: dict[str, Any] | None = None
+        self._listeners: list[Listener] = []
+        self._event_handlers: list[Callable[[Event], None]] = []
+        self._evaluation_batches: dict[tuple[str, int], Batch] = {}
+
+    def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
+        values = init_parameters(self.transformer, self.task, self.seeds)
+        for member, start in enumerate(initial or ()):
+            if start is not None:
+                donor = read_donor("model.initial", start.path, start.place)
+                if donor.model != self.transformer:
+                    raise ConfigError("model.initial", f"{start.path} of {donor.model}", f"a {self.transformer}")
+                donor.check(self.task)
+                for name, value in values.items():
+                    value[member] = donor.parameters[name][0]
+        return values
+
+    # ---- what callbacks use -------------------------------------------------------------------
+
+    @property
+    def n_members(self) -> int:
+        """M."""
+        return len(self.seeds)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps finished; equals the Trainer's ``global_step``."""
+        return self.trainer.global_step
+
+    def listen(self, every: int, notify: Callable[[Observation], None], sites: Sequence[str] = ()) -> None:
+        """Call ``notify`` after every ``every`` optimizer steps, before the first and after the last.
+
+        Args:
+            sites: activations to show it on the probe; listeners of one step share one forward pass.
+
+        Raises:
+            ConfigError: an unknown site.
+        """
+        names = tuple(self.sites.find(site, "sites").name for site in sites)
+        self._listeners.append(Listener(every, names, notify))
+
+    def on_event(self, handler: Callable[[Event], None]) -> None:
+        """Call ``handler`` with every event announced from now on."""
+        self._event_handlers.append(handler)
+
+    def announce(self, event: Event) -> None:
+        """Tell everybody."""
+        self.events.append(event)
+        for handler in self._event_handlers:
+            handler(event)
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """Parameters ``[M, ...]`` under their names."""
+        return dict(self.members.named_parameters())
+
+    # ---- set-up -------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer = self.trainer
+        if trainer.max_steps < 1:
+            raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
+        if self.compile_setting is True and not has_compiler():
+            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
+        refuse_uneven_checkpoints(trainer, self.steps_per_batch)
+        torch.set_num_threads(self.threads)
+        self._listeners, self._event_handlers, self._saved_control = [], [], None
+        self.ended.clear()
+        self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
+        if self.plan.feedback:
+            validates = bool(trainer.limit_val_batches)
+            self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
+        self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
+
+    def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
+        """What those among the callbacks that are writers do in a run of so many steps."""
+        writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
+        weights = weight_table(self.parameters_by_name(), self.transformer.heads)
+        plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
+        for donor in plan.donors:
+            donor.check(self.task)
+        return plan
+
+    def configure_optimizers(self):
+        optimizer = MemberAdam(
+            self.members.named_parameters(), self.learning_rate, self.weight_decay, self.gradient_clip, self.betas
+        )
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        check_scheduler(scheduler, optimizer, self.betas)
+        return [optimizer], [scheduler]
+
+    def train_dataloader(self) -> DataLoader:
+        """Numbers of Lightning batches; the data of a step is made from (seed, step) when it is needed."""
+        return _numbers(-(-self.trainer.max_steps // self.steps_per_batch) + 1)
+
+    def val_dataloader(self) -> DataLoader:
+        """Numbers of the task's evaluation sets."""
+        return _numbers(len(self.task.evaluations))
+
+    def on_fit_start(self) -> None:
+        dtype = next(self.members.parameters()).dtype
+        table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
+        fresh = fresh_values(self.plan.changes, self.transformer, self.task, self.seeds)
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, fresh)
+        self.control = Control(
+            self.plan, self.constants, self.seeds, self.history, self.idle, self.announce, self.ended
+        )
+        if self._saved_control is not None:
+            self.control.load_state_dict(self._saved_control)
+        self.probe = self._evaluation_batch("train", self.probe_size)
+        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        self._crew = Crew(run_step, self.n_members)
+        # a graph for fewer members must repay its making, as the first must
+        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self.steps_done == 0:
+            self._notify(0, self._listeners)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        first = self.steps_done
+        count = min(self.steps_per_batch, self.trainer.max_steps - first)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        results: list[Tensor] = []
+        self._crew.choose(places(self.n_members, self.ended, self._last_leave))
+        draws = drawn_steps(self.task, self.seeds, first, count)
+        for index, moment in enumerate(self.control.moments(first, count)):
+            draw = {name: tensor.to(self.device) for name, tensor in next(draws).items()}
+            optimizer.step(partial(self._update, draw, moment, results))
+            self._step_schedulers()
+            done = first + index + 1
+            self._log_steps(done, results)
+            last = done == self.trainer.max_steps
+            self._notify(done, [each for each in self._listeners if last or done % each.every == 0])
+        self._crew.write_back()
+        self._finish_batch(first, torch.stack(results))
+        self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # Lightning's callbacks have been told by now, so whoever ends a member has ended it
+        if len(self.ended) == self.n_members and self.steps_done < self.trainer.max_steps:
+            # those whose turn it was have looked already
+            self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
+            self.control.check_idle(finished=True)
+
+    def on_fit_end(self) -> None:
+        # once its callbacks have written what there is
+        if problem := self.control.all_diverged():
+            raise problem
+
+    def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, MemberAdam)
+        results.append(self._crew(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
+
+    def _step_schedulers(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+
+    def _log_steps(self, done: int, results: list[Tensor]) -> None:
+        if done % self.log_every and done != self.trainer.max_steps:
+            return
+        window = (done - 1) % self.log_every + 1
+        means = torch.stack(results[-window:]).mean(0)
+        for name, values in zip(STEP_METRICS, means, strict=True):
+            self.history.record(name, done, values)
+        self.log_everywhere({name: values for name, values in zip(STEP_METRICS, means, strict=True)}, done)
+
+    def log_everywhere(self, metrics: dict[str, Float[Tensor, " M"]], step: int) -> None:
+        """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
+        if not self.trainer.loggers:
+            return
+        suffixes = [""] if self.n_members == 1 else [f"/member_{member}" for member in range(self.n_members)]
+        flat = {name + s: float(v) for name, values in metrics.items() for s, v in zip(suffixes, values, strict=True)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
+
+    def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
+        self.control.check_diverged(first, results[:, 0].isfinite())
+        self.trainer.should_stop |= self.control.all_diverged() is not None
+        means = results.nanmean((0, 2))
+        for name, value in zip(STEP_METRICS, means, strict=True):
+            self.log(name, value, logger=False, batch_size=1)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(float(means[0]))
+        # Lightning counts one optimizer step a batch where it labels what it logs itself
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(results) - 1
+
+    # ---- looking --------------------------------------------------------------------------------
+
+    def _notify(self, done: int, due: Sequence[Listener]) -> None:
+        if not due:
+            return
+        self._crew.write_back()
+        sites = {site for listener in due for site in listener.sites}
+        activations = self.observe(self.probe, sites) if sites else {}
+        observation = Observation(done, self.probe, activations)
+        for listener in due:
+            listener.notify(observation)
+
+    def observe(
+        self, batch: Batch, sites: Collection[str], without: Collection[Intervention] = ()
+    ) -> dict[str, Tensor]:
+        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step."""
+        moment = self.control.moment(max(self.steps_done - 1, 0), without)
+        parameters = self.parameters_by_name()
+        scene = Scene(self.transformer, parameters, self.constants, batch, moment.gates, moment.clock)
+        with torch.no_grad():
+            tap = run_passes(self.plan, scene)
+        return observe(self.transformer, parameters, self.constants.table, batch, tap, sites)
+
+    def _evaluation_batch(self, name: str, size: int) -> Batch:
+        """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
+        if (name, size) not in self._evaluation_batches:
+            draw = self.task.draw([PROBE_SEED], 0, 1, f"eval/{name}", size)
+            first = {key: tensor[0].to(self.device) for key, tensor in draw.items()}
+            one = self.task.assemble(self.constants.bank, first)
+            self._evaluation_batches[name, size] = one.shared_by(self.n_members)
+        return self._evaluation_batches[name, size]
+
+    def evaluation_set(self, name: str) -> Batch:
+        """The sequences of one of the task's evaluation sets, those that validation sees."""
+        return self._evaluation_batch(name, self.evaluation_size)
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        name = self.task.evaluations[int(batch)]
+        data = self.evaluation_set(name)
+        logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
+        named = {f"val/{name}/{metric}": values for metric, values in evaluate(logits, data).items()}
+        for metric, values in named.items():
+            self.log(metric, values.mean(), logger=False, batch_size=1)
+            if not self.trainer.sanity_checking:
+                self.history.record(metric, self.steps_done, values)
+        if not self.trainer.sanity_checking:
+            self.log_everywhere(named, self.steps_done)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["opsin"] = {
+            "history": self.history.state_dict(),
+            "events": [vars(event) for event in self.events],
+            "plan": self.plan.digest(),
+            "control": self.control.state_dict(),
+            "seeds": self.seeds,
+            "transformer": asdict(self.transformer),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["opsin"]
+        if self.trainer.state.fn == TrainerFn.FITTING and saved["plan"] != self.plan.digest():
+            raise ConfigError(
+                "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
+            )
+        self.history.load_state_dict(saved["history"])
+        self.events = [Event(**event) for event in saved["events"]]
+        self._saved_control = saved["control"]
+
+
+def _numbers(count: int) -> DataLoader:
+    """0, 1, ... ``count`` - 1, one at a time."""
+    # a loader without a generator of its own draws from the global one
+    return DataLoader(range(count), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks, in the order they are called."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def opsin_module(module: pl.LightningModule) -> OpsinModule:
+    """The module a callback was attached to, as what callbacks of this package need.
+
+    Raises:
+        ConfigError: some other LightningModule.
+    """
+    if not isinstance(module, OpsinModule):
+        raise ConfigError("model", type(module).__name__, "an OpsinModule")
+    return module

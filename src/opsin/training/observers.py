@@ -1,0 +1,101 @@
+"""What callbacks are told: events, and what the probe shows after a step.
+
+Legend: M members, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from PIL.Image import Image
+from torch import Tensor
+
+from opsin.model.sites import SiteTable
+from opsin.records.schema import STEP_METRICS
+from opsin.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling: written to the run, shown in the terminal, sent as an alert.
+
+    Args:
+        kind: a word, for example ``"phase change"``.
+        step: optimizer steps finished when it was noticed.
+        member: whose.
+        message: one line for people.
+    """
+
+    kind: str
+    step: int
+    member: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the probe showed after some step.
+
+    Args:
+        step: optimizer steps finished.
+        batch: the probe.
+        activations: the sites that were asked for, ``[M, B, ...]``.
+    """
+
+    step: int
+    batch: Batch
+    activations: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who wants to be told what the probe shows, and how often (in optimizer steps)."""
+
+    every: int
+    sites: tuple[str, ...]
+    notify: Callable[[Observation], None]
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A callback that says which metrics it records, so that schedules with feedback may read them."""
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Names, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """A callback with a picture of what it last saw, which loggers may show under its name."""
+
+    name: str
+
+    def picture(self, member: int) -> Image | None:
+        """Of one member; None before there is anything to show."""
+
+
+def recorded_metrics(
+    callbacks: Iterable[object], sites: SiteTable, task: Task, validates: bool
+) -> dict[str, tuple[int, ...]]:
+    """All metrics that a run with these callbacks says it records, and the shape of one member's values.
+
+    Args:
+        validates: whether the run evaluates the task's evaluation sets.
+    """
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(STEP_METRICS, ())
+    for name in task.evaluations if validates else ():
+        found |= {f"val/{name}/{metric}": () for metric in _evaluated(task, name)}
+    for callback in callbacks:
+        if isinstance(callback, Recorder):
+            found |= callback.records(sites)
+    return found
+
+
+def _evaluated(task: Task, name: str) -> tuple[str, ...]:
+    """What is measured on an evaluation set; its first sequence tells."""
+    draw = task.draw([0], 0, 1, f"eval/{name}", 1)
+    batch = task.assemble(task.bank(), {key: tensor[0] for key, tensor in draw.items()})
+    in_context = () if batch.plausible is None else ("accuracy_in_context", "probability_in_context")
+    return ("loss", "accuracy", *in_context)

@@ -1,0 +1,52 @@
+"""What is refused before a run begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+
+from opsin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opsin.training.module import OpsinModule
+
+
+def check_settings(module: OpsinModule) -> None:
+    """Refuse settings of a module that are out of their range.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name in ("learning_rate", "weight_decay"):
+        given = getattr(module, name)
+        if isinstance(given, list) and len(given) != len(module.seeds):
+            raise ConfigError(f"model.{name}", given, f"one number, or one for each of {len(module.seeds)} seeds")
+        lowest = min(given) if isinstance(given, list) else given
+        if lowest < 0 or (lowest == 0 and name == "learning_rate"):
+            raise ConfigError(f"model.{name}", given, "more than 0" if name == "learning_rate" else "0 or more")
+    for name in ("steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads"):
+        if getattr(module, name) <= 0:
+            raise ConfigError(f"model.{name}", getattr(module, name), "more than 0")
+    if module.idle not in ("stop", "warn"):
+        raise ConfigError("model.idle", module.idle, "'stop' or 'warn'")
+    if module.steps_per_batch % module.log_every:
+        expected = f"a divisor of steps_per_batch {module.steps_per_batch}"
+        raise ConfigError("model.log_every", module.log_every, expected)
+    if not module.seeds or min(module.seeds) < 0:
+        raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more")
+    if module.gradient_clip is not None and module.gradient_clip <= 0:
+        raise ConfigError("model.gradient_clip", module.gradient_clip, "more than 0, or null")
+
+
+def refuse_uneven_checkpoints(trainer: pl.Trainer, steps_per_batch: int) -> None:
+    """Refuse a ModelCheckpoint that would save between two Lightning batches.
+
+    Raises:
+        ConfigError: its cadence is no multiple of a batch's optimizer steps.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        every = getattr(callback, "_every_n_train_steps", 0)
+        if every and every % steps_per_batch:
+            expected = f"a multiple of model.steps_per_batch = {steps_per_batch}"
+            raise ConfigError("ModelCheckpoint.every_n_train_steps", every, expected)

@@ -1,0 +1,182 @@
+"""Claims about PhaseChange: it finds known changes, says so once, and a resume changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from opsin.callbacks import InductionHeads, KeepRun
+from opsin.callbacks.readers.phase_change import PhaseChange, best_loss
+from opsin.callbacks.readers.snapshots import Snapshots
+from opsin.errors import ConfigError
+from opsin.model.transformer import Transformer
+from opsin.tasks import FewShot, GaussianClusters, Repeats
+from opsin.training.module import OpsinModule
+from tests.helpers.killers import SaveAt
+from tests.helpers.toys import train
+
+BATCH, LOG = 32, 10
+PLATEAU = float(np.log(2))
+
+
+def tiny(seed: int | list[int] = 0) -> OpsinModule:
+    task = FewShot(exemplars=GaussianClusters(classes=20, features=16), train_classes=12, batch_size=BATCH)
+    return OpsinModule(task, Transformer(width=16, heads=2), seed=seed, steps_per_batch=10, log_every=5, compile=False)
+
+
+def drop(at: float, steps: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A loss that falls from the plateau to 0.05 at step ``at``, within 40 steps, with noise."""
+    noise = np.random.default_rng(seed).normal(0, 0.02, len(steps))
+    return 0.05 + (PLATEAU - 0.05) / (1 + np.exp((steps - at) / 10)) + noise
+
+
+def replay(module: OpsinModule, losses: np.ndarray, callback: PhaseChange, batch: int = 5) -> OpsinModule:
+    """Feed losses ``[n, M]``, one every LOG steps, as a training run would; ``batch`` records at a time."""
+    callback.setup(None, module, "fit")
+    for index, loss in enumerate(losses, 1):
+        module.history.record("train/loss", index * LOG, loss)
+        if index % batch == 0:
+            callback.on_train_batch_end(None, module)
+    callback.on_train_end(None, module)
+    return module
+
+
+STEPS = LOG * np.arange(1, 401)
+
+
+def test_a_drop_is_announced_once_and_soon_after_it_happened():
+    module = replay(tiny(), drop(2000, STEPS)[:, None], PhaseChange())
+    (event,) = module.events
+    assert (event.kind, event.member) == ("phase change", 0)
+    assert 2000 <= event.step <= 2000 + 15 * LOG
+    assert event.message.startswith("phase change: the loss left its plateau at about 6")
+    assert event.message.endswith(f"sequences (noticed at {event.step * BATCH:,})")
+
+
+def test_what_is_announced_does_not_depend_on_how_records_are_batched():
+    losses = drop(2000, STEPS)[:, None]
+    assert replay(tiny(), losses, PhaseChange(), 1).events == replay(tiny(), losses, PhaseChange(), 50).events
+
+
+def test_the_intervals_of_onset_midpoint_and_end_cover_the_truth():
+    summary = replay(tiny(), drop(2000, STEPS)[:, None], PhaseChange()).summary
+    truth = {"onset": 2000 - 10 * np.log(9), "midpoint": 2000, "end": 2000 + 10 * np.log(9)}
+    for name, step in truth.items():
+        found = summary[name]
+        assert found["low"] <= found["value"] <= found["high"]
+        # a record more: the way to 0.05 is seen through noise and one record in ten steps
+        assert found["low"] - LOG * BATCH <= step * BATCH <= found["high"] + LOG * BATCH
+    assert summary["plateau"] == pytest.approx(PLATEAU)
+    assert summary["final_loss"] == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_small_drop_is_a_change_where_no_predictor_could_do_better():
+    task = Repeats(positions=24, longest=8, batch_size=BATCH)
+    batch = task.batch(0, 0, "eval/train", 128)
+    best = -float(task.exact(batch).gather(-1, batch.targets[..., None]).mean())
+    plateau = task.baselines()["unigram"]
+    assert 0.75 * plateau < best < plateau
+    way = (drop(2000, STEPS) - 0.05) / (PLATEAU - 0.05)
+    for share, changed in ((1.0, True), (0.1, False)):
+        module = OpsinModule(task, Transformer(width=16, heads=2), compile=False)
+        module = replay(module, (plateau + share * (way - 1) * (plateau - best))[:, None], PhaseChange())
+        assert bool(module.events) == changed and (module.summary["midpoint"] is not None) == changed
+    assert best_loss(task, "val/repeated/loss", plateau) < best and best_loss(task, "train/loss", best) == 0
+    assert best_loss(tiny().task, "train/loss", plateau) == 0
+
+
+def test_a_loss_that_stays_on_its_plateau_announces_nothing_and_has_no_onset():
+    module = replay(tiny(), drop(1e9, STEPS)[:, None], PhaseChange())
+    assert module.events == []
+    assert module.summary["onset"] is None and module.summary["midpoint"] is None and module.summary["end"] is None
+    assert module.summary["heads"] == {} and module.summary["strongest_heads"] == []
+
+
+def test_a_spike_below_the_plateau_announces_nothing():
+    losses = drop(1e9, STEPS)
+    losses[200:205] = 0.0
+    assert replay(tiny(), losses[:, None], PhaseChange()).events == []
+
+
+def test_every_member_has_its_own_event_and_summary():
+    losses = np.stack([drop(1000, STEPS), drop(1e9, STEPS, 1), drop(3000, STEPS, 2)], 1)
+    module = replay(tiny([4, 5, 6]), losses, PhaseChange())
+    assert [event.member for event in module.events] == [0, 2]
+    assert "in member 2" in module.events[1].message
+    first, second, third = module.summary["members"]
+    assert second["onset"] is None
+    assert first["onset"]["value"] < 1000 * BATCH < third["onset"]["value"] < 3000 * BATCH
+
+
+def test_only_heads_that_end_above_the_threshold_have_formed():
+    module, callback = tiny(), PhaseChange(head_threshold=0.3)
+    for step in range(0, 4001, 50):
+        strength = np.full((1, 2, 2), 0.01)
+        strength[0, 1] = [0.9 / (1 + np.exp(-(step - 2000) / 50)), 0.4 / (1 + np.exp(-(step - 3000) / 50))]
+        strength[0, 0, 1] = 0.25 * (step > 2000)
+        module.history.record("induction_strength", step, strength)
+    summary = replay(module, drop(2000, STEPS)[:, None], callback).summary
+    assert summary["strongest_heads"] == ["1:0", "1:1"]
+    assert set(summary["heads"]) == {"0:0", "0:1", "1:0", "1:1"}
+    assert summary["heads"]["0:1"] == {"strength": 0.25, "onset": None, "midpoint": None, "end": None}
+    assert summary["heads"]["1:0"]["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
+    assert summary["heads"]["1:1"]["midpoint"]["value"] == pytest.approx(3000 * BATCH, abs=50 * BATCH)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_the_last_evaluations_are_in_the_summary():
+    module = tiny()
+    for step, loss in ((100, 0.7), (200, 0.25)):
+        module.history.record("val/train/loss", step, np.array([loss]))
+    assert replay(module, drop(2000, STEPS)[:, None], PhaseChange()).summary["evaluations"] == {"train": {"loss": 0.25}}
+
+
+@pytest.mark.parametrize("saved_at", [30, 60])
+def test_a_resumed_run_announces_and_reports_what_an_uninterrupted_one_does(tmp_path, saved_at):
+    # every loss is below these plateaus: one is announced between the two checkpoints, one later
+    def callbacks():
+        return [InductionHeads(every=10), PhaseChange(plateau=9.0), PhaseChange(metric="train/loss", plateau=2.4)]
+
+    path = tmp_path / "middle.ckpt"
+    whole = train(tiny([1, 2]), 100, *callbacks(), SaveAt(saved_at, path))
+    resumed = train(tiny([1, 2]), 100, *callbacks(), resume=str(path))
+    assert len(whole.events) >= 2 and whole.events == resumed.events
+    assert whole.summary == resumed.summary
+
+
+def test_its_state_loads_with_weights_only():
+    callback = PhaseChange()
+    replay(tiny(), drop(2000, STEPS)[:, None], callback)
+    file = io.BytesIO()
+    torch.save(callback.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == callback.state_dict()
+
+
+def test_different_settings_have_different_state_keys():
+    settings = [{}, {"plateau": 0.5}, {"metric": "val/train/loss"}, {"head_threshold": 0.5}]
+    assert len({PhaseChange(**setting).state_key for setting in settings}) == len(settings)
+
+
+def test_a_metric_that_is_no_loss_of_the_run_is_refused_before_training():
+    with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'train/los', expected one of train/loss, val/"):
+        PhaseChange(metric="train/los").setup(None, tiny(), "fit")
+
+
+@pytest.mark.parametrize("setting", [{"plateau": 0.0}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
+def test_a_setting_that_cannot_work_is_refused(setting):
+    with pytest.raises(ConfigError, match="PhaseChange"):
+        PhaseChange(**setting)
+
+
+def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path):
+    plain = train(tiny([1, 2]), 60).parameters_by_name()
+    watchers = InductionHeads(every=10), PhaseChange(plateau=9.0), Snapshots(ring=3, every=7), KeepRun(tmp_path)
+    watched = train(tiny([1, 2]), 60, *watchers)
+    assert watched.events and list(tmp_path.glob("snapshots/*.pt"))
+    for name, tensor in watched.parameters_by_name().items():
+        assert torch.equal(tensor, plain[name]), name

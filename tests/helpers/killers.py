@@ -1,0 +1,127 @@
+"""Callbacks that save a run or end it the hard way, and runs that are ended so, for the tests of resuming."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.training.module import opsin_module
+from opsin.training.observers import Observation
+
+
+class KillAfter(Callback):
+    """SIGKILL some milliseconds after a step; step and delay come from OPSIN_TEST_KILL, as STEP:MILLISECONDS."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if planned := os.environ.get("OPSIN_TEST_KILL"):
+            self.step, delay = (int(part) for part in planned.split(":"))
+            self.seconds = delay / 1000
+            opsin_module(pl_module).listen(1, self._maybe)
+
+    def _maybe(self, seen: Observation) -> None:
+        if seen.step == self.step:
+            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+            threading.Timer(self.seconds, kill).start() if self.seconds else kill()
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after the batch that reaches a step."""
+
+    def __init__(self, step: int, path: Path | str) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL where the process must live on."""
+
+
+class EndAt(Callback):
+    """Does at one hook of one step what a test has planned; nothing without a plan."""
+
+    planned: ClassVar[tuple[str, int, Callable[[], Any]] | None] = None
+
+    def _maybe(self, hook: str, trainer: Trainer) -> None:
+        if self.planned is not None and self.planned[:2] == (hook, trainer.global_step):
+            self.planned[2]()
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._maybe("on_train_batch_start", trainer)
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        self._maybe("on_validation_start", trainer)
+
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        self._maybe("on_fit_end", trainer)
+
+
+class KillAt(Callback):
+    """Raises ``Killed`` at the end of the Lightning batch that reaches a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            kill()
+
+
+def kill() -> None:
+    """Ends the run without a chance to save anything but what is written already."""
+    raise Killed
+
+
+def opsin(*arguments: str, folder: Path, kill: str = "") -> int:
+    """The exit code of the command line in a process of its own, which ``KillAfter`` ends where ``kill`` says."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OPSIN_TEST_KILL": kill}
+    command = [sys.executable, "-m", "opsin", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+
+
+def whole_and_killed(folder: Path, recipe: str, steps: int, kills: int) -> tuple[Path, Path]:
+    """The folders of an uninterrupted run and of one killed so many times; the recipe has a ``killers.KillAfter``."""
+    (folder / "recipe.yaml").write_text(recipe)
+    start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", str(steps // 10), "--run_folder"]
+    assert opsin(*start, "whole", folder=folder) == 0
+    # any moment will do; a fixed seed only keeps a failure repeatable
+    chance = random.Random(0)
+    moments = sorted(chance.sample(range(1, steps), kills))
+    planned = [f"{step}:{chance.choice([0, 0, 3, 20])}" for step in moments]
+    assert opsin(*start, "killed", folder=folder, kill=planned[0]) == -signal.SIGKILL
+    for kill in planned[1:]:
+        assert opsin("resume", "killed", folder=folder, kill=kill) == -signal.SIGKILL
+    assert opsin("resume", "killed", folder=folder) == 0
+    return folder / "whole", folder / "killed"
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    """The last checkpoint of a run."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_equal_weights(runs: tuple[Path, Path]) -> None:
+    """Bit for bit."""
+    whole, killed = (checkpoint(run)["state_dict"] for run in runs)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def assert_equal_optimizers(runs: tuple[Path, Path], steps: int) -> None:
+    """Bit for bit."""
+    whole, killed = (checkpoint(run)["optimizer_states"][0] for run in runs)
+    assert whole["param_groups"] == killed["param_groups"] and whole["param_groups"][0]["steps"] == steps
+    for index, state in whole["state"].items():
+        assert all(torch.equal(value, killed["state"][index][name]) for name, value in state.items())

@@ -1,0 +1,151 @@
+"""Claims about what a run says in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opsin.callbacks import Ablate, Clamp
+from opsin.interventions.plan import Plan, build_plan
+from opsin.interventions.schedules import Schedule
+from opsin.model.transformer import Transformer
+from opsin.reports.run import final_report
+from opsin.reports.sites import sites_report
+from opsin.tasks import FewShot
+
+
+def estimate(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 1000.4, "high": value + 2000.0}
+
+
+RISE = {"onset": estimate(20_000), "midpoint": estimate(31_000), "end": estimate(40_000)}
+NONE = {"onset": None, "midpoint": None, "end": None}
+MEMBER = {
+    "onset": estimate(25_505),
+    "midpoint": estimate(34_976),
+    "end": estimate(1_049_839),
+    "plateau": 0.693,
+    "final_loss": 0.00763,
+    "heads": {"0:0": {"strength": 0.02, **NONE}, "1:2": {"strength": 0.79, **RISE}, "1:3": {"strength": 0.4, **NONE}},
+    "strongest_heads": ["1:2", "1:3"],
+    "evaluations": {"train": {"loss": 0.0067, "accuracy": 1.0}, "classes": {"loss": 1.0007, "accuracy": 0.635}},
+}
+RUN = {"wall_time_seconds": 3725.2, "sequences": 1_096_000}
+
+
+def report(summary) -> list[str]:
+    return final_report(summary, Path("runs/one")).splitlines()
+
+
+def test_it_says_when_the_phase_change_happened_with_its_uncertainty():
+    lines = report({**MEMBER, **RUN})
+    assert lines[0].startswith("phase change  onset        25,505  [   24,505 to    27,505]  training sequences [95 %")
+    assert "midpoint     34,976" in lines[1] and "end       1,049,839" in lines[2]
+
+
+def test_it_names_the_strongest_heads_and_when_they_rose():
+    text = "\n".join(report({**MEMBER, **RUN}))
+    assert "1:2    0.79  31,000 [30,000 to 33,000]" in text
+    assert "1:3    0.40  no single rise" in text
+    assert "0:0" not in text
+
+
+def test_it_gives_the_final_losses_the_time_and_the_files():
+    text = "\n".join(report({**MEMBER, **RUN}))
+    assert "0.0076 nats  training" in text
+    assert "1.0007 nats  held out: classes  accuracy 0.635" in text
+    assert "1 h 2 min, 1,096,000 sequences" in text
+    assert text.endswith("runs/one")
+
+
+def test_it_says_plainly_when_nothing_changed():
+    lines = report({**MEMBER, **NONE, "strongest_heads": [], **RUN})
+    assert lines[0] == "phase change  none: the loss did not lastingly leave its plateau at 0.693 nats"
+    assert lines[1] == "heads         none formed; strongest 1:2 with induction strength 0.79"
+
+
+def test_a_population_is_summed_up_member_by_member():
+    lines = report({"members": [MEMBER, {**MEMBER, **NONE, "strongest_heads": []}] * 3, **RUN})
+    assert lines[0] == "phase change  in 3 of 6 members, onset from 25,505 to 25,505 training sequences"
+    assert "onset 25,505 [24,505 to 27,505], strongest head 1:2 0.79, final loss 0.0076" in lines[1]
+    assert "no change, final loss 0.0076" in lines[2]
+    assert "and 2 more, in summary.json" in lines[5]
+    nobody = report({"members": [{**MEMBER, **NONE}] * 2})
+    assert nobody[0] == "phase change  none in any of 2 members"
+
+
+def test_without_phase_change_or_trackers_it_gives_what_there_is():
+    assert report({}) == report({"members": [{}, {"status": "diverged"}]}) == ["files         runs/one"]
+    assert report({**MEMBER, "heads": {}, "strongest_heads": [], "evaluations": {}, "final_loss": None})[3:] == [
+        "files         runs/one"
+    ]
+
+
+# ---- opsin sites ----------------------------------------------------------------------------------
+
+
+SITES = Transformer().sites(FewShot())
+WITH_MLP = Transformer(mlp_ratio=4.0).sites(FewShot())
+
+
+def plan(*writers) -> Plan:
+    return build_plan(list(writers), SITES, 1, 1000, 32)
+
+
+def line(text: str, start: str) -> str:
+    return next(row for row in text.splitlines() if row.startswith(start))
+
+
+def test_every_site_stands_in_the_table_with_its_shape_and_meaning():
+    rows = sites_report(SITES, 1, 32, plan()).splitlines()
+    for site in SITES:
+        row = next(row for row in rows if row.split(" ")[0] == site.name)
+        assert site.meaning in row
+    assert "[1 M, 32 B, 8 H, 5 L, 5 K]" in line("\n".join(rows), "blocks.1.attn.hook_pattern")
+
+
+@pytest.mark.parametrize(
+    ("site", "reached"),
+    [
+        ("blocks.0.attn.hook_v", "any, Ablate heads (zero), Preserve"),
+        ("blocks.0.attn.hook_z", "any, Ablate heads (all but zero)"),
+        ("blocks.1.attn.hook_pattern", "any, Clamp pattern, Preserve"),
+        ("blocks.1.attn.hook_attn_scores", "any, Disallow, HeadTemperature"),
+        ("blocks.1.mlp.hook_pre", "any, Ablate, Clamp neurons (at pre)"),
+        ("blocks.1.mlp.hook_post", "any, Ablate, Clamp neurons"),
+        ("hook_embed", "any"),
+    ],
+)
+def test_it_says_what_may_be_done_to_a_site(site, reached):
+    assert line(sites_report(WITH_MLP, 1, 32, plan()), site + " ").endswith("  " + reached)
+
+
+def test_it_explains_only_axes_that_occur():
+    legend = line(sites_report(SITES, 1, 32, plan()), "axes:")
+    assert "M members" in legend and "K key positions" in legend and "neurons" not in legend
+
+
+def test_without_writers_it_says_no_interventions():
+    empty = plan()
+    assert sites_report(SITES, 1, 32, empty).endswith(f"plan {empty.digest()}: no interventions")
+
+
+def test_the_plan_is_listed_in_order_of_application_and_nothing_of_it_is_cut():
+    schedule = Schedule(start=100, stop=500, period=10)
+    writers = [
+        Ablate(heads=["1:2", "1:7"]),
+        Clamp(heads=["0:3"], pattern="previous_token", strength=0.9, schedule=schedule),
+    ]
+    made = plan(*writers)
+    text = sites_report(SITES, 1, 32, made)
+    rows = text[text.index("plan ") :].splitlines()
+    assert rows[0] == f"plan {made.digest()}, in order of application:"
+    assert rows[2].startswith("1  1     Clamp   blocks.0.attn.hook_pattern  heads [3]     PreviousToken(strength=0.9,")
+    assert rows[4].startswith("2  1     Ablate  blocks.1.attn.hook_v        heads [2, 7]  Constant(constant=0.0)  ")
+    assert {"labels_only=False)", "of", "every", "10"} <= set(rows[3].split())
+
+
+def test_no_line_is_wider_than_a_wide_terminal():
+    writers = [Ablate(heads=["1:2"], value="mean"), Clamp(heads=["0:3"], pattern="match", temperature=0.1)]
+    assert max(map(len, sites_report(SITES, 1000, 32, plan(*writers)).splitlines())) <= 150
