@@ -16,7 +16,7 @@ from opsin.interventions.selection import Selection, parse_pairs
 from opsin.interventions.values.plain import Constant
 from opsin.model.transformer import Transformer
 from opsin.records.history import History
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, tap_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, tap_of, weights
 
 MLP = Transformer(layers=1, width=8, heads=2, mlp_ratio=0.5)
 RESID = "blocks.0.hook_resid_post"
@@ -157,7 +157,7 @@ def test_a_closed_gate_leaves_the_logits_bitwise_alone(tiny_task):
 def test_a_gate_of_one_member_leaves_the_others_bitwise_alone(tiny_task):
     batch, values = batch_of(tiny_task), weights(MLP, tiny_task, dtype=torch.float32)
     plan = plan_of(MLP, tiny_task, Ablate(heads=["0:0"]), Ablate(neurons=["0:1", "0:3"]))
-    scene = replace(scene_of(plan, MLP, values, batch, dtype=torch.float32), gates=torch.tensor([[0.0, 1.0]] * 2))
+    scene = replace(inputs_of(plan, MLP, values, batch, dtype=torch.float32), gates=torch.tensor([[0.0, 1.0]] * 2))
     tap = run_passes(plan, scene)
     plain, clamped = run(MLP, values, batch)[0], run(MLP, values, batch, tap)[0]
     assert torch.equal(plain[0], clamped[0]) and (plain[1] != clamped[1]).any()
@@ -224,7 +224,7 @@ def test_one_value_on_different_heads_or_members_acts_at_once_and_as_one_after_t
     seen, fired = [], []
     for each in (plan, apart):
         fired.append({})
-        scene = replace(scene_of(each, SMALL, values, batch, dtype=torch.float32), gates=gates)
+        scene = replace(inputs_of(each, SMALL, values, batch, dtype=torch.float32), gates=gates)
         seen.append(run(SMALL, values, batch, run_passes(each, scene, fired[-1]))[0])
     assert torch.equal(*seen)
     assert fired[0].keys() == fired[1].keys() == {0, 1, 2}

@@ -30,7 +30,7 @@ from opsin.interventions.selection import Selection
 from opsin.model.transformer import Transformer, position_table
 from opsin.training.objective import accuracy, cross_entropy, scored_logits
 from opsin.training.progress_measures import build_measures, evaluate, measure_constants
-from tests.helpers.toys import ToyTokens, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import ToyTokens, batch_of, few_shot, plan_of, run, inputs_of, weights
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=2.0)
 SEEDS = (3, 5, 8)
@@ -151,7 +151,7 @@ def clock_of(seeds):
 def alone(writers, batch=BATCH, values=VALUES, seeds=SEEDS, task=TASK):
     """Loss and accuracy of one set in a plan, a pass and masks of its own."""
     plan = plan_of(MODEL, task, *writers, members=len(seeds))
-    scene = replace(scene_of(plan, MODEL, values, batch), clock=clock_of(seeds))
+    scene = replace(inputs_of(plan, MODEL, values, batch), clock=clock_of(seeds))
     logits = scored_logits(run(MODEL, values, batch, run_passes(plan, scene))[0], batch)
     return cross_entropy(logits, batch).mean((1, 2)), accuracy(logits, batch)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.model.sites import SiteTable, build_sites
+from opsin.interventions.identity import derived
+from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, position_table
 from opsin.records.folder import load_saved
 from opsin.task import Task
@@ -28,32 +29,22 @@ class Donor:
     """One trained model, constant for the run that it is given to.
 
     Args:
-        name: of the file it was read from, for people.
-        digest: of its weights; donors are compared and hashed by it.
-        model: its shape.
-        parameters: its weights, ``[1, ...]`` under the names of ``init_parameters``.
-        setting: that asked for it, for messages.
+        name: path of the file it was read from, for people.
+        digest: hash of the weights, by which donors are compared.
+        model: shape of the trained transformer.
+        parameters: weights ``[1, ...]`` under the names of ``init_parameters``.
+        setting: name of the setting that asked for the donor, for messages.
     """
 
-    name: str = field(compare=False, repr=False)
+    name: str = derived(compare=False)
     digest: str
     model: Transformer
-    parameters: Mapping[str, Tensor] = field(compare=False, repr=False)
-    setting: str = field(default="donor", compare=False, repr=False)
+    parameters: Mapping[str, Tensor] = derived(compare=False)
+    setting: str = derived(default="donor", compare=False)
 
     def sites(self, positions: int) -> SiteTable:
         """Its activations on sequences of this length."""
-        neurons, additive = self.model.neurons, self.model.positions != "rope"
-        return build_sites(
-            layers=self.model.layers,
-            positions=positions,
-            width=self.model.width,
-            heads=self.model.heads,
-            neurons=neurons,
-            outputs=self.parameters["unembed.W_U"].shape[-1],
-            additive=additive,
-            norm=self.model.norm,
-        )
+        return self.model.sites_of(positions, outputs=self.parameters["unembed.W_U"].shape[-1])
 
     def table(self, positions: int) -> Float[Tensor, "2 L half"]:
         """Its position table, in the precision of its weights."""
@@ -67,17 +58,17 @@ class Donor:
         """
         features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
         tokens, outputs = self.parameters["embed.W_E"].shape[1], self.parameters["unembed.W_U"].shape[-1]
-        theirs = {"features": features, "tokens": tokens, "outputs": outputs}
-        ours = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
-        if theirs != ours:
-            expected = f"a model of this task: {_listed(ours)}"
-            raise ConfigError(self.setting, f"{self.name} with {_listed(theirs)}", expected)
+        found = {"features": features, "tokens": tokens, "outputs": outputs}
+        needed = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
+        if found != needed:
+            expected = f"a model of this task: {_sizes_in_words(needed)}"
+            raise ConfigError(self.setting, f"{self.name} with {_sizes_in_words(found)}", expected)
         if self.model.positions == "learned" and self.model.max_positions < task.layout.positions:
             expected = f"at least the task's {task.layout.positions}"
             raise ConfigError(self.setting, f"{self.name} with {self.model.max_positions} learned positions", expected)
 
 
-def _listed(sizes: Mapping[str, int | None]) -> str:
+def _sizes_in_words(sizes: Mapping[str, int | None]) -> str:
     return ", ".join(f"{'no' if size is None else size} {name}" for name, size in sizes.items())
 
 
@@ -86,8 +77,8 @@ class Start:
     """Weights that a member starts from.
 
     Args:
-        path: of a run folder, a checkpoint or a snapshot.
-        place: which member of it, the only one where it has one.
+        path: where a run folder, a checkpoint or a snapshot lies.
+        place: number of the member in that file; 0 where it holds a single one.
     """
 
     path: str
@@ -107,7 +98,9 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     """One member of a run, from its checkpoint, one of its snapshots, or its folder (then the last checkpoint).
 
     Args:
-        writer: whose settings ``donor`` and ``member`` name it, for messages.
+        writer: callback whose settings ``donor`` and ``member`` are meant, for messages.
+        path: where a run folder, a checkpoint or a snapshot lies.
+        member: number of the member in that file, from 0.
 
     Raises:
         ConfigError: no such file, none that a run has written, or no such member in it.

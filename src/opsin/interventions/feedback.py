@@ -42,8 +42,13 @@ class Reading:
     measured_at: Float[np.ndarray, " M"]
     beaten: Bool[np.ndarray, " M"]
 
-    def tells(self, metric: str, member: int) -> str:
-        """The reading of one member, for people."""
+    def describe(self, metric: str, member: int) -> str:
+        """The reading of one member, for people.
+
+        Args:
+            metric: name of the metric that is read.
+            member: number of the member in the run.
+        """
         strength, value, at = (each[member] for each in (self.strength, self.value, self.measured_at))
         was = "is not measured yet" if np.isnan(at) else f"was {value:.4g} after step {at:,.0f}"
         beaten = ", less than another head's" if self.beaten[member] else ""

@@ -104,13 +104,22 @@ class Transformer:
             raise ConfigError(
                 "transformer.max_positions", self.max_positions, f"at least the task's {task.layout.positions}"
             )
+        return self.sites_of(task.layout.positions, task.n_outputs)
+
+    def sites_of(self, positions: int, outputs: int) -> SiteTable:
+        """Every activation of this model on any task with these sizes.
+
+        Args:
+            positions: L, length of a sequence.
+            outputs: V, number of classes that are predicted.
+        """
         return build_sites(
             layers=self.layers,
-            positions=task.layout.positions,
+            positions=positions,
             width=self.width,
             heads=self.heads,
             neurons=self.neurons,
-            outputs=task.n_outputs,
+            outputs=outputs,
             additive=self.positions != "rope",
             norm=self.norm,
             unembed_bias=self.unembed_bias,

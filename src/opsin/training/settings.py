@@ -1,19 +1,35 @@
-"""What is refused before a run begins."""
+"""Settings of a module that are refused before a run begins."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import lightning.pytorch as pl
 
 from opsin.errors import ConfigError
 
-if TYPE_CHECKING:
-    from opsin.training.module import OpsinModule
+
+class Settings(Protocol):
+    """The settings of an ``OpsinModule`` whose range is checked."""
+
+    seeds: Sequence[int]
+    learning_rate: float | list[float]
+    weight_decay: float | list[float]
+    gradient_clip: float | None
+    steps_per_batch: int
+    log_every: int
+    probe_size: int
+    evaluation_size: int
+    threads: int
+    idle: str
 
 
-def check_settings(module: OpsinModule) -> None:
+def check_settings(module: Settings) -> None:
     """Refuse settings of a module that are out of their range.
+
+    Args:
+        module: the module, its settings assigned.
 
     Raises:
         ConfigError: names the setting.
@@ -41,6 +57,10 @@ def check_settings(module: OpsinModule) -> None:
 
 def refuse_uneven_checkpoints(trainer: pl.Trainer, steps_per_batch: int) -> None:
     """Refuse a ModelCheckpoint that would save between two Lightning batches.
+
+    Args:
+        trainer: the Trainer with all its callbacks.
+        steps_per_batch: optimizer steps that one Lightning batch carries.
 
     Raises:
         ConfigError: its cadence is no multiple of a batch's optimizer steps.

@@ -24,7 +24,7 @@ from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
 from opsin.interventions.intervention import Clock, Value
 from opsin.model.transformer import Transformer
-from tests.helpers.toys import batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import batch_of, few_shot, plan_of, run, inputs_of, weights
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
 TASK = few_shot()
@@ -72,7 +72,7 @@ FLOWS = {
 def of_overwritten(writers, values):
     """A number that the entries overwritten by the first writer determine, and nothing else does."""
     plan = plan_of(MODEL, TASK, *writers)
-    seen = run(MODEL, values, BATCH, run_passes(plan, scene_of(plan, MODEL, values, BATCH)))[1]
+    seen = run(MODEL, values, BATCH, run_passes(plan, inputs_of(plan, MODEL, values, BATCH)))[1]
     total = torch.zeros((), dtype=torch.float64)
     for item in writers[0].interventions(MODEL.sites(TASK)):
         x = seen[item.site]

@@ -16,7 +16,7 @@ from opsin.interventions.values.passes import FromPass
 from opsin.model.transformer import Transformer, forward, position_table
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, train, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, train, weights
 
 TASK = few_shot()
 DEEP = Transformer(layers=3, width=8, heads=4, mlp_ratio=2.0, positions="sinusoidal")
@@ -45,7 +45,7 @@ class Case:
     def run(self, *writers, values=None):
         values = self.values if values is None else values
         plan = plan_of(self.model, TASK, *writers)
-        return run(self.model, values, self.batch, run_passes(plan, scene_of(plan, self.model, values, self.batch)))
+        return run(self.model, values, self.batch, run_passes(plan, inputs_of(plan, self.model, values, self.batch)))
 
     def loss(self, values, *writers):
         last = self.run(*writers, values=values)[0][:, :, -1]

@@ -12,7 +12,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
 
 DEEP = Transformer(layers=3, width=8, heads=2)
 
@@ -27,7 +27,7 @@ class Case:
     def tap(self, *writers, values=None, gate=1.0):
         plan = plan_of(self.model, self.task, *writers)
         values = self.values if values is None else values
-        return run_passes(plan, scene_of(plan, self.model, values, self.batch, gate))
+        return run_passes(plan, inputs_of(plan, self.model, values, self.batch, gate))
 
     def run(self, *writers):
         return run(self.model, self.values, self.batch, self.tap(*writers))

@@ -24,7 +24,7 @@ from opsin.callbacks import (
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
 
 TASK = few_shot()
 VALUES = {name: value[:1] for name, value in weights(SMALL, TASK).items()}
@@ -55,7 +55,7 @@ WRITERS = {
 
 def seen_with(*writers, model=SMALL, values=VALUES):
     plan = plan_of(model, TASK, *writers, members=1)
-    return run(model, values, BATCH, run_passes(plan, scene_of(plan, model, values, BATCH)))[1]
+    return run(model, values, BATCH, run_passes(plan, inputs_of(plan, model, values, BATCH)))[1]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, plan_of, run, inputs_of, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)
@@ -26,7 +26,7 @@ KEYS = "blocks.1.attn.hook_k"
 
 def seen_with(*writers, values=VALUES, gate=1.0):
     plan = plan_of(SMALL, TASK, *writers)
-    return run(SMALL, values, BATCH, run_passes(plan, scene_of(plan, SMALL, values, BATCH, gate)))[1]
+    return run(SMALL, values, BATCH, run_passes(plan, inputs_of(plan, SMALL, values, BATCH, gate)))[1]
 
 
 def readers_of_block_zero(model):

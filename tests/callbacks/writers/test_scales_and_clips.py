@@ -14,7 +14,7 @@ from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.plain import Clipped
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import ToyTokens, batch_of, plan_of, run, scene_of, train, weights
+from tests.helpers.toys import ToyTokens, batch_of, plan_of, run, inputs_of, train, weights
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
 TASK = ToyTokens()
@@ -27,7 +27,7 @@ POST = "blocks.1.mlp.hook_post"
 
 def seen(*writers, values=VALUES):
     plan = plan_of(MODEL, TASK, *writers)
-    return run(MODEL, values, BATCH, run_passes(plan, scene_of(plan, MODEL, values, BATCH)))
+    return run(MODEL, values, BATCH, run_passes(plan, inputs_of(plan, MODEL, values, BATCH)))
 
 
 def with_silent_neuron():
@@ -134,7 +134,7 @@ def test_a_clip_leaves_other_members_bitwise_as_they_are():
 
 def test_at_strength_zero_the_logits_are_bitwise_as_they_are():
     plan = plan_of(MODEL, TASK, Ablate(neurons=["1:2"]), Preserve(["scales"]), Clip(["1:3"]))
-    tap = run_passes(plan, scene_of(plan, MODEL, VALUES, BATCH, gate=0.0))
+    tap = run_passes(plan, inputs_of(plan, MODEL, VALUES, BATCH, gate=0.0))
     assert torch.equal(run(MODEL, VALUES, BATCH, tap)[0], run(MODEL, VALUES, BATCH)[0])
 
 

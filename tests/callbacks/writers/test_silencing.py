@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.training.compiling import compile_step, has_compiler
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, losses, plan_of, run, scene_of, train, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, losses, plan_of, run, inputs_of, train, weights
 
 TASK = few_shot()
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=0.5)
@@ -33,7 +33,7 @@ def seen_with(*writers, step=0, values=WEIGHTS):
 
 def tap_at(step, *writers):
     plan = plan_of(MODEL, TASK, *writers)
-    scene = scene_of(plan, MODEL, WEIGHTS, BATCH)
+    scene = inputs_of(plan, MODEL, WEIGHTS, BATCH)
     return run_passes(plan, replace(scene, clock=torch.tensor([[0, step], [1, step]])))
 
 
@@ -212,7 +212,7 @@ def test_the_gradient_of_what_is_silenced_by_half_is_half(site, value):
     """Nothing comes back through the mean, the other example or the spread of the noise."""
     x = PLAIN[site].clone().requires_grad_()
     plan = plan_of(MODEL, TASK, Ablate(sites=[site], value=value))
-    after = run_passes(plan, scene_of(plan, MODEL, WEIGHTS, BATCH, gate=0.5))(site, x)
+    after = run_passes(plan, inputs_of(plan, MODEL, WEIGHTS, BATCH, gate=0.5))(site, x)
     (gradient,) = torch.autograd.grad(after.sum(), x)
     assert (gradient == 0.5).all()
 

@@ -15,7 +15,7 @@ from opsin.interventions.apply import run_passes
 from opsin.interventions.values.noise import another_example
 from opsin.interventions.values.paths import read_receiver, read_sender, written
 from opsin.model.transformer import Transformer
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)
@@ -26,7 +26,7 @@ FULL = Transformer(layers=3, width=8, heads=2, mlp_ratio=1.5, positions="learned
 def seen_with(model, values, *writers, gate=1.0):
     """All activations under these writers."""
     plan = plan_of(model, TASK, *writers)
-    return run(model, values, BATCH, run_passes(plan, scene_of(plan, model, values, BATCH, gate)))[1]
+    return run(model, values, BATCH, run_passes(plan, inputs_of(plan, model, values, BATCH, gate)))[1]
 
 
 # ---- the slow version: one member, one head, one reader, one contribution at a time ----------------------------------
