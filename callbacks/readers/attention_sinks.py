@@ -8,14 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsin.callbacks.readers.heads import HeadTracker, record_heads
-from opsin.callbacks.readers.looking import constant_weights, tap_in_force
 from opsin.errors import ConfigError
 from opsin.metrics.activity import attention_sink, sunk
 from opsin.model.sites import SiteTable
 from opsin.task import Batch, Truth
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
-from opsin.training.probe import observe
 
 EFFECT = "attention_sink_effect"
 
@@ -81,12 +79,11 @@ class AttentionSinks(HeadTracker):
 
     def _forced(self, batch: Batch, site: str, head: int) -> Float[Tensor, "M B L N"]:
         """The last neurons when one head looks at the first position alone."""
-        module = self._module
-        tap = tap_in_force(module, batch)
+        passes = self._module.forward_passes
+        tap = passes.tap(batch)
 
         def forcing(name: str, activation: Tensor) -> Tensor:
             activation = tap(name, activation)
             return sunk(activation, head) if name == site else activation
 
-        weights, table = constant_weights(module), module.constants.table
-        return observe(module.transformer, weights, table, batch, forcing, [self._last])[self._last]
+        return passes.activations(batch, [self._last], forcing)[self._last]

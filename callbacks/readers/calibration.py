@@ -13,7 +13,6 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.looking import constant_weights, sequences_of, tap_in_force
 from opsin.errors import ConfigError
 from opsin.metrics.calibration import (
     at_temperature,
@@ -26,7 +25,6 @@ from opsin.metrics.calibration import (
     mean_loss,
 )
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import forward
 from opsin.task import Batch
 from opsin.training.module import opsin_module
 from opsin.training.objective import scored_logits
@@ -135,7 +133,8 @@ class Calibration(Callback):
 
     def _fit(self, seen: Observation) -> None:
         half = len(seen.batch.targets[0]) // 2
-        fitted, held = (sequences_of(seen.batch, which) for which in (slice(half), slice(half, None)))
+        fitted = seen.batch.map(lambda tensor: tensor[:, :half])
+        held = seen.batch.map(lambda tensor: tensor[:, half:])
         with torch.no_grad():
             logits, unseen = self._logits(fitted), self._logits(held)
         found = _quality("none", unseen, held)
@@ -174,7 +173,8 @@ class Calibration(Callback):
 
     def _logits(self, batch: Batch, perturbation: Tensor | None = None) -> Float[Tensor, "M B Q V"]:
         """Scored logits under the interventions in force, of an input that something may be added to."""
-        module, tap, shown = self._module, tap_in_force(self._module, batch), batch
+        passes = self._module.forward_passes
+        tap, shown = passes.tap(batch), batch
         if perturbation is not None and batch.features is not None:
             shown = replace(batch, features=batch.features + perturbation)
 
@@ -183,8 +183,7 @@ class Calibration(Callback):
                 activation = activation + perturbation
             return tap(name, activation)
 
-        weights, table = constant_weights(module), module.constants.table
-        return scored_logits(forward(weights, table, shown, module.transformer, perturbing), shown)
+        return passes.logits(shown, perturbing)
 
     def _record(self, found: Metrics, step: int) -> None:
         named = {f"calibration/{name}": values.detach() for name, values in found.items()}

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Moment, Scene, constants_of, run_passes
+from opsin.interventions.apply import Moment, constants_of
 from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan, Writer, build_plan
@@ -36,7 +36,7 @@ from opsin.training.gates import Control
 from opsin.training.objective import evaluate, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
-from opsin.training.probe import PROBE_SEED, observe
+from opsin.training.probe import ForwardPasses
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
 
@@ -107,7 +107,6 @@ class OpsinModule(pl.LightningModule):
         self._saved_control: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
-        self._evaluation_batches: dict[tuple[str, int], Batch] = {}
 
     def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
         values = init_parameters(self.transformer, self.task, self.seeds)
@@ -216,7 +215,16 @@ class OpsinModule(pl.LightningModule):
         )
         if self._saved_control is not None:
             self.control.load_state_dict(self._saved_control)
-        self.probe = self._evaluation_batch("train", self.probe_size)
+        self.forward_passes = ForwardPasses(
+            self.transformer,
+            self.task,
+            self.plan,
+            self.constants,
+            self.control,
+            self.parameters_by_name,
+            lambda: self.steps_done,
+        )
+        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
         run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
         self._crew = Crew(run_step, self.n_members)
         # a graph for fewer members must repay its making, as the first must
@@ -315,26 +323,18 @@ class OpsinModule(pl.LightningModule):
     def observe(
         self, batch: Batch, sites: Collection[str], without: Collection[Intervention] = ()
     ) -> dict[str, Tensor]:
-        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step."""
-        moment = self.control.moment(max(self.steps_done - 1, 0), without)
-        parameters = self.parameters_by_name()
-        scene = Scene(self.transformer, parameters, self.constants, batch, moment.gates, moment.clock)
-        with torch.no_grad():
-            tap = run_passes(self.plan, scene)
-        return observe(self.transformer, parameters, self.constants.table, batch, tap, sites)
+        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step.
 
-    def _evaluation_batch(self, name: str, size: int) -> Batch:
-        """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
-        if (name, size) not in self._evaluation_batches:
-            draw = self.task.draw([PROBE_SEED], 0, 1, f"eval/{name}", size)
-            first = {key: tensor[0].to(self.device) for key, tensor in draw.items()}
-            one = self.task.assemble(self.constants.bank, first)
-            self._evaluation_batches[name, size] = one.shared_by(self.n_members)
-        return self._evaluation_batches[name, size]
+        Args:
+            batch: sequences that the model sees.
+            sites: names of the activations; the forward pass ends where the last of them has been computed.
+            without: interventions of the run's own pass that are switched off.
+        """
+        return self.forward_passes.observe(batch, sites, without)
 
     def evaluation_set(self, name: str) -> Batch:
         """The sequences of one of the task's evaluation sets, those that validation sees."""
-        return self._evaluation_batch(name, self.evaluation_size)
+        return self.forward_passes.evaluation_set(name, self.evaluation_size)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]

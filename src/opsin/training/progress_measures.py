@@ -65,21 +65,6 @@ class Copies:
         """``[C, ...]``: all members of the first set, all of the second, and so on."""
         return x.expand(self.sets, *x.shape).flatten(0, 1)
 
-    def batch(self, batch: Batch) -> Batch:
-        """The same sequences for every set."""
-        features, plausible = (None if x is None else self.repeat(x) for x in (batch.features, batch.plausible))
-        truth = batch.truth
-        return replace(
-            batch,
-            features=features,
-            tokens=self.repeat(batch.tokens),
-            targets=self.repeat(batch.targets),
-            plausible=plausible,
-            truth=replace(
-                truth, query=self.repeat(truth.query), match=self.repeat(truth.match), other=self.repeat(truth.other)
-            ),
-        )
-
 
 @dataclass(frozen=True)
 class Measures:
@@ -194,7 +179,7 @@ def evaluate(
     copies, plan = measures.copies, measures.plan
     weights = {name: copies.repeat(x) for name, x in parameters.items()}
     gates = constants.table.new_ones(len(plan.interventions), copies.sets * copies.members)
-    scene = Scene(model, weights, constants, copies.batch(batch), gates, copies.repeat(clock))
+    scene = Scene(model, weights, constants, batch.map(copies.repeat), gates, copies.repeat(clock))
     fired: dict[int, Tensor] = {}
     with torch.no_grad():
         tap = run_passes(plan, scene, fired)

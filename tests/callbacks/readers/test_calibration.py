@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from opsin.callbacks import Ablate, Calibration, Clamp, Preserve
-from opsin.callbacks.readers.looking import sequences_of
 from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
 from opsin.metrics.calibration import (
@@ -79,7 +78,7 @@ def test_a_task_that_knows_no_best_predictor_has_no_entropy_of_one():
 def test_fits_are_made_on_one_half_of_the_probe_and_measured_on_the_other(task):
     model = train(module(task(), [1, 2]), 5, Calibration(**QUICK, penalty=0.5, focus=2.0))
     found, batch = recorded(model), model.probe
-    halves = [sequences_of(batch, part) for part in (slice(6), slice(6, 12))]
+    halves = [batch.map(lambda x: x[:, :6]), batch.map(lambda x: x[:, 6:12])]
     parameters = {name: x.detach() for name, x in model.parameters_by_name().items()}
 
     def logits_at(half, delta=0.0):
