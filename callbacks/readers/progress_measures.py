@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.callbacks.readers.phase_change import CHANGED, best_loss
 from opsin.errors import ConfigError, log
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
 from opsin.records.schema import BASE_LINE
 from opsin.training.module import callbacks_of, opsin_module
 from opsin.training.observers import Observation
-from opsin.training.progress_measures import Measured, build_measures, evaluate, measure_constants
+from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
 
 FIELD = "ProgressMeasures.measures"
 
@@ -92,9 +92,9 @@ class ProgressMeasures(Callback):
 
     def _measure(self, seen: Observation) -> None:
         module = self._module
-        clock = module.control.moment(max(seen.step - 1, 0)).clock
+        clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        found = evaluate(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        found = measure(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
         values: dict[str, torch.Tensor] = {}
         for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
             values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
@@ -104,7 +104,7 @@ class ProgressMeasures(Callback):
         if not self._told:
             self._tell_idle(found, seen.step)
 
-    def _tell_idle(self, found: Measured, step: int) -> None:
+    def _tell_idle(self, found: MeasuredSets, step: int) -> None:
         idle = self._planned.covers() & ~found.changed.cpu()
         for name, members in zip(self._planned.names, idle, strict=True):
             if members.any():

@@ -83,7 +83,7 @@ class KeepRun(Callback):
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
         module.summary["plan"] = module.plan.describe()
-        module.summary["interventions"] = module.control.counts()
+        module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
         self.files.write_json("summary.json", module.summary)
         save_summary(module.history, module.summary, self.files.path / "summary.png")

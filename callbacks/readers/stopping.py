@@ -75,7 +75,7 @@ class StopWhen(Callback):
             if member not in module.ended and (self.members is None or member in self.members):
                 condition = self.condition
                 why = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
-                module.control.end(member, EARLY, done, why)
+                module.gates.end(member, EARLY, done, why)
         if len(module.ended) == module.n_members:
             trainer.should_stop = True
 

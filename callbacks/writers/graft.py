@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 
 from opsin.callbacks.writers.base import FromAnotherPass, check_layer
 from opsin.errors import ConfigError
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.donors import Donor, read_donor
 from opsin.interventions.intervention import Intervention, Pass, Relative, Source, Value
-from opsin.interventions.plan import Writer
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.interventions.values.passes import FromPass

@@ -174,7 +174,7 @@ class Project(Callback):
         if isinstance(self.origin, LearnedDirections):
             self._check_probe(self.origin)
         # ahead of the readers, to whom the first state is shown as the first step will have it
-        now, late = self._module.steps_done, self._own in self._module.control.unsupplied
+        now, late = self._module.steps_done, self._own in self._module.gates.unsupplied
         if now == 0 or late:
             self._renew_if_due(now, late)
 
@@ -196,12 +196,13 @@ class Project(Callback):
         weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._own.heads)
         # a run that has diverged is about to be stopped by the module, which says so
         if weight.isfinite().all():
-            self._module.control.supply(self._own, singular_directions(weight, origin))
+            self._module.gates.supply(self._own, singular_directions(weight, origin))
 
     def _learn(self, origin: LearnedDirections, step: int) -> None:
         module, own = self._module, self._own
         rows, labels = labelled_rows(module.probe, origin.label, self.positions)
-        users = [item for item in module.plan.interventions if own in item.value.needs]
+        items = [row.intervention for row in module.plan.interventions]
+        users = [item for item in items if own in item.value.needs]
         x = module.observe(module.probe, [own.site], without=users)[own.site][:, :, rows].cpu()
         if not x.isfinite().all():
             return
@@ -217,7 +218,7 @@ class Project(Callback):
             basis = learned(x, own.site)
         for head in own.chosen_heads:
             basis[:, head] = learned(x[:, :, :, head], f"{own.site}:{head}")
-        module.control.supply(own, basis)
+        module.gates.supply(own, basis)
 
     def _record(self, name: str, found: Learned, step: int) -> None:
         numbers = {f"{name}/accuracy_after_{t}": found.accuracy[:, t] for t in range(found.accuracy.shape[1])}

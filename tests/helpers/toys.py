@@ -14,9 +14,9 @@ from opsin.model.transformer import Transformer, forward, init_parameters, posit
 from opsin.records.history import History
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.training.adam import Adam
 from opsin.training.module import OpsinModule
 from opsin.training.objective import cross_entropy, scored_logits
-from opsin.training.adam import Adam
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions.identity import derived
+from opsin.interventions.identity import DERIVED
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, position_table
 from opsin.records.folder import load_saved
@@ -36,11 +36,11 @@ class Donor:
         setting: name of the setting that asked for the donor, for messages.
     """
 
-    name: str = derived(compare=False)
+    name: str = field(compare=False, repr=False, metadata=DERIVED)
     digest: str
     model: Transformer
-    parameters: Mapping[str, Tensor] = derived(compare=False)
-    setting: str = derived(default="donor", compare=False)
+    parameters: Mapping[str, Tensor] = field(compare=False, repr=False, metadata=DERIVED)
+    setting: str = field(default="donor", compare=False, repr=False, metadata=DERIVED)
 
     def sites(self, positions: int) -> SiteTable:
         """Its activations on sequences of this length."""

@@ -2,26 +2,18 @@
 
 Passes are shared, branches find the counts of their run, and a checkpoint knows its plan by this text, so it is stated
 and not left to ``repr``: the name of a part (``identity_name``, else the name of its class) and its fields in order,
-without those that follow from the others (``derived``). A class or a ``repr`` may change; a text that has been written
-to a checkpoint may not.
+without those that follow from other fields or are for people only (``metadata=DERIVED``). A class or a ``repr`` may
+change; a text that has been written to a checkpoint may not.
 """
 
 from __future__ import annotations
 
-from dataclasses import field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
 
-DERIVED = "derived"
-
-
-def derived(**options: Any) -> Any:
-    """A dataclass field that follows from the other fields, or is for people only, and so is no part of the identity.
-
-    Args:
-        options: further arguments of ``dataclasses.field``.
-    """
-    return field(repr=False, metadata={DERIVED: True}, **options)
+DERIVED: Mapping[str, bool] = {"derived": True}
+"""Metadata of a dataclass field that is no part of the identity."""
 
 
 def identity(part: object, members: bool = True) -> str:
@@ -39,7 +31,7 @@ def identity(part: object, members: bool = True) -> str:
     if isinstance(part, Enum) or not is_dataclass(part):
         return repr(part)
     name = getattr(part, "identity_name", type(part).__qualname__)
-    stated = [item.name for item in fields(part) if DERIVED not in item.metadata]
+    stated = [item.name for item in fields(part) if not item.metadata.get("derived")]
     texts = [
         item if item == "members" and not members else f"{item}={identity(getattr(part, item), members)}"
         for item in stated

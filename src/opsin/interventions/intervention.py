@@ -38,8 +38,8 @@ class Overwrite:
 class Value(ABC):
     """What an activation is overwritten by: a small frozen dataclass, a pure function of the activation and its needs.
 
-    A subclass states its identity: every field counts, but for those that are ``derived``; ``identity_name`` where the
-    class has been renamed since its name was first written to a checkpoint.
+    A subclass states its identity: every field counts, but for those with ``metadata=DERIVED``. A class that has been
+    renamed since its name was first written to a checkpoint keeps that name as ``identity_name``.
     """
 
     @property

@@ -10,9 +10,8 @@ Legend: M members, I interventions.
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions.plan import Plan
-from opsin.interventions.schedules import Schedule
-from opsin.interventions.weights import missed_updates
+from opsin.interventions.identity import identity
+from opsin.interventions.plan import Plan, Row
 from opsin.launch.recipe import Built
 from opsin.population.chunks import PER_MEMBER, listed, merged
 from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
+from opsin.training.weight_updates import no_skipped_updates
 
 SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
 """What a branch may have that the run it branches from has not."""
@@ -98,10 +97,10 @@ def check_branch(branch: Built, trunk: Built, at: int, steps: int) -> None:
             raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {was[name]}, as the run has it")
     plan, batch = branch.plan, branch.module.task.batch_size
     for row, before in enumerate(_Carried(trunk.plan, plan).rows):
-        schedule: Schedule = plan.schedules[row]
+        schedule = plan.rows[row].schedule
         if before is None and not schedule.strength(np.arange(at, steps), batch).any():
             expected = f"to act in the branch, which has the steps {at} to {steps}"
-            raise ConfigError(f"{plan.names[row]}.schedule", str(schedule), expected)
+            raise ConfigError(f"{plan.rows[row].name}.schedule", str(schedule), expected)
 
 
 # ---- the state --------------------------------------------------------------------------------------
@@ -246,64 +245,53 @@ class _Carried:
     def rows(self) -> list[int | None]:
         """For every row of the new plan that of the old one: the same intervention, or change of weights."""
         known: dict[str, list[int]] = defaultdict(list)
-        for row, key in enumerate(_keys(self.old)):
+        # a branch has one member alone, whatever its number was
+        for row, text in zip(self.old.rows, self.old.row_identities(members=False), strict=True):
             if self._acts(row):
-                known[key].append(row)
-        return [known[key].pop(0) if known[key] else None for key in _keys(self.new)]
+                known[text].append(row.gate)
+        return [known[text].pop(0) if known[text] else None for text in self.new.row_identities(members=False)]
 
-    def _acts(self, row: int) -> bool:
+    def _acts(self, row: Row) -> bool:
         """Whether a row of the old plan selects anything of the member."""
-        mask = self.old.masks[row]
-        return bool(mask[self.member if len(mask) > 1 else 0].any())
+        return bool(row.mask[self.member if len(row.mask) > 1 else 0].any())
 
     def control(self, control: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a ``Control``; a supply that the old plan does not have is None."""
         members = control["fired"].shape[1]
-        counts = {name: torch.zeros(len(self.new.masks), members, dtype=torch.int64) for name in ("fired", "active")}
+        counts = {name: torch.zeros(len(self.new.rows), members, dtype=torch.int64) for name in ("fired", "active")}
         for row, before in enumerate(self.rows):
             for name, count in counts.items():
                 if before is not None:
                     count[row] = control[name][before]
-        missed = missed_updates(self.new.changes, self.new.masks[len(self.new.interventions) :], members)
+        missed = no_skipped_updates(self.new.changes, members)
         for name, tensor in missed.items():
             if name in control["missed"]:
                 tensor.copy_(control["missed"][name])
         return {**control, **counts, "missed": missed, "supplied": self._supplied(control["supplied"])}
 
     def _supplied(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        acting = [item for row, item in enumerate(self.old.interventions) if self._acts(row)]
+        acting = [row.intervention for row in self.old.interventions if self._acts(row)]
         needed = {need for item in acting for need in item.value.needs}
-        known = {_key(each): tensor for each, tensor in zip(self.old.supplies, tensors, strict=True) if each in needed}
-        return [known.get(_key(each)) for each in self.new.supplies]
+        known = {
+            identity(supply, members=False): tensor
+            for supply, tensor in zip(self.old.supplies, tensors, strict=True)
+            if supply in needed
+        }
+        return [known.get(identity(supply, members=False)) for supply in self.new.supplies]
 
     def history(self, history: Mapping[str, Any]) -> dict[str, Any]:
         """Records of schedules with feedback under the names that their writers have in the new plan.
 
         Those of other members' writers are left out: their numbers may have become those of this member's.
         """
-        labels = {row: label for label, row in self.new.loops.items()}
-        new_of = {before: labels.get(row) for row, before in enumerate(self.rows)}
-        own = {label: row for label, row in self.old.loops.items() if self._acts(row)}
-        others = tuple(f"feedback/{label}/" for label in self.old.loops if label not in own)
-        names = {f"feedback/{label}/": f"feedback/{new_of.get(row) or label}/" for label, row in own.items()}
-        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(others)}
+        labels = {row.gate: label for label, row in self.new.loops.items()}
+        new_label = {before: labels.get(gate) for gate, before in enumerate(self.rows)}
+        acting = {label: row for label, row in self.old.loops.items() if self._acts(row)}
+        foreign = tuple(f"feedback/{label}/" for label in self.old.loops if label not in acting)
+        names = {f"feedback/{label}/": f"feedback/{new_label.get(row.gate) or label}/" for label, row in acting.items()}
+        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(foreign)}
 
 
 def _with_prefix(name: str, names: Mapping[str, str]) -> str:
     found = next((prefix for prefix in names if name.startswith(prefix)), None)
     return name if found is None else names[found] + name.removeprefix(found)
-
-
-def _keys(plan: Plan) -> Iterable[str]:
-    own = len(plan.passes) - 1
-    for number, planned in enumerate(plan.passes):
-        items = [plan.interventions[index] for index in planned.items]
-        # an intervention of another pass is the same only in the same pass
-        within = "" if number == own else _key((None if planned.donor is None else plan.donors[planned.donor], items))
-        yield from (within + _key(item) for item in items)
-    yield from map(_key, plan.changes)
-
-
-def _key(item: object) -> str:
-    """What a plan's digest knows of it, apart from the members: a branch has one alone."""
-    return re.sub(r"members=(?:None|\([\d, ]*\))", "members", repr(item))

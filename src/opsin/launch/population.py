@@ -143,7 +143,7 @@ def lay_out(recipe: Mapping[str, Any], folder: Path, build: Build) -> Layout:
             plan = build(path)
         except ConfigError as error:
             raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
-        graphs[name] = (json.dumps(conditions[name].get("task") or {}, sort_keys=True), *plan.extra_passes())
+        graphs[name] = (json.dumps(conditions[name].get("task") or {}, sort_keys=True), *plan.other_passes())
     return Layout(recipe, conditions, grid, members, graphs)
 
 

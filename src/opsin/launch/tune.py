@@ -23,7 +23,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.errors import PopulationError, log
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import lightning.pytorch as pl
 
@@ -13,7 +12,7 @@ from opsin.errors import ConfigError
 class Settings(Protocol):
     """The settings of an ``OpsinModule`` whose range is checked."""
 
-    seeds: Sequence[int]
+    seeds: list[int]
     learning_rate: float | list[float]
     weight_decay: float | list[float]
     gradient_clip: float | None
@@ -22,7 +21,7 @@ class Settings(Protocol):
     probe_size: int
     evaluation_size: int
     threads: int
-    idle: str
+    idle: Literal["stop", "warn"]
 
 
 def check_settings(module: Settings) -> None:

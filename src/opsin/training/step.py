@@ -16,8 +16,8 @@ from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
 from opsin.model.transformer import Transformer, forward
 from opsin.task import Task
-from opsin.training.objective import accuracy, cross_entropy, scored_logits
 from opsin.training.adam import Adam, AdamState, Hyper
+from opsin.training.objective import accuracy, cross_entropy, scored_logits
 from opsin.training.step_inputs import StepCounts, StepGates
 from opsin.training.weight_updates import WeightUpdate
 

@@ -1,4 +1,6 @@
-"""What one step is told of its interventions, and what it counts in place; tensors, so that no schedule changes the graph.
+"""What one step is told of its interventions, and what it counts in place.
+
+All of it is tensors, so that no schedule changes the graph.
 
 Legend: M members, I rows of a plan.
 """

@@ -24,7 +24,7 @@ from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
 from opsin.interventions.intervention import Clock, Value
 from opsin.model.transformer import Transformer
-from tests.helpers.toys import batch_of, few_shot, plan_of, run, inputs_of, weights
+from tests.helpers.toys import batch_of, few_shot, inputs_of, plan_of, run, weights
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
 TASK = few_shot()
@@ -123,6 +123,6 @@ def test_no_value_is_left_out():
     tried = set()
     for writers in [*STOPS.values(), *FLOWS.values()]:
         plan = plan_of(MODEL, TASK, *writers)
-        tried |= {type(item.value) for item in plan.interventions}
+        tried |= {type(row.intervention.value) for row in plan.interventions}
     named = {kind for kind in kinds(Value) if kind.__module__.startswith("opsin") and not kind.__abstractmethods__}
     assert named - tried == set()

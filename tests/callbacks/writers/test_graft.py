@@ -16,7 +16,7 @@ from opsin.interventions.values.passes import FromPass
 from opsin.model.transformer import Transformer, forward, position_table
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, train, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, train, weights
 
 TASK = few_shot()
 DEEP = Transformer(layers=3, width=8, heads=4, mlp_ratio=2.0, positions="sinusoidal")
@@ -169,7 +169,7 @@ def test_grafts_of_equal_weights_share_one_pass_that_keeps_what_they_take():
     plan = plan_of(SMALL, TASK, Graft(donor(), 0), Graft(again, 1), Preserve(["keys"]))
     given, plain, own = plan.passes
     assert len(plan.donors) == 1 and (given.donor, plain.donor, own.donor) == (0, None, None)
-    assert given.keeps == (CUT, "blocks.1.hook_resid_post") and given.items == ()
+    assert given.keeps == (CUT, "blocks.1.hook_resid_post") and given.rows == ()
 
 
 def test_other_weights_are_another_donor_and_another_plan():

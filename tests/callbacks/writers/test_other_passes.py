@@ -12,7 +12,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 DEEP = Transformer(layers=3, width=8, heads=2)
 
@@ -178,14 +178,14 @@ def test_equal_passes_are_one_pass_and_nothing_is_kept_that_nobody_reads():
     plain, own = plan.passes
     assert own.keeps == () and not plain.inner
     names = [f"blocks.{layer}.attn.hook_{what}" for layer in (0, 1) for what in ("attn_scores", "rot_k")]
-    assert plain.keeps == tuple(sorted(names)) and plain.items == ()
+    assert plain.keeps == tuple(sorted(names)) and plain.rows == ()
 
 
 def test_a_pass_is_planned_after_those_it_takes_from():
     plan = plan_of(SMALL, few_shot(), PerfectPreviousInput())
     plain, moved, own = plan.passes
     assert plain.keeps == ("blocks.0.hook_resid_pre",) and moved.keeps == ("blocks.1.attn.hook_pattern",)
-    assert len(moved.items) == 1 and len(own.items) == 2
+    assert len(moved.rows) == 1 and len(own.rows) == 2
 
 
 def test_a_gate_of_zero_leaves_the_run_as_it_is():

@@ -24,7 +24,7 @@ from opsin.callbacks import (
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 VALUES = {name: value[:1] for name, value in weights(SMALL, TASK).items()}

@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, plan_of, run, inputs_of, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)

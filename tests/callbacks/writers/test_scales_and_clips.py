@@ -14,7 +14,7 @@ from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.plain import Clipped
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import ToyTokens, batch_of, plan_of, run, inputs_of, train, weights
+from tests.helpers.toys import ToyTokens, batch_of, inputs_of, plan_of, run, train, weights
 
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
 TASK = ToyTokens()

@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.training.compiling import compile_step, has_compiler
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, losses, plan_of, run, inputs_of, train, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, inputs_of, losses, plan_of, run, train, weights
 
 TASK = few_shot()
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=0.5)
@@ -33,8 +33,8 @@ def seen_with(*writers, step=0, values=WEIGHTS):
 
 def tap_at(step, *writers):
     plan = plan_of(MODEL, TASK, *writers)
-    scene = inputs_of(plan, MODEL, WEIGHTS, BATCH)
-    return run_passes(plan, replace(scene, clock=torch.tensor([[0, step], [1, step]])))
+    inputs = inputs_of(plan, MODEL, WEIGHTS, BATCH)
+    return run_passes(plan, replace(inputs, clock=torch.tensor([[0, step], [1, step]])))
 
 
 PLAIN = seen_with()

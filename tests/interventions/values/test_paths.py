@@ -15,7 +15,7 @@ from opsin.interventions.apply import run_passes
 from opsin.interventions.values.noise import another_example
 from opsin.interventions.values.paths import read_receiver, read_sender, written
 from opsin.model.transformer import Transformer
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, inputs_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)

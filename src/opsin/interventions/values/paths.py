@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Clock, Need, Overwrite, Relative, Source, Value, Weight
 from opsin.interventions.values.plain import BatchMean, Resample
 from opsin.model.sites import SiteTable
@@ -153,8 +154,8 @@ class PathPatched(Value):
     senders: str
     by: Replacement
     detach: bool
-    terms: tuple[Term, ...] = field(repr=False)
-    reader: Reader = field(repr=False)
+    terms: tuple[Term, ...] = field(repr=False, metadata=DERIVED)
+    reader: Reader = field(repr=False, metadata=DERIVED)
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Clock, Overwrite, Value
 from opsin.interventions.values.noise import another_example, normals
 from opsin.task import Batch
@@ -96,7 +97,7 @@ class Noise(Value):
         salt: of the site (``opsin.interventions.values.noise.salt_of``); others get unrelated noise.
     """
 
-    salt: int = field(repr=False)
+    salt: int = field(repr=False, metadata=DERIVED)
 
     @property
     def needs(self) -> tuple[Clock]:

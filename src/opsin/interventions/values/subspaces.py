@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Overwrite, Supply, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
@@ -43,7 +44,7 @@ class GivenDirections:
     """
 
     digest: str
-    basis: Float[Tensor, "W G"] = field(compare=False, repr=False)
+    basis: Float[Tensor, "W G"] = field(compare=False, repr=False, metadata=DERIVED)
 
 
 @dataclass(frozen=True, kw_only=True)
