@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 
     Args:
         field: what the user wrote it under, for example ``Clamp.heads``.
-        value: what was given.
+        value: what the user gave for it.
         expected: what would have been accepted.
     """
 

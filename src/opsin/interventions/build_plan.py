@@ -125,7 +125,7 @@ class _Assembly:
             donor = None if before.donor is None else donors.index(before.donor)
             groups = _groups(rows, may_share=before is self.passes[-1])
             planned.append(PlannedPass(groups, tuple(sorted(keeps)), donor, before.asks))
-        last = [PlannedChange(gate + n, each.name, each.change, each.mask) for n, each in enumerate(changes)]
+        last = [PlannedChange(gate + n, row.name, row.change, row.mask) for n, row in enumerate(changes)]
         return Plan(tuple(planned), donors, supplies, tuple(last))
 
     def _rows(self, number: int, gate: int, supplies: Sequence[Supply]) -> list[PlannedIntervention]:

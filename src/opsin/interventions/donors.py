@@ -106,7 +106,7 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
         ConfigError: no such file, none that a run has written, or no such member in it.
     """
     path = Path(path)
-    saved = _read(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    saved = _read_saved(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
     if "parameters" in saved:
         shape, parameters = saved["transformer"], saved["parameters"]
     else:
@@ -115,11 +115,11 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     count = next(iter(parameters.values())).shape[0]
     if not 0 <= member < count:
         raise ConfigError(f"{writer}.member", member, f"a member from 0 to {count - 1} of {path}")
-    own = {name: x[member : member + 1].clone() for name, x in parameters.items()}
-    return donor_from(str(path), Transformer(**shape), own, f"{writer}.donor")
+    weights = {name: x[member : member + 1].clone() for name, x in parameters.items()}
+    return donor_from(str(path), Transformer(**shape), weights, f"{writer}.donor")
 
 
-def _read(field_name: str, path: Path) -> dict[str, Any]:
+def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
     saved = load_saved(path)
     if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
         raise ConfigError(field_name, str(path), EXPECTED)

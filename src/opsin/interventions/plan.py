@@ -140,8 +140,8 @@ class PlannedPass:
     """One forward pass of every step.
 
     Args:
-        groups: its rows in order of application; those that put one value into different entries of a site, side by
-            side, are one group and act at once.
+        groups: rows of the pass in order of application; those that put one value into different entries of a site,
+            side by side, are one group and act at once.
         keeps: names of the sites that other passes, or later values of this one, take from it.
         donor: index of the donor whose weights it runs; None for the model that is trained.
         nested: whether it runs inside each pass that takes from it, once that one comes to need it.

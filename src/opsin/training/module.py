@@ -49,14 +49,14 @@ class OpsinModule(pl.LightningModule):
     """Trains M transformers on one task, with whatever interventions the callbacks ask for.
 
     Args:
-        task: what is learned.
-        transformer: shape of the model.
+        task: what the members learn, with its data.
+        transformer: shape of the model that every member has.
         seed: seeds initialisation and data; a list trains one member per seed.
-        learning_rate: of Adam; a list has one for each member.
-        weight_decay: decoupled (AdamW); a list has one for each member.
+        learning_rate: step size of Adam; a list has one for each member.
+        weight_decay: decoupled weight decay (AdamW); a list has one for each member.
         gradient_clip: largest gradient norm of a member; None for none.
-        betas: of Adam.
-        eps: of Adam, added outside the square root.
+        betas: decay of the two running moments of Adam, in [0, 1).
+        eps: what Adam adds to the square root of the second moment.
         lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
             plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
         steps_per_batch: optimizer steps that one Lightning batch carries.
@@ -66,7 +66,7 @@ class OpsinModule(pl.LightningModule):
         evaluation_size: sequences of each evaluation set.
         compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
             present and the run has at least 5,000 optimizer steps.
-        threads: of this process; small models want one.
+        threads: threads of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
         initial: for each member, whose weights it starts from; its own initialisation where None.
     """
@@ -256,7 +256,7 @@ class OpsinModule(pl.LightningModule):
             done = first + index + 1
             self._log_steps(done, results)
             last = done == self.trainer.max_steps
-            self._notify(done, [each for each in self._listeners if last or done % each.every == 0])
+            self._notify(done, [listener for listener in self._listeners if last or done % listener.every == 0])
         self._active_members.write_back()
         self._finish_batch(first, torch.stack(results))
         self.gates.check_idle(finished=self.steps_done == self.trainer.max_steps)
@@ -264,8 +264,9 @@ class OpsinModule(pl.LightningModule):
     def on_train_batch_end(self, *_: Any) -> None:
         # Lightning's callbacks have been told by now, so whoever ends a member has ended it
         if len(self.ended) == self.n_members and self.steps_done < self.trainer.max_steps:
-            # those whose turn it was have looked already
-            self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
+            # listeners whose turn it was have been notified already
+            done = self.steps_done
+            self._notify(done, [listener for listener in self._listeners if done % listener.every])
             self.gates.check_idle(finished=True)
 
     def on_fit_end(self) -> None:

@@ -34,12 +34,12 @@ def check_settings(module: Settings) -> None:
         ConfigError: names the setting.
     """
     for name in ("learning_rate", "weight_decay"):
-        given = getattr(module, name)
-        if isinstance(given, list) and len(given) != len(module.seeds):
-            raise ConfigError(f"model.{name}", given, f"one number, or one for each of {len(module.seeds)} seeds")
-        lowest = min(given) if isinstance(given, list) else given
+        value = getattr(module, name)
+        if isinstance(value, list) and len(value) != len(module.seeds):
+            raise ConfigError(f"model.{name}", value, f"one number, or one for each of {len(module.seeds)} seeds")
+        lowest = min(value) if isinstance(value, list) else value
         if lowest < 0 or (lowest == 0 and name == "learning_rate"):
-            raise ConfigError(f"model.{name}", given, "more than 0" if name == "learning_rate" else "0 or more")
+            raise ConfigError(f"model.{name}", value, "more than 0" if name == "learning_rate" else "0 or more")
     for name in ("steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads"):
         if getattr(module, name) <= 0:
             raise ConfigError(f"model.{name}", getattr(module, name), "more than 0")

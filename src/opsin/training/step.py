@@ -28,7 +28,7 @@ class Step:
 
     Args:
         model: shape of the model that is trained.
-        task: what is learned.
+        task: what the members learn, with its data.
         plan: interventions and changes of weights of the run.
         adam: what of the optimizer never changes.
     """
