@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from opsin.callbacks.wandb.callback import WeightsAndBiases
