@@ -10,7 +10,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection, entries, parse_pairs
-from opsin.interventions.values import patterns as interventions
+from opsin.interventions.values.patterns import Disallowed
 from opsin.model.sites import SiteTable
 
 
@@ -44,7 +44,7 @@ class Disallow(Callback):
         if labels_only and attention == "non_labels":
             raise ConfigError("Disallow.labels_only", True, "false: no label is scored")
         self.heads, self.members = heads, entries(members)
-        self.value = interventions.Disallow(attention, labels_only)
+        self.value = Disallowed(attention, labels_only)
         self.schedule, self.order = schedule, order
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:

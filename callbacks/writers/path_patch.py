@@ -79,8 +79,8 @@ class PathPatch(Callback):
 
     def _at(self, senders: list[Sender], receivers: list[Receiver], sites: SiteTable) -> Intervention:
         value = path_patched(senders, receivers, self.value, self.detach, sites)
-        selection = Selection(heads=value.reader.heads or None, positions=self.positions, members=self.members)
-        return Intervention("PathPatch", value.reader.site, selection, value, self.schedule, self.order)
+        selection = Selection(heads=value.receiver_input.heads or None, positions=self.positions, members=self.members)
+        return Intervention("PathPatch", value.receiver_input.site, selection, value, self.schedule, self.order)
 
 
 def _check_order(senders: list[Sender], receiver: Receiver) -> None:

@@ -14,18 +14,17 @@ from opsin.errors import ConfigError
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection, entries, parse_pairs
-from opsin.interventions.values.nullspace import Learned, labelled_rows, learn_directions
-from opsin.interventions.values.subspaces import (
-    Basis,
+from opsin.interventions.values.directions import (
     GivenDirections,
     LearnedDirections,
-    Projected,
     WeightDirections,
     read_directions,
     renewal,
     singular_directions,
     weight_matrix,
 )
+from opsin.interventions.values.nullspace import Learned, labelled_rows, learn_directions
+from opsin.interventions.values.subspaces import Basis, Projected
 from opsin.model.sites import AXES, Site, SiteTable
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation

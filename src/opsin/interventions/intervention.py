@@ -48,8 +48,8 @@ class Value(ABC):
         return "flows" if any(source.trains for source in self.sources) else "stops"
 
     @abstractmethod
-    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
-        """The value for activation ``x`` of this batch; ``taken`` are its needs, in order."""
+    def __call__(self, x: Tensor, batch: Batch, *inputs: Tensor) -> Overwrite:
+        """The value for activation ``x`` of this batch; ``inputs`` are its needs, in order."""
 
 
 @dataclass(frozen=True)

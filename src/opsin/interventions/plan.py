@@ -375,7 +375,8 @@ def _shown(value: Value) -> str:
     settings = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}  # type: ignore[arg-type]
     settings = {name: setting for name, setting in settings.items() if not isinstance(setting, (Source, Supply))}
     inside = ", ".join(f"{name}={setting!r}" for name, setting in settings.items())
-    return f"{type(value).__name__}({inside})" if inside else type(value).__name__
+    name = getattr(value, "identity_name", type(value).__name__)
+    return f"{name}({inside})" if inside else name
 
 
 def _refuse_contest(a: Intervention, b: Intervention, overlap: bool) -> None:

@@ -24,7 +24,7 @@ from opsin.callbacks import (
 )
 from opsin.interventions.donors import Donor
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.values.subspaces import GivenDirections, LearnedDirections, WeightDirections
+from opsin.interventions.values.directions import GivenDirections, LearnedDirections, WeightDirections
 from opsin.model.transformer import Transformer
 from tests.helpers.toys import few_shot, plan_of, weights
 

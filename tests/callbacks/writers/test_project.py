@@ -12,8 +12,9 @@ import torch
 from opsin.callbacks import Ablate, InductionHeads, KeepRun, Project
 from opsin.errors import ConfigError, IdleError
 from opsin.interventions.schedules import Schedule
+from opsin.interventions.values.directions import LearnedDirections, WeightDirections
 from opsin.interventions.values.nullspace import learn_directions
-from opsin.interventions.values.subspaces import LearnedDirections, WeightDirections, along
+from opsin.interventions.values.subspaces import along
 from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters

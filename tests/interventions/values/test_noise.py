@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.interventions.values.noise import WORD, another_example, box_muller, keys, mixed, normals
+from opsin.interventions.values.noise import UINT32_MAX, another_example, box_muller, hashed_normals, keys, mixed
 
-WORDS = st.integers(0, WORD)
+WORDS = st.integers(0, UINT32_MAX)
 LIKE = torch.zeros(1, 32, 5, 64, dtype=torch.float64)
 
 
@@ -16,7 +16,7 @@ def clock(*pairs):
 
 
 def drawn(pairs, like=LIKE, salt=1):
-    return normals(clock(*pairs), like.expand(len(pairs), *like.shape[1:]), salt)
+    return hashed_normals(clock(*pairs), like.expand(len(pairs), *like.shape[1:]), salt)
 
 
 def correlation(a, b):
@@ -106,7 +106,7 @@ def test_normals_in_single_precision_are_those_in_double_precision_rounded():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_extreme_bits_give_finite_numbers(dtype):
-    ends = torch.tensor([0, 1, WORD - 1, WORD])
+    ends = torch.tensor([0, 1, UINT32_MAX - 1, UINT32_MAX])
     x = box_muller(ends[:, None].expand(4, 4), ends.expand(4, 4), dtype)
     assert x.isfinite().all() and 6.7 < x.abs().max() < 6.8
 
@@ -114,7 +114,7 @@ def test_the_extreme_bits_give_finite_numbers(dtype):
 def test_keys_of_many_seeds_and_steps_are_spread_evenly():
     at = torch.cartesian_prod(torch.arange(100), torch.arange(500))
     found = keys(at, 1)
-    assert found.min() >= 0 and found.max() <= WORD
+    assert found.min() >= 0 and found.max() <= UINT32_MAX
     counts = torch.bincount(found >> 24, minlength=256).double()
     expected = len(at) / 256
     # chi-squared of 255 degrees of freedom
