@@ -22,6 +22,8 @@ class ScheduledWriter(Callback, ABC):
         order: rank among writers that touch the same entries; the later wins.
     """
 
+    # abstract, so that no recipe can name the class
+    @abstractmethod
     def __init__(self, members: list[int] | None, schedule: Schedule, order: int | None) -> None:
         self.members, self.schedule, self.order = entries(members), schedule, order
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import NamedTuple
 
 from opsin.callbacks.writers.base import ScheduledWriter
@@ -49,6 +50,8 @@ class ChosenWeightsWriter(ScheduledWriter):
         ConfigError: nothing chosen, or a part that nothing chosen has; names the setting.
     """
 
+    # abstract, so that no recipe can name the class
+    @abstractmethod
     def __init__(
         self,
         kind: Frozen | Fresh,
