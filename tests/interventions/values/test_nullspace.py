@@ -22,30 +22,31 @@ def planted(seed, classes, rank, width=12, sequences=400):
     labels = generator.integers(classes, size=sequences)
     inside = np.linalg.qr(generator.standard_normal((width, width)))[0]
     means = generator.standard_normal((classes, rank)) * 6
-    told = (means[labels] + generator.standard_normal((sequences, rank))) @ generator.standard_normal((rank, rank))
+    unmixed = means[labels] + generator.standard_normal((sequences, rank))
+    informative = unmixed @ generator.standard_normal((rank, rank))
     noise = generator.standard_normal((sequences, width - rank))
     half = sequences // 2
-    known = np.concatenate([np.eye(classes)[labels[:half]], told[:half]], 1)
+    known = np.concatenate([np.eye(classes)[labels[:half]], informative[:half]], 1)
     noise[:half] -= known @ np.linalg.lstsq(known, noise[:half], rcond=None)[0]
-    x = told @ inside[:, :rank].T + noise @ inside[:, rank:].T
+    x = informative @ inside[:, :rank].T + noise @ inside[:, rank:].T
     return torch.from_numpy(x)[:, None], torch.from_numpy(labels)[:, None], torch.from_numpy(inside[:, :rank])
 
 
 @pytest.mark.parametrize(("classes", "rank", "rounds"), [(2, 1, 1), (2, 3, 3), (4, 3, 1), (4, 3, 2), (3, 4, 2)])
 def test_learning_finds_the_planted_subspace_and_leaves_no_linear_trace_of_the_label(classes, rank, rounds):
     pairs = [planted(seed, classes, rank) for seed in (1, 2)]
-    x, labels = (torch.stack(each) for each in list(zip(*pairs, strict=True))[:2])
+    x, labels = (torch.stack(column) for column in list(zip(*pairs, strict=True))[:2])
     found = learn_directions(x, labels, classes, rounds, columns=12)
-    for member, (own, label, inside) in enumerate(pairs):
+    for member, (activations, label, inside) in enumerate(pairs):
         basis = found.basis[member]
         assert torch.allclose(span(inside) @ basis, basis, atol=1e-8)
         if rank == classes - 1:
             assert torch.allclose(span(basis), span(inside), atol=1e-8)
-        left = (own - own @ span(basis))[:200, 0].numpy()
+        left = (activations - activations @ span(basis))[:200, 0].numpy()
         probe = np.concatenate([left - left.mean(0), np.ones((200, 1))], 1)
-        one = np.eye(classes)[label[:200, 0]]
-        fresh = probe @ np.linalg.lstsq(probe, one, rcond=1e-9)[0]
-        assert np.allclose(fresh, one.mean(0), atol=1e-3)
+        indicators = np.eye(classes)[label[:200, 0]]
+        fresh = probe @ np.linalg.lstsq(probe, indicators, rcond=1e-9)[0]
+        assert np.allclose(fresh, indicators.mean(0), atol=1e-3)
     assert (found.accuracy[:, 0] > found.chance + 0.2).all()
     assert torch.equal(found.accuracy[:, -1], found.chance)
 
