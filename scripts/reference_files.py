@@ -27,7 +27,7 @@ from opsin.callbacks import (
     PerfectPreviousInput,
     Preserve,
 )
-from opsin.callbacks.writers.other_passes import PRESERVED
+from opsin.callbacks.writers.preserve import PRESERVED
 from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Donor, donor_from
 from opsin.interventions.intervention import Intervention

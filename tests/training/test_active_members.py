@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import opsin.training.module
 from opsin.callbacks import Ablate, Freeze, KeepRun, Project, Reinitialise, StopWhen
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.values.subspaces import WeightDirections
+from opsin.interventions.values.directions import WeightDirections
 from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.active_members import ActiveMembers, members_in_step

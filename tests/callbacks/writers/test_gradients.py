@@ -76,14 +76,14 @@ def of_overwritten(writers, values):
     total = torch.zeros((), dtype=torch.float64)
     for item in writers[0].interventions(MODEL.sites(TASK)):
         x = seen[item.site]
-        here = item.selection.mask(MODEL.sites(TASK)[item.site], 2, "test").double().expand_as(x)
+        entries = item.selection.mask(MODEL.sites(TASK)[item.site], 2, "test").double().expand_as(x)
         if all(isinstance(need, Clock) for need in item.value.needs):
             clock = [torch.tensor([[0, 0], [1, 0]]) for _ in item.value.needs]
             where = item.value(x.detach(), BATCH, *clock).where
-            here = here if where is None else here * where.double()
+            entries = entries if where is None else entries * where.double()
         # what is ruled out stays so
-        here = here * (x.detach() > -1e8)
-        scored = here if item.site != "hook_logits" else here * (torch.arange(5) == 4)[:, None]
+        entries = entries * (x.detach() > -1e8)
+        scored = entries if item.site != "hook_logits" else entries * (torch.arange(5) == 4)[:, None]
         total = total + (x * scored * torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)).sum()
     return total
 

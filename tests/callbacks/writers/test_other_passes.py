@@ -94,8 +94,8 @@ def test_a_copied_pattern_is_the_logit_of_the_label_it_falls_on():
     for member in range(2):
         for item in range(tokens.shape[1]):
             expected = torch.full((case.task.n_outputs,), -1e9, dtype=torch.float64)
-            for place, token in enumerate(tokens[member, item]):
-                expected[token] = scores[member, item, 2 * place + 1]
+            for index, token in enumerate(tokens[member, item]):
+                expected[token] = scores[member, item, 2 * index + 1]
             assert torch.equal(logits[member, item, -1], expected)
     assert torch.equal(logits[:, :, :-1], plain["hook_logits"][:, :, :-1])
 
@@ -175,17 +175,17 @@ def test_the_gradient_through_every_pass_is_the_finite_difference(writers):
 
 def test_equal_passes_are_one_pass_and_nothing_is_kept_that_nobody_reads():
     plan = plan_of(SMALL, few_shot(), Preserve(["keys"]), HeadTemperature({"0:0": 2.0}), CopyFromPattern("1:0"))
-    plain, own = plan.passes
-    assert own.keeps == () and not plain.inner
+    plain, trained = plan.passes
+    assert trained.keeps == () and not plain.nested
     names = [f"blocks.{layer}.attn.hook_{what}" for layer in (0, 1) for what in ("attn_scores", "rot_k")]
     assert plain.keeps == tuple(sorted(names)) and plain.rows == ()
 
 
 def test_a_pass_is_planned_after_those_it_takes_from():
     plan = plan_of(SMALL, few_shot(), PerfectPreviousInput())
-    plain, moved, own = plan.passes
+    plain, moved, trained = plan.passes
     assert plain.keeps == ("blocks.0.hook_resid_pre",) and moved.keeps == ("blocks.1.attn.hook_pattern",)
-    assert len(moved.rows) == 1 and len(own.rows) == 2
+    assert len(moved.rows) == 1 and len(trained.rows) == 2
 
 
 def test_a_gate_of_zero_leaves_the_run_as_it_is():

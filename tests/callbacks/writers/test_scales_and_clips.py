@@ -128,8 +128,8 @@ def test_no_gradient_passes_a_clipped_entry_and_all_of_it_an_entry_that_is_left(
 
 
 def test_a_clip_leaves_other_members_bitwise_as_they_are():
-    plain, one = run(MODEL, VALUES, BATCH)[0], seen(Clip(["1:1"], members=[1]))[0]
-    assert torch.equal(plain[0], one[0]) and not torch.equal(plain[1], one[1])
+    plain, clipped = run(MODEL, VALUES, BATCH)[0], seen(Clip(["1:1"], members=[1]))[0]
+    assert torch.equal(plain[0], clipped[0]) and not torch.equal(plain[1], clipped[1])
 
 
 def test_at_strength_zero_the_logits_are_bitwise_as_they_are():
@@ -171,6 +171,6 @@ def test_both_act_in_training_and_as_progress_measures():
     assert len({loss.tobytes() for loss in losses}) == 3
     final = [torch.cat([p.detach().flatten() for p in free.parameters()])]
     for writers in ([Clip(["1:2"], schedule=Schedule(start=5))], sets["direct"]):
-        other = train(model(), 10, *writers)
-        final.append(torch.cat([p.detach().flatten() for p in other.parameters()]))
-    assert all(not torch.equal(final[0], each) for each in final[1:])
+        trained = train(model(), 10, *writers)
+        final.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
+    assert all(not torch.equal(final[0], ended) for ended in final[1:])

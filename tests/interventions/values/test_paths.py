@@ -89,11 +89,11 @@ def slow(model, p, terms, paths=(), instead=None):
 
 def replacements(model, p, terms, paths, by, member):
     """What each sender's contribution is replaced by; mean and resample are of what goes on under the patch itself."""
-    others = another_example(torch.tensor([[0, 0], [1, 0]]), len(BATCH.tokens[0]))[member].numpy()
+    sources = another_example(torch.tensor([[0, 0], [1, 0]]), len(BATCH.tokens[0]))[member].numpy()
     how = {
         "zero": np.zeros_like,
         "mean": lambda term: np.broadcast_to(term.mean(0), term.shape),
-        "resample": lambda term: term[others],
+        "resample": lambda term: term[sources],
         "plain": lambda term: term,
     }[by]
     plain = slow(model, p, terms)[1]
