@@ -10,7 +10,7 @@ from torch import Tensor
 from opsin.callbacks.readers.heads import HeadTracker, record_heads
 from opsin.callbacks.readers.looking import constant_weights, tap_in_force
 from opsin.errors import ConfigError
-from opsin.metrics.activity import attention_sink, sunk
+from opsin.metrics.heads import attention_sink, with_attention_sunk
 from opsin.model.sites import SiteTable
 from opsin.task import Batch, Truth
 from opsin.training.module import opsin_module
@@ -86,7 +86,7 @@ class AttentionSinks(HeadTracker):
 
         def forcing(name: str, activation: Tensor) -> Tensor:
             activation = tap(name, activation)
-            return sunk(activation, head) if name == site else activation
+            return with_attention_sunk(activation, head) if name == site else activation
 
         weights, table = constant_weights(module), module.constants.table
         return observe(module.transformer, weights, table, batch, forcing, [self._last])[self._last]

@@ -21,6 +21,7 @@ from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.figures.neurons import neuron_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
+from opsin.metrics.cusum import Watch, watch
 from opsin.metrics.neurons import (
     Effect,
     Mediator,
@@ -32,7 +33,6 @@ from opsin.metrics.neurons import (
     null_share,
     weight_norm,
 )
-from opsin.metrics.onset import Watch, watch
 from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.records.history import log_spaced

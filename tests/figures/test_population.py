@@ -30,9 +30,8 @@ class DrawnPopulation:
     def __init__(self, folder, conditions, losses=None) -> None:
         members = [(name, seed) for name, records in conditions.items() for seed in range(len(records))]
         records = [record for records in conditions.values() for record in records]
-        merged = merge_metrics(
-            population := read_population(write_population(folder / "run", members, records, losses))
-        )
+        population = read_population(write_population(folder / "run", members, records, losses))
+        merged = merge_metrics(population)
         self.summary = summarise(population, merged)
         self.figure = population_figure(merged, self.summary)
         self.path = folder / "picture.png"

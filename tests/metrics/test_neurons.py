@@ -329,7 +329,7 @@ def test_controls_match_the_norms_differ_with_the_seed_and_draw_from_no_shared_g
     first, again, other = (random_outputs(model.w_out, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(first, again) and not torch.allclose(first, other)
     assert torch.allclose(weight_norm(first), weight_norm(model.w_out)) and first.sum(-1).abs().max() < 1e-12
-    directions = [own / own.norm(dim=-1, keepdim=True) for own in first]
+    directions = [outputs / outputs.norm(dim=-1, keepdim=True) for outputs in first]
     assert torch.allclose(*directions)
 
 

@@ -1,4 +1,4 @@
-"""Neurons that set a model's confidence, told by their weights and by what their ablation does. Pure functions.
+"""Neurons that set a model's confidence, found by their weights and by what their ablation does. Pure functions.
 
 Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", sections 3 (entropy neurons) and 4
 (token-frequency neurons), for the last MLP layer, whose output meets only the last LayerNorm and the unembedding.
@@ -47,9 +47,9 @@ class ReadOut:
     """The last LayerNorm and the unembedding of every member.
 
     Args:
-        norm_weight, norm_bias: ``ln_final.w`` and ``ln_final.b``.
-        unembed: ``unembed.W_U``.
-        unembed_bias: ``unembed.b_U``; None without one.
+        norm_weight, norm_bias: the parameters ``ln_final.w`` and ``ln_final.b``.
+        unembed: the parameter ``unembed.W_U`` of every member.
+        unembed_bias: the parameter ``unembed.b_U``; None where the model has none.
     """
 
     norm_weight: Float[Tensor, "M D"]
@@ -59,11 +59,15 @@ class ReadOut:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> ReadOut:
-        """That of a model with LayerNorm, from its parameters by name."""
+        """The read-out of a model with LayerNorm.
+
+        Args:
+            parameters: parameters of every member by name; ``ln_final`` and ``unembed`` are read, and detached.
+        """
         names = ("ln_final.w", "ln_final.b", "unembed.W_U")
         weight, bias, unembed = (parameters[name].detach() for name in names)
-        own = parameters.get("unembed.b_U")
-        return cls(weight, bias, unembed, None if own is None else own.detach())
+        unembed_bias = parameters.get("unembed.b_U")
+        return cls(weight, bias, unembed, None if unembed_bias is None else unembed_bias.detach())
 
     def effective(self) -> Float[Tensor, "M D V"]:
         """W_U with LayerNorm's weight folded in, centred over the width and over the vocabulary."""
@@ -93,8 +97,8 @@ def weight_norm(w_out: Float[Tensor, "M N D"]) -> Float[Tensor, "M N"]:
 def logit_var(w_out: Float[Tensor, "M N D"], read_out: ReadOut) -> Float[Tensor, "M N"]:
     """LogitVar: variance over the vocabulary of the cosine between output weight and unembedding column.
 
-    Stolfo et al. 2024, section 3.1; both as in the module's coordinates, the variance that of a whole population.
-    Small where the output moves all logits alike, as an entropy neuron's does. Zeros have cosine 0 with everything.
+    Stolfo et al. 2024, section 3.1; weights and columns in the module's coordinates, the variance without Bessel's
+    correction. Small where the output moves all logits alike, as an entropy neuron's does. Zeros have cosine 0 with everything.
     """
     columns = torch.nn.functional.normalize(read_out.effective(), dim=1)
     return torch.bmm(torch.nn.functional.normalize(centred(w_out), dim=-1), columns).var(-1, unbiased=False)
@@ -105,8 +109,8 @@ class NullShare:
     """How much of every neuron's output the unembedding does not see.
 
     Args:
-        rho: norm of the output weight's projection on the null directions over its norm, from 0 to 1; the
-            squared share is its square. nan for a weight of zeros.
+        rho: norm of the output weight's projection on the null directions over the norm of the weight, from 0 to 1;
+            the share of squares is the square of rho. nan for a weight of zeros.
         dimensions: k, the number of null directions, all ones not counted.
         chance: root mean square of rho of a weight of random direction, sqrt(k / (D - 1)).
     """
@@ -122,10 +126,14 @@ def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int
     Stolfo et al. 2024, section 3.3 (a share of norms, not of squares). Computed in double precision.
 
     Args:
+        w_out: output weights of the neurons.
+        read_out: the last LayerNorm and the unembedding.
         dimensions: k, from 0 to D - 1. None counts, for each member, the directions whose singular value is at
-            most ``NULL_FRACTION`` of the largest, those that have none included: at least max(0, D - V),
-            since D - 1 centred directions meet V - 1 differences of logits. Of a member whose unembedding is no
-            number rho and chance are nan.
+            most ``NULL_FRACTION`` of the largest, directions without one included: at least max(0, D - V),
+            since D - 1 centred directions meet V - 1 differences of logits.
+
+    Returns:
+        rho and chance are nan for a member whose unembedding is not finite.
     """
     basis = _without_ones(w_out.shape[-1]).to(w_out.device)  # D C
     effective = read_out.effective().double()
@@ -156,7 +164,11 @@ def _without_ones(width: int) -> Float[Tensor, "D C"]:
 def random_outputs(w_out: Float[Tensor, "M N D"], seed: int = 0) -> Float[Tensor, "M N D"]:
     """For each neuron a centred output weight of the same centred norm and of random direction: the control.
 
-    Directions are drawn from a generator of their own, on the CPU, the same for every member.
+    Directions are drawn by a generator that nothing else draws from, on the CPU, equal ones for every member.
+
+    Args:
+        w_out: output weights whose norms are kept.
+        seed: seed of the directions, at least 0.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(w_out.shape[1:], generator=generator, dtype=torch.float64)
@@ -172,8 +184,8 @@ class Effect:
     """What mean-ablating each neuron does to one quantity of the output (nats, ablated minus not), means over tokens.
 
     Args:
-        total, direct: of the absolute change; direct with the mediator held.
-        total_signed, direct_signed: of the change.
+        total, direct: means of the absolute change, nats; direct with the mediator held.
+        total_signed, direct_signed: means of the change with its sign, nats.
     """
 
     total: Float[Tensor, "M N"]
@@ -223,14 +235,16 @@ def mean_ablation_effects(
     no neuron costs a forward pass.
 
     Args:
-        resid: the residual stream before the last LayerNorm, the neurons' outputs included.
-        post: activations after the nonlinearity.
-        w_out: output weights; ``random_outputs`` of them for the control, whose ablation removes as much, elsewhere.
-        targets: right outputs, for the effect on the loss.
-        unigram: probabilities above 0, for the effect on the divergence from the unigram.
-        means: what the activation is replaced by, axes of B and L may be 1; its mean over both when None.
+        read_out: the last LayerNorm and the unembedding.
+        resid: residual stream before the last LayerNorm, the neurons' outputs included.
+        post: activations of the neurons after the nonlinearity.
+        w_out: output weights of the neurons; ``random_outputs`` of them for the control, whose ablation removes as
+            much in another direction.
+        targets: right outputs, for the effect on the loss; None for no such effect.
+        unigram: probabilities above 0, for the effect on the divergence from the unigram; None for no such effect.
+        means: activations that replace the neurons', axes of B and L may be 1; the mean over B and L when None.
         where: tokens that the effects are averaged over; all when None. nan where a member has none.
-        mediator: what the direct effect holds; ``frequency`` needs the unigram.
+        mediator: quantity that the direct effect holds; ``frequency`` needs the unigram.
 
     Returns:
         ``"entropy"``; ``"loss"`` (cross-entropy) if there are targets; ``"kl"`` if there is a unigram:
@@ -243,9 +257,9 @@ def mean_ablation_effects(
     members = []
     for m in range(len(resid)):
         chosen = torch.ones_like(resid[m, ..., 0], dtype=torch.bool) if where is None else where[m]
-        own = None if targets is None else targets[m][chosen]
+        answers = None if targets is None else targets[m][chosen]
         neurons = _Neurons(weights[m], weights[m] @ matrix[m], constant[m], log_unigram, direction)
-        members.append(neurons.effects(resid[m][chosen], matrix[m], away[m][chosen], own))
+        members.append(neurons.effects(resid[m][chosen], matrix[m], away[m][chosen], answers))
     found = torch.stack(members, 2)  # measures, kinds, M, N
     given = {"entropy": True, "loss": targets is not None, "kl": unigram is not None}
     return {name: Effect(*kinds) for name, kinds in zip([n for n in given if given[n]], found, strict=True)}
@@ -256,11 +270,11 @@ class _Neurons:
     """One member's neurons as its read-out sees them.
 
     Args:
-        weights: centred.
-        logits: what each writes on the logits before LayerNorm divides.
-        constant: logits of the zero residual.
-        log_unigram: where the divergence from the unigram is asked for.
-        direction: in logits, whose projection is held; None to hold the scale.
+        weights: centred output weight of every neuron.
+        logits: what a unit of activation adds to the logits before LayerNorm divides.
+        constant: logits of a residual of zeros.
+        log_unigram: logarithm of the unigram; None where no divergence from it is measured.
+        direction: unit direction in logits whose projection is held; None to hold the scale.
     """
 
     weights: Float[Tensor, "N D"]
@@ -303,8 +317,9 @@ class _Neurons:
         else:
             # what the logits are shifted by, to be exponentiated, is the same for all and so has no part along it
             direct = total + ((tile.base - total) @ self.direction)[..., None] * self.direction
-        both = torch.stack([self._outcomes(logits, tile.targets) for logits in (total, direct)], 1) - tile.outcomes
-        return torch.cat([both.abs().sum(-1), both.sum(-1)], 1)
+        outcomes = torch.stack([self._outcomes(logits, tile.targets) for logits in (total, direct)], 1)
+        changes = outcomes - tile.outcomes
+        return torch.cat([changes.abs().sum(-1), changes.sum(-1)], 1)
 
     def _ablated(
         self, tile: _Tile, away: Float[Tensor, "J I"], chosen: slice, inverse: Float[Tensor, "J I"]
@@ -322,7 +337,7 @@ class _Neurons:
     def _outcomes(
         self, logits: Float[Tensor, "J I V"], targets: Int[Tensor, " I"] | None
     ) -> Float[Tensor, "measures J I"]:
-        """Entropy, then where asked for loss and KL from the unigram, in nats; logits' largest is near 0."""
+        """Entropy, then loss and KL from the unigram where they are measured, nats; the largest logit is near 0."""
         weight = logits.exp()
         whole = weight @ torch.ones_like(self.constant)
         log_whole = whole.log()
@@ -339,13 +354,13 @@ class _Tile:
     """Some tokens without an ablation.
 
     Args:
-        centred: the residual without its mean.
-        variance: of the residual.
-        logits: of the centred residual, before LayerNorm divides.
-        highest: the largest of them.
-        targets: right outputs.
-        base: logits, the largest of a token 0.
-        outcomes: what is measured of them.
+        centred: residual of every token without its mean.
+        variance: variance of the residual over the width.
+        logits: logits of the centred residual, before LayerNorm divides.
+        highest: the largest of a token's ``logits``.
+        targets: right output of every token; None where no loss is measured.
+        base: logits as the model gives them, shifted so that a token's largest is 0.
+        outcomes: entropy, loss and divergence of ``base``, nats.
     """
 
     centred: Float[Tensor, "I D"]
@@ -358,13 +373,17 @@ class _Tile:
 
     @classmethod
     def of(
-        cls, resid: Float[Tensor, "I D"], matrix: Float[Tensor, "D V"], targets: Int[Tensor, " I"] | None, own: _Neurons
+        cls,
+        resid: Float[Tensor, "I D"],
+        matrix: Float[Tensor, "D V"],
+        targets: Int[Tensor, " I"] | None,
+        neurons: _Neurons,
     ) -> _Tile:
         centred = resid - resid.mean(-1, keepdim=True)
         variance, logits = centred.square().mean(-1), centred @ matrix
-        base = logits * (variance + NORM_EPS).rsqrt()[:, None] + own.constant
+        base = logits * (variance + NORM_EPS).rsqrt()[:, None] + neurons.constant
         base = base - base.amax(-1, keepdim=True)
-        outcomes = own._outcomes(base[None], targets)[:, None]
+        outcomes = neurons._outcomes(base[None], targets)[:, None]
         return cls(centred, variance, logits, logits.amax(-1), targets, base, outcomes)
 
 
@@ -372,7 +391,12 @@ class _Tile:
 
 
 def control_level(control: Effect, quantile: float = 0.99) -> Float[Tensor, " M"]:
-    """The quantile of the total effects of a member's control neurons."""
+    """The quantile of the total effects of a member's control neurons, nats.
+
+    Args:
+        control: effects of ``random_outputs`` with the activations of the neurons, nats.
+        quantile: share of the control neurons whose effect is below the level, in [0, 1].
+    """
     return torch.quantile(control.total, quantile, dim=-1)
 
 
@@ -383,8 +407,9 @@ def candidates(effect: Effect, control: Effect, share: float = 0.5, quantile: fl
     divergence from the unigram through the log-unigram direction.
 
     Args:
-        effect, control: of the neurons, and of ``random_outputs`` with the same activations.
-        share: the mediated share is above it.
-        quantile: the total effect is above this quantile of those of the member's own controls.
+        effect: effects of the neurons, nats.
+        control: effects of ``random_outputs`` with the activations of the neurons, nats.
+        share: mediated share that a candidate exceeds, in [0, 1].
+        quantile: quantile of the member's control effects that a candidate's total effect exceeds, in [0, 1].
     """
     return (effect.mediated > share) & (effect.total > control_level(control, quantile)[:, None])
