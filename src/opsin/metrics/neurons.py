@@ -98,7 +98,8 @@ def logit_var(w_out: Float[Tensor, "M N D"], read_out: ReadOut) -> Float[Tensor,
     """LogitVar: variance over the vocabulary of the cosine between output weight and unembedding column.
 
     Stolfo et al. 2024, section 3.1; weights and columns in the module's coordinates, the variance without Bessel's
-    correction. Small where the output moves all logits alike, as an entropy neuron's does. Zeros have cosine 0 with everything.
+    correction. Small where the output moves all logits alike, as an entropy neuron's does. A weight of zeros has
+    cosine 0 with every column.
     """
     columns = torch.nn.functional.normalize(read_out.effective(), dim=1)
     return torch.bmm(torch.nn.functional.normalize(centred(w_out), dim=-1), columns).var(-1, unbiased=False)
