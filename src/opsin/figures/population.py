@@ -51,6 +51,7 @@ class _Axis:
     log: bool
 
     def apply(self, axes: Axes, ticks: int) -> None:
+        """Give axes these limits on x, and about ``ticks`` numbers along it."""
         if self.log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=ticks + 2))

@@ -126,7 +126,12 @@ def short_count(x: float) -> str:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved apart to at least ``gap`` and to 0 or more, least in the sum of squares."""
+    """Ascending heights moved apart to at least ``gap`` and to 0 or more, least in the sum of squares.
+
+    Args:
+        heights: heights of labels, ascending, in any unit.
+        gap: least distance of two neighbours, in the unit of the heights.
+    """
     if not heights:
         return []
     offsets = gap * np.arange(len(heights))

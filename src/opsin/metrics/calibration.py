@@ -50,7 +50,12 @@ def expected_calibration_error(
 
 
 def brier_score(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"]) -> Float[Tensor, " M"]:
-    """Mean squared distance of the probabilities from the answer, summed over outputs: between 0 and 2 (Brier 1950)."""
+    """Mean squared distance of the probabilities from the answer, summed over outputs: between 0 and 2 (Brier 1950).
+
+    Args:
+        logits: predictions, as logits or log-probabilities.
+        targets: right answers, numbers of outputs.
+    """
     probabilities = logits.softmax(-1)
     answer = torch.nn.functional.one_hot(targets, logits.shape[-1])
     return (probabilities - answer).square().sum(-1).mean((1, 2))
@@ -62,7 +67,12 @@ def mean_entropy(logits: Float[Tensor, "M B Q V"]) -> Float[Tensor, " M"]:
 
 
 def mean_loss(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"]) -> Float[Tensor, " M"]:
-    """Negative log-likelihood of the answers, nats."""
+    """Negative log-likelihood of the answers, nats, mean over predictions.
+
+    Args:
+        logits: predictions, as logits or log-probabilities.
+        targets: right answers, numbers of outputs.
+    """
     return _surprise(logits, targets).mean((1, 2))
 
 
@@ -77,7 +87,11 @@ def fit_temperature(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B 
     """The temperature that logits should be divided by: temperature scaling (Guo et al. 2017, section 4.2).
 
     The loss is convex in 1 / T, and its slope is the mean expected logit minus the mean logit of the answers; its zero
-    is found by halving, in double precision, between the ``TEMPERATURES``. nan where logits are no numbers.
+    is found by halving, in double precision, between the ``TEMPERATURES``. nan where logits are not finite.
+
+    Args:
+        logits: predictions on held-out sequences, as logits or log-probabilities.
+        targets: right answers of the held-out sequences, numbers of outputs.
     """
     z = logits.detach().double()
     answer = z.gather(-1, targets[..., None]).mean((1, 2, 3))

@@ -1,7 +1,7 @@
 """What ablating neurons does to the entropy of predictions where a sequence repeats itself. Pure functions.
 
 The case study of induction in Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models"; coordinates and
-the words *total* and *direct* are those of ``opsin.metrics.neurons``.
+the words *total* and *direct* are those of ``opsin.metrics.mean_ablation``.
 
 Legend: M members, B batch, L positions, D width, N neurons, V vocabulary, J neurons of one member that are shown.
 """
@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opsin.metrics.neurons import Effect, ReadOut, centred, random_outputs
+from opsin.metrics.mean_ablation import Effect
+from opsin.metrics.neuron_weights import ReadOut, centred, random_outputs
 from opsin.model.transformer import NORM_EPS
 
 
