@@ -39,7 +39,9 @@ def confidence_figure(studies: Sequence[Study], names: Sequence[str], layer: int
         layer: layer that the neurons belong to, the first number of their names.
         title: text above all panels, one line.
     """
-    rows, wide, tall, between_rows, line_labels, row_names = len(studies), 2.55, 1.75, 0.62, 0.9, 0.25  # inches
+    # inches: a panel, the gap between rows, and what stands right of the lines and left of the last column
+    wide, tall, between_rows, line_labels, row_names = 2.55, 1.75, 0.62, 0.9, 0.25
+    rows = len(studies)
     margins = Margins(left=0.55, right=0.25, top=0.82, bottom=0.5)
     steps = (0, wide + line_labels, 2 * wide + 2 * line_labels + row_names)
     lefts = [margins.left + step for step in steps]

@@ -74,7 +74,12 @@ class Margins:
 
 
 def blank_figure(width: float, height: float, dpi: int) -> Figure:
-    """An empty figure of ``width`` x ``height`` inches on a canvas of pixels, known to no window system."""
+    """An empty figure on a canvas of pixels, which no window shows.
+
+    Args:
+        width, height: size of the figure, inches.
+        dpi: pixels of the figure per inch.
+    """
     figure = Figure(figsize=(width, height), dpi=dpi)
     FigureCanvasAgg(figure)
     return figure
