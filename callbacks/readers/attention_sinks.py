@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opsin.callbacks.readers.heads import HeadTracker, record_heads
 from opsin.errors import ConfigError
-from opsin.metrics.activity import attention_sink, sunk
+from opsin.metrics.heads import attention_sink, with_attention_sunk
 from opsin.model.sites import SiteTable
 from opsin.task import Batch, Truth
 from opsin.training.module import opsin_module
@@ -84,6 +84,6 @@ class AttentionSinks(HeadTracker):
 
         def forcing(name: str, activation: Tensor) -> Tensor:
             activation = tap(name, activation)
-            return sunk(activation, head) if name == site else activation
+            return with_attention_sunk(activation, head) if name == site else activation
 
         return passes.activations(batch, [self._last], forcing)[self._last]

@@ -21,7 +21,8 @@ from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.confidence import Change, Compared, Study, change, strongest, token_entropy
-from opsin.metrics.neurons import Effect, ReadOut, candidates
+from opsin.metrics.mean_ablation import Effect, candidates
+from opsin.metrics.neuron_weights import ReadOut
 from opsin.records.folder import write_atomically
 from opsin.task import Batch
 from opsin.training.module import OpsinModule, opsin_module

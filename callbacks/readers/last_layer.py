@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.metrics.neurons import Effect, ReadOut, mean_ablation_effects, random_outputs
+from opsin.metrics.mean_ablation import Effect, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, random_outputs
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 

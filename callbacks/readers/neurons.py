@@ -21,18 +21,9 @@ from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.figures.neurons import neuron_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
-from opsin.metrics.neurons import (
-    Effect,
-    Mediator,
-    NullShare,
-    candidates,
-    control_level,
-    finite_unigram,
-    logit_var,
-    null_share,
-    weight_norm,
-)
-from opsin.metrics.onset import Watch, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.mean_ablation import Effect, Mediator, candidates, control_level, finite_unigram
+from opsin.metrics.neuron_weights import NullShare, logit_var, null_share, weight_norm
 from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.records.history import log_spaced
@@ -257,9 +248,9 @@ class EntropyNeurons(NeuronTracker):
     """Neurons of the last MLP that set the entropy of the output through the scale of the last LayerNorm.
 
     Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 3; definitions in
-    ``opsin.metrics.neurons``. Measured at the probe's scored positions under the interventions in force; what an
-    ablation does is computed for the read-out of the weights alone, as if nothing were clamped between ``hook_post``
-    and the last ``hook_resid_post``. Read-only.
+    ``opsin.metrics.neuron_weights`` and ``opsin.metrics.mean_ablation``. Measured at the probe's scored positions under
+    the interventions in force; what an ablation does is computed for the read-out of the weights alone, as if nothing
+    were clamped between ``hook_post`` and the last ``hook_resid_post``. Read-only.
 
     A *candidate* is a neuron more than half of whose effect on the entropy passes through the scale, and whose effect
     is above the 99th percentile of those of its member's control: as many random output weights, of the same norms

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opsin.callbacks.readers.heads import InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions.selection import check_share
-from opsin.metrics.onset import Transition, Watch, find_transition, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.onset import Transition, find_transition
 from opsin.task import Task
 from opsin.training.module import OpsinModule, opsin_module
 from opsin.training.observers import Event

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opsin.errors import ConfigError
-from opsin.figures.run import save_summary
+from opsin.figures.run import summary_figure
+from opsin.figures.style import save_figure
 from opsin.records.folder import RunFolder, write_atomically
 from opsin.training.module import callbacks_of, opsin_module
 
@@ -86,7 +87,7 @@ class KeepRun(Callback):
         module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
         self.files.write_json("summary.json", module.summary)
-        save_summary(module.history, module.summary, self.files.path / "summary.png")
+        save_figure(summary_figure(module.history, module.summary), self.files.path / "summary.png")
         # last, so that a run killed before its summary was written goes back and writes it
         self._finished = True
         self._save(trainer)

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from opsin.metrics.compare import first_lasting_fall, mean_interval, mean_over_run, paired_difference
+from opsin.metrics.compare import mean_interval, mean_over_run, paired_difference
+from opsin.metrics.cusum import first_lasting_fall
 from opsin.population.folder import COMPLETE, UNFINISHED, Losses, TrainedMember, TrainedPopulation
 from opsin.records.schema import DIVERGED, EARLY
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opsin.figures.population import save_population
-from opsin.figures.windows import save_critical_period
+from opsin.figures.critical_period import critical_period_figure
+from opsin.figures.population import population_figure
+from opsin.figures.style import save_figure
 from opsin.population.folder import COMPLETE, UNFINISHED, merge_metrics, read_population
 from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
 from opsin.records.folder import write_atomically
@@ -44,9 +45,9 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     for name, rows in summary.items():
         write_atomically(path / f"{name}.csv", as_csv(rows))
     write_atomically(path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    save_population(losses, summary, path / "population.png")
+    save_figure(population_figure(losses, summary), path / "population.png")
     if population.grid:
-        save_critical_period(population.grid, summary, path / "critical_period.png")
+        save_figure(critical_period_figure(population.grid, summary), path / "critical_period.png")
     return summary
 
 
