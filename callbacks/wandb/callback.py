@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from itertools import product
-from lightning.pytorch import Callback
-from lightning.pytorch import LightningModule
-from lightning.pytorch import Trainer
-from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.callbacks.readers.phase_change import KIND as PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import keeper_of, run_folder

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opsin.callbacks.wandb.start import Ledger, unharmed
 from opsin.records.schema import DIVERGED

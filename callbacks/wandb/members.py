@@ -5,15 +5,15 @@ Legend: I interventions and changes of weights, M members.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from inspect import signature
-from jaxtyping import Bool
 from typing import Any
-import json
+
 import numpy as np
 import yaml
+from jaxtyping import Bool
 
 from opsin.callbacks.readers.run_folder import KeepRun
 from opsin.interventions.plan import covered_members

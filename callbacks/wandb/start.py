@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any
-from typing import Literal
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 import json
 import netrc
 import os
@@ -22,6 +9,13 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from opsin.errors import log
 from opsin.records.folder import write_atomically

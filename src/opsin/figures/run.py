@@ -6,7 +6,6 @@ Legend: M members, n records of a metric.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, _lighter, short_count, spread
+from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, _lighter, save_figure, short_count, spread
 from opsin.records.history import History
-from opsin.records.schema import BASE_LINE
+from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 
 HELD_OUT = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MEASURES = ("#0072b2", "#7b4b94", "#8a5a2b", "#6b7a00")  # dashed, and darker than what is held out
@@ -60,9 +59,7 @@ def save_summary(history: History, summary: Mapping[str, Any], path: Path) -> No
         _draw_loss(figure.add_axes((0.04, 0.115, 0.375 if heads else 0.84, 0.78)), history, summary)
         if heads:
             _draw_heads(figure.add_axes((0.556, 0.115, 0.366, 0.78)), history, summary)
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, format="png")
-        os.replace(part, path)
+        save_figure(figure, path)
 
 
 # ---- the loss -------------------------------------------------------------------------------------
@@ -72,8 +69,8 @@ def _draw_loss(axes: Axes, history: History, summary: Mapping[str, Any]) -> None
     ends = _held_out_losses(axes, history)
     title = "Loss (nats), training and held out" if ends else "Training loss (nats)"
     top = 0.0
-    if "train/loss" in history:
-        x, loss = _series(history, "train/loss")
+    if TRAIN_LOSS in history:
+        x, loss = _series(history, TRAIN_LOSS)
         smooth = np.stack([_smooth(member) for member in loss.T], 1)
         _thin_and_bold(axes, x, loss if loss.shape[1] == 1 else smooth, smooth.mean(1), INK)
         ends.insert(0, _End(float(smooth[-1].mean()), "training", INK))

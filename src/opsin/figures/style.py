@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from opsin.metrics.onset import monotone
+from opsin.records.folder import write_atomically
 
 PICTURED_MEMBERS = 4
 """Of several members in one process only the first are drawn."""
@@ -83,6 +83,4 @@ def _lighter(colour: str, share: float) -> tuple[float, ...]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture, replacing the old one at once."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
