@@ -58,7 +58,7 @@ def test_after_a_resume_the_same_bytes_are_written_again():
     assert table(through_a_checkpoint(history)) == table(history) != ""
 
 
-def test_after_a_resume_a_tracker_that_measured_step_zero_keeps_its_place():
+def test_after_a_resume_a_tracker_that_measured_step_zero_keeps_its_order():
     history = History(batch_size=32)
     history.record("heads/induction", 0, torch.zeros(1))  # before training; from then on after the loss
     for metric in ("train/loss", "heads/induction"):

@@ -73,7 +73,7 @@ class Population:
         conditions: settings of the conditions by name; all are compared with the first.
         windows: further conditions, one for every start and length.
         paired: the n-th seed has the same initial weights and data in all conditions, so that differences
-            are caused by the condition; else every member has a seed of its own, and no differences are told.
+            are caused by the condition; else every member has a seed of its own, and no differences are reported.
         compare: recorded metrics of one number a member whose last value is compared between conditions, beside
             onset and loss.
         processes: number of processes that train at once, each on one thread; the machine's cores when None.
