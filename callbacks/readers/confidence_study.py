@@ -102,9 +102,8 @@ class ConfidenceStudy(Callback):
         for member, study in enumerate(studies):
             lines += [",".join([str(member), *map(str, line)]) for line in self._lines(study)]
         write_atomically(self._folder / f"{self.name}.csv", "\n".join(lines) + "\n")
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(range(min(len(studies), PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(range(min(len(studies), PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
     # ---- measuring ------------------------------------------------------------------------------
 

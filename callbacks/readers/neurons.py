@@ -194,10 +194,8 @@ class NeuronTracker(Callback):
         self._write(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
         module.summary[self.name] = rows[0] if len(rows) == 1 else rows
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
     def _member_summary(self, found: Measured, member: int) -> dict[str, Any]:
         columns = {name: values[member].tolist() for name, values in found.columns.items()}

@@ -16,7 +16,7 @@ from opsin.errors import ConfigError, log
 from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
-from opsin.records.schema import BASE_LINE
+from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 from opsin.training.module import callbacks_of, opsin_module
 from opsin.training.observers import Observation
 from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
@@ -114,7 +114,7 @@ class ProgressMeasures(Callback):
 
     def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
         history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
-        least = CHANGED * (plateau - best_loss(self._module.task, "train/loss", plateau))
+        least = CHANGED * (plateau - best_loss(self._module.task, TRAIN_LOSS, plateau))
         rows = {}
         for name in self._planned.names:
             steps, values = history[_metrics(name)[0]].arrays()

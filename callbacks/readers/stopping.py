@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.errors import ConfigError
 from opsin.interventions.feedback import PER_HEAD, Feedback
-from opsin.records.schema import EARLY
+from opsin.records.schema import FINISHED_EARLY, TRAIN_LOSS
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import recorded_metrics
 
@@ -39,7 +39,7 @@ class StopWhen(Callback):
 
     def __init__(
         self,
-        metric: str = "train/loss",
+        metric: str = TRAIN_LOSS,
         head: str | None = None,
         above: float | None = None,
         below: float | None = None,
@@ -75,7 +75,7 @@ class StopWhen(Callback):
             if member not in module.ended and (self.members is None or member in self.members):
                 condition = self.condition
                 why = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
-                module.gates.end(member, EARLY, done, why)
+                module.gates.end(member, FINISHED_EARLY, done, why)
         if len(module.ended) == module.n_members:
             trainer.should_stop = True
 

@@ -20,9 +20,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from opsin.figures.style import FAINT, INK, MUTED, STYLE, blank_figure, short_count
 from opsin.metrics.compare import mean_curve
-from opsin.population.folder import UNFINISHED, Losses
+from opsin.population.folder import Losses
 from opsin.population.tables import FORMED, NO_PLATEAU, NOT_FORMED, Row
-from opsin.records.schema import DIVERGED
+from opsin.records.schema import DIVERGED, UNFINISHED
 
 Colour = tuple[float, float, float]
 

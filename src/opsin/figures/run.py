@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, blank_figure, lighter, short_count, spread
 from opsin.records.history import History
-from opsin.records.schema import BASE_LINE
+from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 
 HELD_OUT_COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MEASURE_COLOURS = ("#0072b2", "#7b4b94", "#8a5a2b", "#6b7a00")  # dashed, and darker than what is held out
@@ -66,8 +66,8 @@ def _draw_run_losses(axes: Axes, history: History, summary: Mapping[str, Any]) -
     ends = _held_out_losses(axes, history)
     title = "Loss (nats), training and held out" if ends else "Training loss (nats)"
     top = 0.0
-    if "train/loss" in history:
-        x, loss = _series(history, "train/loss")
+    if TRAIN_LOSS in history:
+        x, loss = _series(history, TRAIN_LOSS)
         smooth = np.stack([_smooth(member) for member in loss.T], 1)
         _thin_and_bold(axes, x, loss if loss.shape[1] == 1 else smooth, smooth.mean(1), INK)
         ends.insert(0, _LineEnd(float(smooth[-1].mean()), "training", INK))

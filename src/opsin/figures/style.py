@@ -5,7 +5,6 @@ A function that draws is named ``*_figure`` and returns a figure; ``save_figure`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from opsin.metrics.onset import monotone
+from opsin.records.folder import write_atomically
 
 PICTURED_MEMBERS = 4
 """Of several members in one process only the first are drawn."""
@@ -114,9 +114,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure: what a function named ``*_figure`` has drawn.
         path: the picture's file, in a folder that exists.
     """
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 # ---- labels and colours -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from opsin.interventions.identity import DERIVED
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, position_table
 from opsin.records.folder import load_saved
+from opsin.records.schema import LAST_CHECKPOINT
 from opsin.task import Task
 
 EXPECTED = "a checkpoint (RUN/checkpoints/last.ckpt), a snapshot (RUN/snapshots/step_NNNNNNN.pt) or a run folder"
@@ -106,7 +107,7 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
         ConfigError: no such file, none that a run has written, or no such member in it.
     """
     path = Path(path)
-    saved = _read_saved(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    saved = _read_saved(f"{writer}.donor", path / LAST_CHECKPOINT if path.is_dir() else path)
     if "parameters" in saved:
         shape, parameters = saved["transformer"], saved["parameters"]
     else:
