@@ -112,7 +112,7 @@ def scripts() -> tuple[Module, ...]:
 
 
 @cache
-def tests() -> tuple[Module, ...]:
+def modules_of_tests() -> tuple[Module, ...]:
     """All tests but the contracts, which have to name what they forbid."""
     paths = [path for path in python_files(ROOT / "tests") if "contracts" not in path.parts]
     return tuple(Module(path.stem, path) for path in paths)

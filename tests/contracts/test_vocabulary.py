@@ -10,13 +10,13 @@ from tests.contracts.house import (
     bindings,
     documents,
     modules,
+    modules_of_tests,
     recipes,
     report,
     scripts,
     top_level_names,
     words,
 )
-from tests.contracts.house import tests as test_files
 from tests.helpers.paths import ROOT
 
 RETIRED_WORDS = {
@@ -72,7 +72,7 @@ def test_no_module_has_a_retired_name():
 
 
 def test_no_text_has_a_retired_word():
-    sources = [module.path for module in (*modules(), *scripts(), *test_files())]
+    sources = [module.path for module in (*modules(), *scripts(), *modules_of_tests())]
     offences = []
     for path in (*sources, *documents(), *recipes()):
         for number, line in enumerate(path.read_text().splitlines(), 1):
