@@ -19,7 +19,7 @@ from opsin.task import Task
 from tests.contracts.house import recipes
 from tests.helpers.paths import ROOT
 
-INLINE = re.compile(r"`(- \{class_path: .*?\}|- \{class_path: [\w.]+\})`(?=[ <])")
+INLINE = re.compile(r"`([^`]*\{class_path: opsin[^`]*)`")
 FENCED = re.compile(r"```(yaml|python)\n(.*?)```", re.DOTALL)
 STEPS = 24
 """Optimizer steps of the longest run in these tests."""
@@ -38,12 +38,21 @@ def rows() -> tuple[tuple[str, tuple[Settings, ...]], ...]:
     for path in (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"):
         text, name = path.read_text(), str(path.relative_to(ROOT))
         for line in text.splitlines():
-            pieces = [yaml.safe_load(piece)[0] for piece in INLINE.findall(line)]
+            pieces = [each for piece in INLINE.findall(line) for each in _outermost(yaml.safe_load(piece))]
             found += [(name, tuple(pieces))] if pieces else []
         for language, block in FENCED.findall(text):
-            shown = list(_described_in(yaml.safe_load(block)) if language == "yaml" else _called_in(block))
+            shown = list(_outermost(yaml.safe_load(block)) if language == "yaml" else _called_in(block))
             found += [(name, tuple(shown))] if shown else []
     return tuple(found)
+
+
+def _outermost(content: object) -> Iterator[Settings]:
+    """Class paths with their settings that stand in no other."""
+    if isinstance(content, Mapping) and "class_path" in content:
+        yield described(content["class_path"], content.get("init_args") or {})
+    elif isinstance(content, Mapping | list):
+        for inside in content.values() if isinstance(content, Mapping) else content:
+            yield from _outermost(inside)
 
 
 def _described_in(content: object) -> Iterator[Settings]:
@@ -94,12 +103,17 @@ def built(settings: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: settings that the class refuses.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    base = Task if settings["class_path"].startswith("opsin.tasks.") else Callback
-    parser.add_argument("--made", type=base)
+    parser = _parser(Task if settings["class_path"].startswith("opsin.tasks.") else Callback)
     # the older name is deprecated where the newer one exists
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes
     return make(parser.parse_object({"made": dict(settings)})).made
+
+
+@cache
+def _parser(base: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--made", type=base)
+    return parser
 
 
 def short(settings: Any, donor: Path | None = None, folder: Path | None = None) -> Any:
