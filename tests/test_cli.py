@@ -37,7 +37,7 @@ trainer:
     - class_path: opsin.callbacks.InductionHeads
       init_args: {{every: 5}}
     - class_path: opsin.callbacks.PhaseChange
-    - class_path: tests.killers.EndAt
+    - class_path: tests.helpers.killers.EndAt
 """
 FILES = ["checkpoints/last.ckpt", "config.yaml", "metrics.csv", "summary.json", "summary.png"]
 CLAMP = ["--trainer.callbacks+=opsin.callbacks.Clamp"]
@@ -108,11 +108,11 @@ def test_a_clamp_attaches_from_the_shell(fit, tmp_path):
 
 
 def test_runs_without_a_name_never_share_a_folder(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr("opsin.cli.time.strftime", lambda _: "now")
+    monkeypatch.setattr("opsin.launch.recipe.time.strftime", lambda _: "now")
     assert fit().code == 0
     # a second one of this process would be the same; one of another process is not
     assert fit().code == 2
-    monkeypatch.setattr("opsin.cli.os.getpid", lambda: 1)
+    monkeypatch.setattr("opsin.launch.recipe.os.getpid", lambda: 1)
     assert fit().code == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2
 

@@ -40,7 +40,7 @@ TRUNK = [
     writer("InductionHeads", every=5),
     writer("PhaseChange"),
     writer("Snapshots", every=5),
-    {"class_path": "tests.killers.EndAt"},
+    {"class_path": "tests.helpers.killers.EndAt"},
 ]
 
 
@@ -73,7 +73,7 @@ def forked(opsin, tmp_path, monkeypatch, trained):
 
     monkeypatch.setattr("opsin.launch.population.run_jobs", one_by_one)
     # drawing takes longer than training, and has tests of its own
-    monkeypatch.setattr("opsin.callbacks.run_folder.save_summary", lambda *_: None)
+    monkeypatch.setattr("opsin.callbacks.readers.run_folder.save_summary", lambda *_: None)
 
     def fork(settings, conditions=None, at=AT, *further):
         (tmp_path / "recipe.yaml").write_text(text := yaml.safe_dump(settings))
