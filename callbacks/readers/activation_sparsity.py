@@ -90,9 +90,7 @@ class ActivationSparsity(Callback):
             for kind in self.kinds:
                 count = self._are(kind, active, seen.batch).sum(1)
                 found[f"neurons/{layer}/{kind}"] = count.float().where(known, torch.nan)
-        for metric, counts in found.items():
-            self._module.history.record(metric, seen.step, counts)
-        self._module.log_everywhere(found, seen.step)
+        self._module.record(seen.step, found)
 
     def _are(self, kind: str, active: Bool[Tensor, "M B L N"], batch: Batch) -> Bool[Tensor, "M N"]:
         """Which neurons of a layer are of this kind."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.heads import HeadTracker, record_heads
+from opsin.callbacks.readers.heads import HeadTracker
 from opsin.errors import ConfigError
 from opsin.metrics.activity import attention_sink, sunk
 from opsin.model.sites import SiteTable
@@ -75,7 +75,7 @@ class AttentionSinks(HeadTracker):
             )
             for site in self._sites
         ]
-        record_heads(self._module, EFFECT, seen.step, torch.stack(effects).movedim(2, 0))
+        self._module.record(seen.step, {EFFECT: torch.stack(effects).movedim(2, 0)})
 
     def _forced(self, batch: Batch, site: str, head: int) -> Float[Tensor, "M B L N"]:
         """The last neurons when one head looks at the first position alone."""

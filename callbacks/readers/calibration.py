@@ -186,10 +186,7 @@ class Calibration(Callback):
         return passes.logits(shown, perturbing)
 
     def _record(self, found: Metrics, step: int) -> None:
-        named = {f"calibration/{name}": values.detach() for name, values in found.items()}
-        for name, values in named.items():
-            self._module.history.record(name, step, values)
-        self._module.log_everywhere(named, step)
+        self._module.record(step, {f"calibration/{name}": values.detach() for name, values in found.items()})
 
 
 def _quality(name: str, logits: Float[Tensor, "M B Q V"], batch: Batch) -> Metrics:

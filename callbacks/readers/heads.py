@@ -13,7 +13,7 @@ from opsin.errors import ConfigError
 from opsin.metrics.heads import induction_strength, previous_token_strength
 from opsin.model.sites import SiteTable
 from opsin.task import Truth
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
 
 
@@ -46,15 +46,7 @@ class HeadTracker(Callback):
     def _record(self, seen: Observation) -> None:
         patterns = [seen.activations[site] for site in self._sites]
         strengths = torch.stack([type(self).score(p, seen.batch.truth) for p in patterns], dim=1)
-        record_heads(self._module, self.metric, seen.step, strengths)
-
-
-def record_heads(module: OpsinModule, metric: str, step: int, values: Float[Tensor, "M layers heads"]) -> None:
-    """Record one number per head, and log each under its layer and head."""
-    module.history.record(metric, step, values)
-    layers, heads = values.shape[1:]
-    flat = {f"{metric}/{layer}:{head}": values[:, layer, head] for layer in range(layers) for head in range(heads)}
-    module.log_everywhere(flat, step)
+        self._module.record(seen.step, {self.metric: strengths})
 
 
 class InductionHeads(HeadTracker):

@@ -144,10 +144,7 @@ class NeuronTracker(Callback):
 
     def _look(self, seen: Observation) -> None:
         found = self._last = self._measured(seen)
-        named = {f"{self.name}/{number}": values for number, values in found.numbers.items()}
-        for metric, values in named.items():
-            self._module.history.record(metric, seen.step, values)
-        self._module.log_everywhere(named, seen.step)
+        self._module.record(seen.step, {f"{self.name}/{number}": values for number, values in found.numbers.items()})
         # a table's time may fall between two measurements: the one that reaches it writes
         reached = range(max(seen.step - self.every + 1, 0), seen.step + 1)
         if any(step in self._table_times for step in reached):

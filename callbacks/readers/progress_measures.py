@@ -98,9 +98,7 @@ class ProgressMeasures(Callback):
         values: dict[str, torch.Tensor] = {}
         for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
             values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
-        for metric, each in values.items():
-            module.history.record(metric, seen.step, each)
-        module.log_everywhere(values, seen.step)
+        module.record(seen.step, values)
         if not self._told:
             self._tell_idle(found, seen.step)
 

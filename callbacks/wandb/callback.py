@@ -23,6 +23,7 @@ from opsin.figures.attention import attention_figure, position_names
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.heads import induction_strength
 from opsin.records.history import log_spaced
+from opsin.records.schema import number_name
 from opsin.training.module import callbacks_of, opsin_module
 from opsin.training.observers import Event, Pictured
 
@@ -216,10 +217,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def scalars(metric: str, values: np.ndarray) -> dict[str, float]:
     """One member's ``[]`` or ``[layers, heads]`` as one number per key: ``train/loss``, ``induction_strength/1:3``."""
-    numbers = {}
-    for place in np.ndindex(values.shape):
-        key = "/".join([metric, *[":".join(map(str, place))] * bool(place)])
-        numbers[key] = float(values[place])
+    numbers = {number_name(metric, index): float(values[index]) for index in np.ndindex(values.shape)}
     if values.ndim:
         numbers[f"{metric}/max"] = float(values.max())
     return numbers

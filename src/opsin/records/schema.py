@@ -12,3 +12,13 @@ COLUMNS = ("step", "sequences", "metric", "member", "layer", "head", "value")
 ROW_AXES = ("member", "layer", "head")
 
 STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
+
+
+def number_name(metric: str, index: tuple[int, ...]) -> str:
+    """Name under which loggers receive one number: ``METRIC``, and ``METRIC/LAYER:HEAD`` of a head.
+
+    Args:
+        metric: name of the metric, as in ``metrics.csv``.
+        index: layer and head of the number; empty for a metric with one number a member.
+    """
+    return f"{metric}/{':'.join(map(str, index))}" if index else metric

@@ -15,7 +15,7 @@ import torch
 import wandb
 import yaml
 
-import opsin.callbacks.wandb_start as opsin_wandb
+import opsin.callbacks.wandb.start as opsin_wandb
 from opsin.callbacks import InductionHeads, KeepRun
 from opsin.callbacks.wandb.callback import WeightsAndBiases, scalars
 from opsin.callbacks.wandb.member_run import flat
@@ -188,7 +188,7 @@ def cli_recipe(folder, steps):
             },
         },
         "model": {"transformer": TINY, "learning_rate": 1e-4, "steps_per_batch": 20},
-        "trainer": {"max_steps": steps, "callbacks": [{"class_path": "opsin.callbacks.wandb.WeightsAndBiases"}]},
+        "trainer": {"max_steps": steps, "callbacks": [{"class_path": "opsin.callbacks.WeightsAndBiases"}]},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
