@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.callbacks.readers.phase_change import KIND as PHASE_CHANGE
+from opsin.callbacks.readers.base import log_spaced
+from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import keeper_of, run_folder
 from opsin.callbacks.wandb.member_run import MemberRun
 from opsin.callbacks.wandb.members import about_members, summary_of
@@ -22,7 +23,6 @@ from opsin.errors import ConfigError
 from opsin.figures.attention import attention_figure, position_names
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.heads import induction_strength
-from opsin.records.history import log_spaced
 from opsin.records.schema import number_name
 from opsin.training.module import callbacks_of, opsin_module
 from opsin.training.observers import Event, Pictured

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from opsin.callbacks import KeepRun
+from opsin.callbacks.readers.base import log_spaced
 from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
-from opsin.records.history import log_spaced
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
