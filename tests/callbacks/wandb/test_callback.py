@@ -275,7 +275,7 @@ def test_a_run_outlives_its_observer(tmp_path, monkeypatch, caplog):
 
 def test_an_unreachable_server_means_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(opsin_wandb, "CONNECT_SECONDS", 1)
-    monkeypatch.setattr(opsin_wandb, "SETTINGS", {**opsin_wandb.SETTINGS, "base_url": "http://127.0.0.1:9"})
+    monkeypatch.setattr(opsin_wandb, "WANDB_SETTINGS", {**opsin_wandb.WANDB_SETTINGS, "base_url": "http://127.0.0.1:9"})
     monkeypatch.setattr(opsin_wandb, "has_key", lambda: True)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with caplog.at_level("INFO"):
