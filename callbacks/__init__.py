@@ -1,4 +1,4 @@
-"""Who may touch or watch a run."""
+"""Callbacks of a run: writers change what the model computes, readers measure it, W&B receives what they measure."""
 
 from opsin.callbacks.readers.activation_sparsity import ActivationSparsity
 from opsin.callbacks.readers.attention_sinks import AttentionSinks

@@ -84,7 +84,7 @@ class NeuronTracker(ProbeReader):
         kind: kind of the announced events.
         effect: effect that decides on candidates: ``entropy``, ``loss`` or ``kl``.
         mediator: what the mediated share of an effect passes through.
-        carrier: the same in words, for the figure.
+        carrier: effect and mediator in words, for the figure.
         numbers: names of the recorded metrics.
         null_dimensions: directions that count as unseen by the unembedding; None for those of small singular values.
 
