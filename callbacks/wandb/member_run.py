@@ -17,9 +17,9 @@ class MemberRun:
     """Sends one member to one W&B run; after a failure it sends nothing more, and the training goes on.
 
     Args:
-        run: that was started; sequences seen become its x-axis.
-        ledger: of this run.
-        batch_size: sequences a step.
+        run: W&B run that was started; sequences seen become its x-axis.
+        ledger: what a resumed process must know of this run.
+        batch_size: sequences that one training step sees.
     """
 
     def __init__(self, run: wandb.Run, ledger: Ledger, batch_size: int) -> None:

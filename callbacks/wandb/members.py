@@ -1,4 +1,4 @@
-"""What Weights & Biases is told of each member: its name, its group and tags, its own settings, its own summary.
+"""What Weights & Biases receives of each member: its name, its group and tags, its own settings, its own summary.
 
 Legend: I interventions and changes of weights, M members.
 """
@@ -24,7 +24,7 @@ LONGEST_TAG = 64
 """Characters; W&B refuses a run with a longer one."""
 
 OF_THE_PLAN = ("plan", "interventions")
-"""What the summary has a list of that is not one entry a member."""
+"""Keys of the summary whose lists have one entry an intervention and not one a member."""
 
 
 def about_members(
@@ -37,8 +37,9 @@ def about_members(
     one model has only what the user gave it, and its folder's name.
 
     Args:
-        keeper: of the run, which may be a population's chunk.
-        name, group, tags: what the user gave; they come before what is found here.
+        module: module whose members are described.
+        keeper: callback that keeps the run, which may be a population's chunk; None where nothing keeps it.
+        name, group, tags: settings that the user gave, which come before what the population adds.
     """
     config = resolved_config(module, keeper.config if keeper else None)
     folder = keeper.folder.absolute() if keeper else None
@@ -52,17 +53,17 @@ def about_members(
         if rows:
             settings |= {name: rows[slot][name] for name in ("condition", "member")}
             words = [rows[slot]["condition"], *words]
-        own = {
+        about = {
             "name": " ".join(filter(None, (title, *words))) or None,
             "group": group or (population.name if apart and population else None),
             "tags": [*dict.fromkeys([*tags, *(word[:LONGEST_TAG] for word in words)])],
         }
-        found.append({**own, "config": settings})
+        found.append({**about, "config": settings})
     return found
 
 
 def resolved_config(module: OpsinModule, text: str | None) -> dict[str, Any]:
-    """The resolved configuration (YAML), or what the module says of itself; and the digest of the plan."""
+    """The resolved configuration (YAML) or, without one, the module's settings; with the digest of the plan."""
     config = yaml.safe_load(text) if text else None
     if not isinstance(config, dict):
         settings = {name: getattr(module, name, None) for name in signature(type(module)).parameters}
@@ -114,5 +115,5 @@ def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:
 
 
 def _cut(row: Mapping[str, Any], slot: int) -> dict[str, Any]:
-    """A row of counts with one member's numbers in the place of everybody's."""
+    """A row of counts with the numbers of one member alone."""
     return {name: value[slot] if isinstance(value, list) else value for name, value in row.items()}

@@ -217,6 +217,4 @@ class Project(ActivationWriter):
     def _record(self, name: str, found: Learned, step: int) -> None:
         numbers = {f"{name}/accuracy_after_{t}": found.accuracy[:, t] for t in range(found.accuracy.shape[1])}
         numbers[f"{name}/chance"] = found.chance
-        for metric, values in numbers.items():
-            self._module.history.record(metric, step, values)
-        self._module.log_everywhere(numbers, step)
+        self._module.record(step, numbers)

@@ -24,16 +24,6 @@ from jaxtyping import Float, Int
 
 from opsin.records.schema import ROW_AXES
 
-
-def log_spaced(last: int, per_decade: int) -> set[int]:
-    """Step 0 and steps from 1 to ``last``, ``per_decade`` in each tenfold, rounded; fewer where they coincide."""
-    steps, k = {0}, 0
-    while (step := round(10 ** (k / per_decade))) <= last:
-        steps.add(step)
-        k += 1
-    return steps
-
-
 NEVER = np.iinfo(np.int64).max
 """The step of what has not happened."""
 

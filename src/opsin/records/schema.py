@@ -73,3 +73,13 @@ UNFINISHED = "unfinished"
 
 STATUSES = (COMPLETE, FINISHED_EARLY, DIVERGED, UNFINISHED)
 """All ways in which a member of a population can stand at its end."""
+
+
+def number_name(metric: str, index: tuple[int, ...]) -> str:
+    """Name under which loggers receive one number: ``METRIC``, and ``METRIC/LAYER:HEAD`` of a head.
+
+    Args:
+        metric: name of the metric, as in ``metrics.csv``.
+        index: layer and head of the number; empty for a metric with one number a member.
+    """
+    return f"{metric}/{':'.join(map(str, index))}" if index else metric

@@ -5,12 +5,13 @@ Legend: M members, S optimizer steps of one Lightning batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable
@@ -29,7 +30,7 @@ from opsin.interventions.plan import Plan
 from opsin.interventions.weights import WeightWriter, weight_table
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.records.history import History
-from opsin.records.schema import STEP_METRICS
+from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
@@ -147,6 +148,21 @@ class OpsinModule(pl.LightningModule):
         """
         names = tuple(self.sites.find(site, "sites").name for site in sites)
         self._listeners.append(Listener(every, names, notify))
+
+    def record(self, step: int, metrics: Mapping[str, Float[Tensor, "M ..."]]) -> None:
+        """Record values in the history, and hand them to the Trainer's loggers under the step they belong to.
+
+        Args:
+            step: optimizer steps finished when the values were measured.
+            metrics: values ``[M]`` or ``[M, layers, heads]`` by name; loggers receive the latter as
+                ``METRIC/LAYER:HEAD``.
+        """
+        for metric, values in metrics.items():
+            self.history.record(metric, step, values)
+        if self.trainer.loggers:
+            numbers = {**_logged(metrics), "sequences": step * self.task.batch_size}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers, step=step)
 
     def on_event(self, handler: Callable[[Event], None]) -> None:
         """Call ``handler`` with every event announced from now on."""
@@ -290,18 +306,7 @@ class OpsinModule(pl.LightningModule):
             return
         window = (done - 1) % self.log_every + 1
         means = torch.stack(results[-window:]).mean(0)
-        for name, values in zip(STEP_METRICS, means, strict=True):
-            self.history.record(name, done, values)
-        self.log_everywhere({name: values for name, values in zip(STEP_METRICS, means, strict=True)}, done)
-
-    def log_everywhere(self, metrics: dict[str, Float[Tensor, " M"]], step: int) -> None:
-        """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
-        if not self.trainer.loggers:
-            return
-        suffixes = [""] if self.n_members == 1 else [f"/member_{member}" for member in range(self.n_members)]
-        flat = {name + s: float(v) for name, values in metrics.items() for s, v in zip(suffixes, values, strict=True)}
-        for logger in self.trainer.loggers:
-            logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
+        self.record(done, dict(zip(STEP_METRICS, means, strict=True)))
 
     def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
         self.gates.check_diverged(first, results[:, 0].isfinite())
@@ -347,13 +352,11 @@ class OpsinModule(pl.LightningModule):
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
-        named = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
-        for metric, values in named.items():
+        metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
+        for metric, values in metrics.items():
             self.log(metric, values.mean(), logger=False, batch_size=1)
-            if not self.trainer.sanity_checking:
-                self.history.record(metric, self.steps_done, values)
         if not self.trainer.sanity_checking:
-            self.log_everywhere(named, self.steps_done)
+            self.record(self.steps_done, metrics)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -382,6 +385,17 @@ def _numbers(count: int) -> DataLoader:
     """0, 1, ... ``count`` - 1, one at a time."""
     # a loader without a generator of its own draws from the global one
     return DataLoader(range(count), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def _logged(metrics: Mapping[str, Float[Tensor, "M ..."]]) -> dict[str, float]:
+    """One number per key; those of several members end in ``/member_0``, ``/member_1``, ..."""
+    numbers: dict[str, float] = {}
+    for metric, values in metrics.items():
+        suffixes = [""] if len(values) == 1 else [f"/member_{member}" for member in range(len(values))]
+        for index in np.ndindex(values.shape[1:]):
+            name, members = number_name(metric, index), values[(slice(None), *index)].tolist()
+            numbers |= {name + suffix: float(value) for suffix, value in zip(suffixes, members, strict=True)}
+    return numbers
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from opsin.callbacks import Ablate, ConfidenceStudy, EntropyNeurons, KeepRun, WeightsAndBiases
-from opsin.callbacks.readers.confidence_study import _parts
+from opsin.callbacks.readers.confidence_study import _halves
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
@@ -226,7 +226,7 @@ def test_sequences_too_short_to_be_recognised_stop_the_run_before_it_starts(tmp_
 def test_the_first_half_alone_says_what_a_neuron_is_held_at(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
     text = Characters(str(tmp_path / "text.txt"), positions=20, heldout=0.0)
-    first, repeated = _parts(text.batch(0, 0, "eval/repeated"))
+    first, repeated = _halves(text.batch(0, 0, "eval/repeated"))
     # three characters tell where a copy is, and the first two of the second half are not enough
     assert first.tolist() == [True] * 10 + [False] * 10
     assert repeated.tolist() == [False] * 12 + [True] * 8

@@ -22,8 +22,8 @@ from opsin.callbacks import (
     TokenFrequencyNeurons,
     WeightsAndBiases,
 )
-from opsin.callbacks.readers import last_layer as last_neurons
-from opsin.callbacks.readers.neurons import Measured
+from opsin.callbacks.readers import last_layer
+from opsin.callbacks.readers.neurons import NeuronMeasurement
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
 from opsin.metrics.mean_ablation import mean_ablation_effects
@@ -127,7 +127,7 @@ def test_the_control_is_put_through_the_same_rule(monkeypatch):
 
     train(model, 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [0, 0]
-    monkeypatch.setattr(last_neurons, "random_outputs", one_that_the_unembedding_does_not_see)
+    monkeypatch.setattr(last_layer, "random_outputs", one_that_the_unembedding_does_not_see)
     train(model := module([1, 2]), 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [1, 1]
 
@@ -219,7 +219,7 @@ def test_the_summary_names_the_candidates_strongest_first_as_ablate_takes_them()
     columns["entropy_total"] = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
     numbers = {f"control_{name}": torch.tensor([0.5]) for name in ("candidates", "total")}
     numbers["control_mediated"] = torch.tensor([torch.nan])
-    found = callback._member_summary(Measured(20, columns, numbers), 0)
+    found = callback._member_summary(NeuronMeasurement(20, columns, numbers), 0)
     assert [each["neuron"] for each in found["candidates"]] == ["1:3", "1:1"]
     assert found["candidates"][0]["total"] == 2.0 and found["control_mediated"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
