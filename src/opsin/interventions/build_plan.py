@@ -123,7 +123,7 @@ class _Assembly:
             rows = self._rows(number, gate, supplies)
             gate += len(rows)
             donor = None if before.donor is None else donors.index(before.donor)
-            groups = _groups(rows, may_share=before is self.passes[-1])
+            groups = _grouped(rows, may_share=before is self.passes[-1])
             planned.append(PlannedPass(groups, tuple(sorted(keeps)), donor, before.asks))
         last = [PlannedChange(gate + n, row.name, row.change, row.mask) for n, row in enumerate(changes)]
         return Plan(tuple(planned), donors, supplies, tuple(last))
@@ -158,7 +158,7 @@ class _Assembly:
         return InputAddress(kind, self.passes[:-1].index(need.of), need.site, need.detach)
 
 
-def _groups(rows: Sequence[PlannedIntervention], may_share: bool) -> tuple[tuple[PlannedIntervention, ...], ...]:
+def _grouped(rows: Sequence[PlannedIntervention], may_share: bool) -> tuple[tuple[PlannedIntervention, ...], ...]:
     """Rows of one pass, neighbours with one value and no common entry in one group."""
     groups: list[list[PlannedIntervention]] = []
     for row in rows:

@@ -131,7 +131,7 @@ class PlannedChange:
         return identity(self.change, members)
 
 
-Row = PlannedIntervention | PlannedChange
+PlannedRow = PlannedIntervention | PlannedChange
 """One row of a plan."""
 
 
@@ -180,7 +180,7 @@ class Plan:
         return tuple(row for planned in self.passes for row in planned.rows)
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[PlannedRow, ...]:
         """Every row, by its gate."""
         return (*self.interventions, *self.changes)
 
@@ -211,9 +211,9 @@ class Plan:
         return any(row.schedule.feedback is not None for row in self.rows)
 
     @property
-    def loops(self) -> dict[str, Row]:
+    def loops(self) -> dict[str, PlannedRow]:
         """Every feedback by the name under which the run records what it does: the first row that follows it."""
-        found: dict[str, Row] = {}
+        found: dict[str, PlannedRow] = {}
         for row in self.rows:
             feedback = row.schedule.feedback
             if feedback is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.interventions.identity import identity
-from opsin.interventions.plan import Plan, Row
+from opsin.interventions.plan import Plan, PlannedRow
 from opsin.launch.recipe import BuiltRun
 from opsin.population.chunks import PER_MEMBER, listed, merged
 from opsin.training.module import OpsinModule
@@ -251,7 +251,7 @@ class StateTransfer:
                 known[text].append(row.gate)
         return [known[text].pop(0) if known[text] else None for text in self.new.row_identities(members=False)]
 
-    def _acts(self, row: Row) -> bool:
+    def _acts(self, row: PlannedRow) -> bool:
         """Whether a row of the old plan selects anything of the member."""
         return bool(row.mask[self.member if len(row.mask) > 1 else 0].any())
 

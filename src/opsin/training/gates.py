@@ -17,7 +17,7 @@ from torch import Tensor
 from opsin.errors import DivergedError, IdleError, log
 from opsin.interventions.apply import Constants
 from opsin.interventions.intervention import Intervention, Supply
-from opsin.interventions.plan import Plan, PlannedIntervention, Row
+from opsin.interventions.plan import Plan, PlannedIntervention, PlannedRow
 from opsin.records.history import History
 from opsin.records.schema import DIVERGED
 from opsin.training.observers import Event
@@ -156,7 +156,7 @@ class GateController:
             IdleError: names the writer; only where idle writers stop the run.
         """
         fired = self.counts.fired.cpu().numpy()
-        rows_of: dict[str, list[Row]] = defaultdict(list)
+        rows_of: dict[str, list[PlannedRow]] = defaultdict(list)
         for row in self.plan.rows:
             rows_of[row.name].append(row)
         for name, rows in rows_of.items():
@@ -166,7 +166,7 @@ class GateController:
             if idle.any() and name not in self._warned:
                 self._report_idle(name, rows, int(idle.argmax()), int(active[idle.argmax()]))
 
-    def _report_idle(self, name: str, rows: Sequence[Row], member: int, active: int) -> None:
+    def _report_idle(self, name: str, rows: Sequence[PlannedRow], member: int, active: int) -> None:
         targets = ", ".join(dict.fromkeys(row.target for row in rows))
         owner = f" of member {member}" if len(self.seeds) > 1 else ""
         changed = "activation" if isinstance(rows[0], PlannedIntervention) else "weight"
