@@ -90,8 +90,8 @@ BLOCK_PARAMETERS = {
     "mlp.fc2.weight": "mlp.W_out",
     "mlp.fc2.bias": "mlp.b_out",
 }
-# what a damaged file, a missing base and a file without an entry it should have raise
-UNREADABLE = (OSError, KeyError, ValueError, StopIteration, zipfile.BadZipFile)
+# what a damaged file, a missing base, an entry of another kind and a file without an entry it should have raise
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, StopIteration, zipfile.BadZipFile)
 
 
 class Uncovered(Exception):

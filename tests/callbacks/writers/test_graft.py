@@ -1,11 +1,11 @@
 """Claims about grafts: which blocks are the donor's, where gradient goes, and which donors are refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from opsin.callbacks import Ablate, Graft, InductionHeads, KeepRun, Preserve, Snapshots
+from opsin.callbacks import Ablate, Graft, InductionHeads, KeepRun, PathPatch, Preserve, Snapshots
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from, read_donor
@@ -13,7 +13,7 @@ from opsin.interventions.intervention import Intervention, Overwrite, Relative, 
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.interventions.values.passes import FromPass
-from opsin.model.transformer import Transformer, forward, position_table
+from opsin.model.transformer import Transformer, forward, layer_norm, linear, position_table
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, train, weights
@@ -203,6 +203,31 @@ def test_what_a_donor_takes_from_its_own_pass_lets_no_gradient_out():
     below = lower_names(Case().values, 1)
     for name, gradient in Case().gradients(Graft(donor(), 1, donor_callbacks=[inside])).items():
         assert (gradient == 0).all() == (name in below), name
+
+
+def test_a_path_into_the_read_out_of_a_donor_without_an_unembedding_bias_is_patched_without_one():
+    model = replace(SMALL, unembed_bias=False)
+    giver, case = donor(model), Case()
+    assert giver.sites(TASK.layout.positions).unembed_bias is False
+    patched = case.run(Graft(giver, 0, part="upper", donor_callbacks=[PathPatch(["1:0"], ["logits"])]))[0]
+    handed = case.run()[1][CUT]
+
+    def join(name, activation):
+        return handed if name == CUT else activation
+
+    plain, seen = run_donor(giver, case.batch, join)
+    written = torch.einsum("mbld,mdw->mblw", seen["blocks.1.attn.hook_z"][:, :, :, 0], _rows_of_head(giver, 1, 0))
+    resid = seen["blocks.1.hook_resid_post"] - written
+    names = ("ln_final.w", "ln_final.b", "unembed.W_U")
+    weight, bias, unembed = (giver.parameters[name].expand(2, *giver.parameters[name].shape[1:]) for name in names)
+    torch.testing.assert_close(patched, linear(layer_norm(resid, weight, bias), unembed), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(patched, plain)
+
+
+def _rows_of_head(giver, layer, head):
+    """The rows of W_O that belong to one head, one copy per member."""
+    rows = giver.parameters[f"blocks.{layer}.attn.W_O"].unflatten(1, (giver.model.heads, -1))[:, head]
+    return rows.expand(2, *rows.shape[1:])
 
 
 # ---- training --------------------------------------------------------------------------------------------
