@@ -16,12 +16,16 @@ from opsin.callbacks.wandb.callback import WeightsAndBiases
 from opsin.callbacks.writers.ablate import Ablate
 from opsin.callbacks.writers.clamp import Clamp
 from opsin.callbacks.writers.clip import Clip
+from opsin.callbacks.writers.copy_from_pattern import CopyFromPattern
 from opsin.callbacks.writers.disallow import Disallow
+from opsin.callbacks.writers.freeze import Freeze
 from opsin.callbacks.writers.graft import Graft
-from opsin.callbacks.writers.other_passes import CopyFromPattern, HeadTemperature, PerfectPreviousInput, Preserve
+from opsin.callbacks.writers.head_temperature import HeadTemperature
 from opsin.callbacks.writers.path_patch import PathPatch
+from opsin.callbacks.writers.perfect_previous_input import PerfectPreviousInput
+from opsin.callbacks.writers.preserve import Preserve
 from opsin.callbacks.writers.project import Project
-from opsin.callbacks.writers.weights import Freeze, Reinitialise
+from opsin.callbacks.writers.reinitialise import Reinitialise
 
 __all__ = [
     "Ablate",

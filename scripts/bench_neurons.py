@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from opsin.metrics.neurons import ReadOut, finite_unigram, mean_ablation_effects
+from opsin.metrics.mean_ablation import finite_unigram, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut
 from opsin.model.transformer import Transformer, forward, init_parameters, position_table
 from opsin.task import Task
 from opsin.tasks import Repeats

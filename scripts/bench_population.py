@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opsin.interventions.apply import Moment, constants_of
-from opsin.interventions.plan import build_plan
+from opsin.interventions.apply import constants_of
+from opsin.interventions.build_plan import build_plan
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.tasks import FewShot
+from opsin.training.adam import Adam
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepCounts, StepGates
 
 SIZES = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 1024)}
 """Members of one process, by device."""
@@ -132,9 +134,11 @@ def operations(model: Transformer, task: FewShot) -> int:
     constants = constants_of(plan, task.bank(), position_table(model, task.layout.positions), 1, torch.float32)
     draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
     empty = torch.zeros(0, 1)
-    moment = Moment(empty, torch.zeros(1, 2, dtype=torch.int64), empty.long(), torch.ones(1, dtype=torch.bool))
+    gates = StepGates(empty, torch.zeros(1, 2, dtype=torch.int64))
+    counts = StepCounts(empty.long(), torch.ones(1, dtype=torch.bool))
+    step = Step(model, task, plan, Adam((0.9, 0.999), 1e-8))
     with FlopCounterMode(display=False) as counter:
-        Step(model, task, plan, (0.9, 0.999), 1e-8)(optimizer.adam_state(), optimizer.hyper(), constants, draw, moment)
+        step(optimizer.adam_state(), optimizer.hyper(), constants, draw, gates, counts)
     return counter.get_total_flops()
 
 

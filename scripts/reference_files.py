@@ -27,10 +27,11 @@ from opsin.callbacks import (
     PerfectPreviousInput,
     Preserve,
 )
-from opsin.callbacks.writers.other_passes import PRESERVED
+from opsin.callbacks.writers.preserve import PRESERVED
+from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Donor, donor_from
 from opsin.interventions.intervention import Intervention
-from opsin.interventions.plan import Plan, Writer, build_plan
+from opsin.interventions.plan import Plan, PlannedIntervention
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer
 from opsin.tasks import Exemplars, FewShot, Kind
@@ -114,7 +115,7 @@ class Case:
     Args:
         base: name of the file with its weights and inputs, and betas and eps of Adam where it is trained; cases that
             agree in it differ in their clamps alone.
-        items: which interventions of the plan's own pass are the file's.
+        rows: rows of the plan's own pass that are the file's.
     """
 
     base: tuple[str, tuple[tuple[float, float], float] | None]
@@ -122,7 +123,7 @@ class Case:
     task: FewShot
     writers: list[Writer]
     plan: Plan
-    items: tuple[int, ...]
+    rows: tuple[PlannedIntervention, ...]
     parameters: dict[str, Tensor]
     bank: dict[str, Tensor]
     draws: list[dict[str, Tensor]]
@@ -166,7 +167,7 @@ def read_case(folder: Path, name: str, file: File) -> Case:
     plan = build_plan(writers, model.sites(task), members=1, steps=1, batch_size=1)
     adam, exemplars = json.loads(str(file["adam"])) if "adam" in file else None, {"exemplars": torch.from_numpy(bank)}
     key = (name, ((adam["b1"], adam["b2"]), adam["eps"]) if adam else None)
-    return Case(key, model, task, writers, plan, plan.passes[-1].items, weights, exemplars, draws)
+    return Case(key, model, task, writers, plan, plan.passes[-1].rows, weights, exemplars, draws)
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,11 @@ def together(cases: Sequence[Case]) -> list[Case]:
     first = cases[0]
     writer = AllOf([case.writers for case in cases])
     plan = build_plan([writer], first.model.sites(first.task), members=1, steps=1, batch_size=1)
-    places = {index: (plan.interventions[index].order or 0) // FILE for index in plan.passes[-1].items}
-    items = [tuple(index for index, at in places.items() if at == place) for place in range(len(cases))]
-    return [replace(case, plan=plan, items=own) for case, own in zip(cases, items, strict=True)]
+    rows = plan.passes[-1].rows
+    of_case = [
+        tuple(row for row in rows if (row.intervention.order or 0) // FILE == number) for number in range(len(cases))
+    ]
+    return [replace(case, plan=plan, rows=chosen) for case, chosen in zip(cases, of_case, strict=True)]
 
 
 def inputs(folder: Path, file: File, base: File) -> tuple[np.ndarray, list[dict[str, Tensor]]]:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from opsin.model.transformer import Transformer
-from opsin.records.schema import COLUMNS
+from opsin.records.schema import METRICS_COLUMNS
 from tests.helpers.killers import EndAt, Killed, kill
 from tests.helpers.toys import few_shot
 
@@ -37,7 +37,7 @@ trainer:
     - class_path: opsin.callbacks.InductionHeads
       init_args: {{every: 5}}
     - class_path: opsin.callbacks.PhaseChange
-    - class_path: tests.killers.EndAt
+    - class_path: tests.helpers.killers.EndAt
 """
 FILES = ["checkpoints/last.ckpt", "config.yaml", "metrics.csv", "summary.json", "summary.png"]
 CLAMP = ["--trainer.callbacks+=opsin.callbacks.Clamp"]
@@ -87,7 +87,7 @@ def test_a_run_leaves_its_files_and_prints_where_they_are(fit, tmp_path):
 def test_one_line_of_pandas_reads_the_numbers(fit, tmp_path):
     fit("--run_folder", "run")
     table = pd.read_csv(tmp_path / "run" / "metrics.csv")
-    assert tuple(table.columns) == COLUMNS and (table.sequences == table.step * BATCH).all()
+    assert tuple(table.columns) == METRICS_COLUMNS and (table.sequences == table.step * BATCH).all()
     heads = table[table.metric == "induction_strength"]
     assert len(heads.groupby(["layer", "head"])) == 4 and heads.step.max() == STEPS and heads.value.between(-1, 1).all()
     assert table[table.metric == "train/loss"].layer.isna().all()
@@ -108,11 +108,11 @@ def test_a_clamp_attaches_from_the_shell(fit, tmp_path):
 
 
 def test_runs_without_a_name_never_share_a_folder(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr("opsin.cli.time.strftime", lambda _: "now")
+    monkeypatch.setattr("opsin.launch.recipe.time.strftime", lambda _: "now")
     assert fit().code == 0
     # a second one of this process would be the same; one of another process is not
     assert fit().code == 2
-    monkeypatch.setattr("opsin.cli.os.getpid", lambda: 1)
+    monkeypatch.setattr("opsin.launch.recipe.os.getpid", lambda: 1)
     assert fit().code == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.callbacks.readers.base import Requirement, check_count
 from opsin.callbacks.readers.heads import HeadTracker, pattern_sites
 from opsin.callbacks.readers.last_layer import last_layer_sites
-from opsin.metrics.activity import attention_sink, sunk
+from opsin.metrics.heads import attention_sink, with_attention_sunk
 from opsin.model.sites import SiteTable
 from opsin.task import Batch, Truth
 from opsin.training.module import OpsinModule
@@ -93,7 +93,7 @@ class AttentionSinks(HeadTracker):
 
         def forcing(name: str, activation: Tensor) -> Tensor:
             activation = tap(name, activation)
-            return sunk(activation, head) if name == site else activation
+            return with_attention_sunk(activation, head) if name == site else activation
 
         after = passes.activations(batch, [last], forcing)[last]
         return (after - before)[:, :, 1:].abs().mean((1, 2, 3))

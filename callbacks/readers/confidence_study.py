@@ -27,7 +27,8 @@ from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.confidence import Change, Compared, Study, change, strongest, token_entropy
-from opsin.metrics.neurons import Effect, ReadOut, candidates
+from opsin.metrics.mean_ablation import Effect, candidates
+from opsin.metrics.neuron_weights import ReadOut
 from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.task import Batch
@@ -109,9 +110,8 @@ class ConfidenceStudy(Reader):
         for member, study in enumerate(studies):
             lines += [",".join([str(member), *map(str, line)]) for line in self._lines(study)]
         write_atomically(self._folder / f"{self.name}.csv", "\n".join(lines) + "\n")
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(range(min(len(studies), PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(range(min(len(studies), PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
     # ---- measuring ------------------------------------------------------------------------------
 

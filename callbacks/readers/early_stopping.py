@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opsin.callbacks.readers.base import check_count
 from opsin.errors import ConfigError
 from opsin.interventions.feedback import PER_HEAD, Feedback
-from opsin.records.schema import EARLY
+from opsin.records.schema import FINISHED_EARLY, TRAIN_LOSS
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import recorded_metrics
 
@@ -42,7 +42,7 @@ class StopWhen(Callback):
 
     def __init__(
         self,
-        metric: str = "train/loss",
+        metric: str = TRAIN_LOSS,
         head: str | None = None,
         above: float | None = None,
         below: float | None = None,
@@ -77,7 +77,7 @@ class StopWhen(Callback):
             if member not in module.ended and (self.members is None or member in self.members):
                 condition = self.condition
                 reason = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
-                module.control.end(member, EARLY, done, reason)
+                module.gates.end(member, FINISHED_EARLY, done, reason)
         if len(module.ended) == module.n_members:
             trainer.should_stop = True
 

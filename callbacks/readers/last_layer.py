@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.callbacks.readers.base import Requirement, needs_layer_norm, needs_neurons
-from opsin.metrics.neurons import Effect, ReadOut, mean_ablation_effects, random_outputs
+from opsin.metrics.mean_ablation import Effect, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, random_outputs
 from opsin.model.sites import SiteTable
 from opsin.training.module import OpsinModule
 

@@ -27,18 +27,9 @@ from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.figures.neurons import neuron_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
-from opsin.metrics.neurons import (
-    Effect,
-    Mediator,
-    NullShare,
-    candidates,
-    control_level,
-    finite_unigram,
-    logit_var,
-    null_share,
-    weight_norm,
-)
-from opsin.metrics.onset import Watch, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.mean_ablation import Effect, Mediator, candidates, control_level, finite_unigram
+from opsin.metrics.neuron_weights import NullShare, logit_var, null_share, weight_norm
 from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.training.module import OpsinModule
@@ -214,10 +205,8 @@ class NeuronTracker(ProbeReader):
         self._write(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
         module.summary[self.name] = rows[0] if len(rows) == 1 else rows
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
     def _member_summary(self, found: NeuronMeasurement, member: int) -> dict[str, Any]:
         columns = {name: values[member].tolist() for name, values in found.columns.items()}
@@ -269,9 +258,9 @@ class EntropyNeurons(NeuronTracker):
     """Neurons of the last MLP that set the entropy of the output through the scale of the last LayerNorm.
 
     Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 3; definitions in
-    ``opsin.metrics.neurons``. Measured at the probe's scored positions under the interventions in force; what an
-    ablation does is computed for the read-out of the weights alone, as if nothing were clamped between ``hook_post``
-    and the last ``hook_resid_post``. Read-only.
+    ``opsin.metrics.neuron_weights`` and ``opsin.metrics.mean_ablation``. Measured at the probe's scored positions under
+    the interventions in force; what an ablation does is computed for the read-out of the weights alone, as if nothing
+    were clamped between ``hook_post`` and the last ``hook_resid_post``. Read-only.
 
     A *candidate* is a neuron more than half of whose effect on the entropy passes through the scale, and whose effect
     is above the 99th percentile of those of its member's control: as many random output weights, of the same norms

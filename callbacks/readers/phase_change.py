@@ -16,7 +16,9 @@ from opsin.callbacks.readers.base import Reader
 from opsin.callbacks.readers.heads import InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions.selection import check_share
-from opsin.metrics.onset import Transition, Watch, find_transition, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.onset import Transition, find_transition
+from opsin.records.schema import TRAIN_LOSS
 from opsin.task import Task
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
@@ -62,7 +64,7 @@ class PhaseChange(Reader):
         ConfigError: a value out of its range or, when training starts, a metric that is no loss of the run.
     """
 
-    def __init__(self, metric: str = "train/loss", plateau: float | None = None, head_threshold: float = 0.3) -> None:
+    def __init__(self, metric: str = TRAIN_LOSS, plateau: float | None = None, head_threshold: float = 0.3) -> None:
         if plateau is not None and not 0 < plateau < math.inf:
             raise ConfigError("PhaseChange.plateau", plateau, "a loss above 0, or null")
         check_share("PhaseChange.head_threshold", head_threshold)
@@ -97,7 +99,7 @@ class PhaseChange(Reader):
         return {**state, **{name: [state[name][member]] for name in ("leaving", "passing")}}
 
     def check(self, module: OpsinModule) -> None:
-        losses = ["train/loss", *(f"val/{name}/loss" for name in module.task.evaluations)]
+        losses = [TRAIN_LOSS, *(f"val/{name}/loss" for name in module.task.evaluations)]
         if self.metric not in losses:
             raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
 

@@ -14,13 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opsin.callbacks.readers.base import ProbeReader
 from opsin.callbacks.readers.phase_change import CHANGE_SHARE, best_loss
 from opsin.errors import ConfigError, log
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
-from opsin.records.schema import BASE_LINE
+from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 from opsin.training.module import callbacks_of
 from opsin.training.observers import Observation
-from opsin.training.progress_measures import Measured, build_measures, evaluate, measure_constants
+from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
 
 SETS_FIELD = "ProgressMeasures.measures"
 
@@ -93,9 +93,9 @@ class ProgressMeasures(ProbeReader):
 
     def measure(self, seen: Observation) -> None:
         module = self._module
-        clock = module.control.moment(max(seen.step - 1, 0)).clock
+        clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        found = evaluate(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        found = measure(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
         values: dict[str, torch.Tensor] = {}
         for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
             values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
@@ -103,7 +103,7 @@ class ProgressMeasures(ProbeReader):
         if not self._idle_checked:
             self._warn_of_idle_sets(found, seen.step)
 
-    def _warn_of_idle_sets(self, found: Measured, step: int) -> None:
+    def _warn_of_idle_sets(self, found: MeasuredSets, step: int) -> None:
         idle = self._planned.covers() & ~found.changed.cpu()
         for name, members in zip(self._planned.names, idle, strict=True):
             if members.any():
@@ -115,7 +115,7 @@ class ProgressMeasures(ProbeReader):
 
     def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
         history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
-        least = CHANGE_SHARE * (plateau - best_loss(self._module.task, "train/loss", plateau))
+        least = CHANGE_SHARE * (plateau - best_loss(self._module.task, TRAIN_LOSS, plateau))
         rows = {}
         for name in self._planned.names:
             steps, values = history[_metrics(name)[0]].arrays()

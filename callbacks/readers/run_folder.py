@@ -12,8 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opsin.callbacks.readers.base import Reader, check_count
-from opsin.figures.run import save_summary
+from opsin.figures.run import summary_figure
+from opsin.figures.style import save_figure
 from opsin.records.folder import RunFolder, write_atomically
+from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
 from opsin.training.module import callbacks_of
 
 
@@ -43,12 +45,12 @@ class KeepRun(Reader):
     @property
     def checkpoint(self) -> Path:
         """What a resume starts from."""
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / LAST_CHECKPOINT
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._finished = time.monotonic(), False
         if self.config is not None:
-            write_atomically(self.files.path / "config.yaml", self.config)
+            write_atomically(self.files.path / CONFIG_FILE, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.files.start_metrics()
@@ -83,10 +85,10 @@ class KeepRun(Reader):
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
         module.summary["plan"] = module.plan.describe()
-        module.summary["interventions"] = module.control.counts()
+        module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
-        self.files.write_json("summary.json", module.summary)
-        save_summary(module.history, module.summary, self.files.path / "summary.png")
+        self.files.write_json(SUMMARY_FILE, module.summary)
+        save_figure(summary_figure(module.history, module.summary), self.files.path / SUMMARY_PICTURE)
         # last, so that a run killed before its summary was written goes back and writes it
         self._finished = True
         self._save(trainer)

@@ -5,7 +5,6 @@ Legend: M members.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +17,8 @@ from torch import Tensor
 from opsin.callbacks.readers.base import Reader, check_count, log_spaced
 from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import run_folder
+from opsin.records.folder import PART_SUFFIX, write_atomically
 from opsin.training.observers import Event, Observation
-
-PART = ".part"
 
 
 class Snapshots(Reader):
@@ -81,7 +79,7 @@ class Snapshots(Reader):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = run_folder(trainer) / "snapshots"
         self._folder.mkdir(parents=True, exist_ok=True)
-        for half_written in self._folder.glob("*" + PART):
+        for half_written in self._folder.glob("*" + PART_SUFFIX):
             half_written.unlink()
         self._last = trainer.max_steps
         self._spaced = log_spaced(self._last, self.per_decade)
@@ -118,14 +116,9 @@ class Snapshots(Reader):
         return self._folder / f"step_{step:07d}.pt"
 
     def _write(self, step: int, parameters: dict[str, Tensor]) -> None:
-        path = self._path(step)
-        part = path.with_name(path.name + PART)
-        sequences = step * self._module.task.batch_size
-        with part.open("wb") as file:
-            shape = asdict(self._module.transformer)
-            content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
-            torch.save(content, file)
-        os.replace(part, path)
+        sequences, shape = step * self._module.task.batch_size, asdict(self._module.transformer)
+        content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
+        write_atomically(self._path(step), lambda file: torch.save(content, file))
 
 
 def _copy(tensor: Tensor) -> Tensor:

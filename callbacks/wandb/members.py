@@ -16,7 +16,6 @@ import yaml
 from jaxtyping import Bool
 
 from opsin.callbacks.readers.run_folder import KeepRun
-from opsin.interventions.plan import covered_members
 from opsin.population.chunks import recipe_of_member
 from opsin.population.folder import rows_of_chunk
 from opsin.training.module import OpsinModule
@@ -92,13 +91,11 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def plan_of(module: OpsinModule, slot: int) -> list[dict[str, str]]:
     """What is done to one member, as ``opsin sites`` prints it."""
     plan, covers = module.plan, _covers(module)
-    order = [index for planned in plan.passes for index in planned.items]
-    order += range(len(plan.interventions), len(plan.places))
-    return [row for index, row in zip(order, plan.describe(), strict=True) if covers[index, slot]]
+    return [line for row, line in zip(plan.rows, plan.describe(), strict=True) if covers[row.gate, slot]]
 
 
 def _covers(module: OpsinModule) -> Bool[np.ndarray, "I M"]:
-    return covered_members(module.plan, module.n_members)
+    return module.plan.covered_members(module.n_members)
 
 
 def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from opsin.callbacks.wandb.start import Ledger, WandbMode, default_mode, open_le
 from opsin.errors import log
 from opsin.population.chunks import listed
 from opsin.population.tables import Row, with_intervals
+from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
 SummaryTables = Mapping[str, Sequence[Row]]
 
@@ -33,7 +34,7 @@ def send_population(folder: Path, summary: SummaryTables) -> None:
         folder: folder of the population, which ``finish_population`` has written.
         summary: tables that ``finish_population`` has returned, rows by the name of the table.
     """
-    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    recipe = yaml.safe_load((folder / CONFIG_FILE).read_text())
     settings = callback_settings(recipe)
     callback = None if settings is None else WeightsAndBiases(**settings)
     mode = "disabled" if callback is None else callback.mode or default_mode()
@@ -68,7 +69,7 @@ def _send(
         ledger.finished = True
         ledger.save()
         if run.offline:
-            members = (files if callback.folder else folder / "chunks" / "*") / "wandb" / "offline-run-*"
+            members = (files if callback.folder else folder / CHUNKS_FOLDER / "*") / "wandb" / "offline-run-*"
             log.info(f"opsin: W&B runs of the members: offline, `wandb sync {members}` uploads them")
 
 

@@ -225,6 +225,6 @@ def drawn_steps(task: Task, seeds: Sequence[int], first: int, count: int) -> Ite
     together = max(1, DRAWN_TOGETHER // len(seeds))
     for begin in range(first, first + count, together):
         size = min(together, first + count - begin)
-        some = task.draw(seeds, begin, size)
+        drawn = task.draw(seeds, begin, size)
         for index in range(size):
-            yield {name: tensor[index] for name, tensor in some.items()}
+            yield {name: tensor[index] for name, tensor in drawn.items()}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from opsin import callbacks as callbacks
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
 from tests.helpers.paths import ROOT
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
+from tests.helpers.processes import opsin
 
 
 class KillAfter(Callback):
@@ -79,31 +78,34 @@ class KillAt(Callback):
             kill()
 
 
+class Begun(Callback):
+    """Notes whether a run was built and has begun, if it is the first of its callbacks."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = True
+
+
 def kill() -> None:
     """Ends the run without a chance to save anything but what is written already."""
     raise Killed
 
 
-def opsin(*arguments: str, folder: Path, kill: str = "") -> int:
-    """The exit code of the command line in a process of its own, which ``KillAfter`` ends where ``kill`` says."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OPSIN_TEST_KILL": kill}
-    command = [sys.executable, "-m", "opsin", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
-
-
 def whole_and_killed(folder: Path, recipe: str, steps: int, kills: int) -> tuple[Path, Path]:
-    """The folders of an uninterrupted run and of one killed so many times; the recipe has a ``killers.KillAfter``."""
+    """The folders of an uninterrupted run and of one killed so many times; the recipe has a ``KillAfter``."""
     (folder / "recipe.yaml").write_text(recipe)
     start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", str(steps // 10), "--run_folder"]
-    assert opsin(*start, "whole", folder=folder) == 0
+    opsin(*start, "whole", folder=folder)
     # any moment will do; a fixed seed only keeps a failure repeatable
     chance = random.Random(0)
     moments = sorted(chance.sample(range(1, steps), kills))
     planned = [f"{step}:{chance.choice([0, 0, 3, 20])}" for step in moments]
-    assert opsin(*start, "killed", folder=folder, kill=planned[0]) == -signal.SIGKILL
-    for kill in planned[1:]:
-        assert opsin("resume", "killed", folder=folder, kill=kill) == -signal.SIGKILL
-    assert opsin("resume", "killed", folder=folder) == 0
+    for moment, arguments in zip(planned, [[*start, "killed"], *[["resume", "killed"]] * kills], strict=False):
+        ended = opsin(*arguments, folder=folder, check=False, OPSIN_TEST_KILL=moment)
+        assert ended.code == -signal.SIGKILL, ended
+    opsin("resume", "killed", folder=folder)
     return folder / "whole", folder / "killed"
 
 

@@ -41,7 +41,7 @@ class Acting(pl.Callback):
         self.module.listen(1, self.note)
 
     def note(self, seen):
-        fired = self.module.control.fired.clone()
+        fired = self.module.gates.counts.fired.clone()
         if seen.step:
             self.steps.append((fired - self.before).bool())
         self.before = fired
@@ -134,7 +134,7 @@ def test_steps_in_which_the_loop_is_open_do_not_make_a_writer_idle():
     zero = {"site": "blocks.0.hook_attn_out", "value": 0.0}
     pair = [Ablate(sites=[zero["site"]], order=0), Clamp(**zero, order=1, schedule=following("wave", above=2.0))]
     model = train(module(), 20, *pair, Wave(10))
-    assert model.control.counts()[1]["active_steps"] == [0]
+    assert model.gates.activity()[1]["active_steps"] == [0]
 
 
 def test_validation_sees_a_loop_as_it_stood_at_the_last_step():
@@ -170,4 +170,4 @@ def test_switching_by_feedback_compiles_once():
     train(model, 60, Ablate(heads=["1:0", "1:1"], schedule=following("wave", above=0.5)), Wave(3))
     assert len(model.events) == 19
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert model.control.counts()[0]["changed_steps"] == [30]
+    assert model.gates.activity()[0]["changed_steps"] == [30]

@@ -1,11 +1,8 @@
 """Claims about populations as a user starts them: chunks, kills, and members equal to runs of their own."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+
+from tests.helpers.processes import Started, all_have_ended, opsin
 
 STEPS = 60
 ABLATED = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:3"]}}
@@ -57,12 +56,6 @@ RECIPE = {
 }
 
 
-def opsin(*arguments, folder, check=True):
-    return subprocess.run(
-        [sys.executable, "-m", "opsin", *map(str, arguments)], cwd=folder, check=check, capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Holds a population left alone, ``whole``, and one whose processes were killed, ``killed``."""
@@ -70,16 +63,29 @@ def folder(tmp_path_factory) -> Path:
     (here / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
     opsin(*start, "whole", folder=here)
-    fit = subprocess.Popen(
-        [sys.executable, "-m", "opsin", *start, "killed"], cwd=here, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    fit = Started(*start, "killed", folder=here)
     while not list(here.glob("killed/chunks/*/checkpoints/last.ckpt")):
         assert fit.poll() is None
         time.sleep(0.02)
     fit.send_signal(signal.SIGKILL)
     fit.wait()
+    until = time.monotonic() + 60
+    while not all_have_ended(here) and time.monotonic() < until:
+        time.sleep(0.02)
+    (here / "left").write_text(json.dumps([all_have_ended(here), finished_chunks(here / "killed")]))
     opsin("resume", "killed", folder=here)
     return here
+
+
+def finished_chunks(folder: Path) -> list[str]:
+    """Names of the chunks whose runs have come to their end."""
+    return [path.parent.name for path in folder.glob("chunks/*/summary.json")]
+
+
+def test_killing_a_population_ends_its_processes_before_they_are_done(folder):
+    all_ended, finished = json.loads((folder / "left").read_text())
+    chunks = list((folder / "killed").glob("chunks/*"))
+    assert all_ended and len(finished) < len(chunks)
 
 
 def weights_of(folder: Path, member: int) -> dict[str, torch.Tensor]:
@@ -94,11 +100,6 @@ def test_a_killed_population_ends_as_one_left_alone(folder):
     for member in range(12):
         a, b = weights_of(folder / "whole", member), weights_of(folder / "killed", member)
         assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_killing_a_population_ends_its_processes(folder):
-    listed = subprocess.run(["pgrep", "-f", str(folder / "killed")], capture_output=True, text=True, check=False)
-    assert listed.stdout.split() in ([], [str(os.getpid())])
 
 
 def test_members_that_share_no_graph_share_no_chunk(folder):
@@ -151,8 +152,8 @@ def test_a_wrong_condition_is_refused_before_anything_starts(tmp_path):
     wrong["population"]["conditions"]["previous"]["callbacks"][0]["init_args"]["heads"] = ["0:9"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
-    assert ended.returncode == 2 and not (tmp_path / "run").exists()
-    assert "population.conditions.previous: Clamp.heads: got '0:9'" in ended.stderr.splitlines()[-1]
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    assert "population.conditions.previous: Clamp.heads: got '0:9'" in ended.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("metric", ["calibration/ece", "induction_strength"])
@@ -162,8 +163,8 @@ def test_a_metric_without_one_recorded_number_a_member_cannot_be_compared(metric
     wrong["trainer"]["callbacks"].append({"class_path": "opsin.callbacks.InductionHeads"})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
-    assert ended.returncode == 2 and not (tmp_path / "run").exists()
-    (line,) = ended.stderr.splitlines()
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    (line,) = ended.err.splitlines()
     assert line.startswith(f"opsin: population.compare: got '{metric}', expected any of train/loss, train/accuracy")
 
 
@@ -189,8 +190,8 @@ def test_what_a_population_would_pass_over_in_silence_is_refused(change, message
     wrong["population"] = {"seeds": 1, "windows": windows, "conditions": change.get("conditions", {})}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
-    assert ended.returncode == 2 and not (tmp_path / "run").exists()
-    assert message in ended.stderr.splitlines()[-1]
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    assert message in ended.err.splitlines()[-1]
 
 
 def test_a_chunk_of_which_every_member_has_diverged_is_whole(tmp_path):
@@ -217,7 +218,7 @@ def test_forty_eight_members_one_of_them_diverging_and_killed_twice_end_as_those
     opsin(*start, "whole", folder=tmp_path)
     chance = random.Random(0)
     for arguments in ([*start, "killed"], ["resume", "killed"]):
-        fit = subprocess.Popen([sys.executable, "-m", "opsin", *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        fit = Started(*arguments, folder=tmp_path)
         before = {path: path.stat().st_mtime for path in tmp_path.glob("killed/chunks/*/checkpoints/last.ckpt")}
         while not _advanced(tmp_path, before):
             assert fit.poll() is None
@@ -252,5 +253,5 @@ def test_a_seed_that_a_condition_does_not_have_is_refused(tmp_path):
     population = {"seeds": 2, "conditions": {"one": {"by_seed": {5: [ABLATED]}}}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"population": population}))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
-    assert ended.returncode == 2
-    assert "population.conditions.one.by_seed: got 5, expected a seed of it: 1, 2" in ended.stderr
+    assert ended.code == 2
+    assert "population.conditions.one.by_seed: got 5, expected a seed of it: 1, 2" in ended.err

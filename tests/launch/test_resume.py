@@ -47,7 +47,7 @@ trainer:
       init_args: {{every: 13}}
     - class_path: opsin.callbacks.PhaseChange
     - class_path: opsin.callbacks.Snapshots
-    - class_path: killers.KillAfter
+    - class_path: tests.helpers.killers.KillAfter
 """
 
 

@@ -54,7 +54,7 @@ trainer:
           feedback: {{metric: train/loss, above: 0.2, mode: scale, full: 1.5}}
     - class_path: opsin.callbacks.InductionHeads
       init_args: {{every: 7}}
-    - class_path: killers.KillAfter
+    - class_path: tests.helpers.killers.KillAfter
 """
 
 

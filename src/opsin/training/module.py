@@ -22,38 +22,42 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Moment, constants_of
+from opsin.interventions.apply import constants_of
+from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
-from opsin.interventions.plan import Plan, Writer, build_plan
-from opsin.interventions.weights import WeightWriter, fresh_values, weight_table
+from opsin.interventions.plan import Plan
+from opsin.interventions.weights import WeightWriter, weight_table
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.records.history import History
 from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
-from opsin.training.active_members import Crew, places
+from opsin.training.active_members import ActiveMembers, members_in_step
+from opsin.training.adam import Adam
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
-from opsin.training.gates import Control
-from opsin.training.objective import evaluate, scored_logits
+from opsin.training.gates import GateController
+from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
 from opsin.training.probe import ForwardPasses
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepGates
+from opsin.training.weight_updates import drawn_values
 
 
 class OpsinModule(pl.LightningModule):
     """Trains M transformers on one task, with whatever interventions the callbacks ask for.
 
     Args:
-        task: what is learned.
-        transformer: shape of the model.
+        task: what the members learn, with its data.
+        transformer: shape of the model that every member has.
         seed: seeds initialisation and data; a list trains one member per seed.
-        learning_rate: of Adam; a list has one for each member.
-        weight_decay: decoupled (AdamW); a list has one for each member.
+        learning_rate: step size of Adam; a list has one for each member.
+        weight_decay: decoupled weight decay (AdamW); a list has one for each member.
         gradient_clip: largest gradient norm of a member; None for none.
-        betas: of Adam.
-        eps: of Adam, added outside the square root.
+        betas: decay of the two running moments of Adam, in [0, 1).
+        eps: what Adam adds to the square root of the second moment.
         lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
             plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
         steps_per_batch: optimizer steps that one Lightning batch carries.
@@ -63,7 +67,7 @@ class OpsinModule(pl.LightningModule):
         evaluation_size: sequences of each evaluation set.
         compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
             present and the run has at least 5,000 optimizer steps.
-        threads: of this process; small models want one.
+        threads: threads of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
         initial: for each member, whose weights it starts from; its own initialisation where None.
     """
@@ -105,7 +109,7 @@ class OpsinModule(pl.LightningModule):
         self.events: list[Event] = []
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
-        self._saved_control: dict[str, Any] | None = None
+        self._saved_gates: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
 
@@ -186,13 +190,14 @@ class OpsinModule(pl.LightningModule):
             raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
-        self._listeners, self._event_handlers, self._saved_control = [], [], None
+        self._listeners, self._event_handlers, self._saved_gates = [], [], None
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         if self.plan.feedback:
             validates = bool(trainer.limit_val_batches)
             self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
-        self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
+        adam = Adam((self.betas[0], self.betas[1]), self.eps)
+        self.step = Step(self.transformer, self.task, self.plan, adam)
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
@@ -224,25 +229,25 @@ class OpsinModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         dtype = next(self.members.parameters()).dtype
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
-        fresh = fresh_values(self.plan.changes, self.transformer, self.task, self.seeds)
-        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, fresh)
-        self.control = Control(
+        drawn = drawn_values(self.plan.changes, self.transformer, self.task, self.seeds)
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, drawn)
+        self.gates = GateController(
             self.plan, self.constants, self.seeds, self.history, self.idle, self.announce, self.ended
         )
-        if self._saved_control is not None:
-            self.control.load_state_dict(self._saved_control)
+        if self._saved_gates is not None:
+            self.gates.load_state_dict(self._saved_gates)
         self.forward_passes = ForwardPasses(
             self.transformer,
             self.task,
             self.plan,
             self.constants,
-            self.control,
+            self.gates,
             self.parameters_by_name,
             lambda: self.steps_done,
         )
         self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
         run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
-        self._crew = Crew(run_step, self.n_members)
+        self._active_members = ActiveMembers(run_step, self.n_members)
         # a graph for fewer members must repay its making, as the first must
         self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
 
@@ -258,36 +263,38 @@ class OpsinModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         results: list[Tensor] = []
-        self._crew.choose(places(self.n_members, self.ended, self._last_leave))
+        self._active_members.choose(members_in_step(self.n_members, self.ended, self._last_leave))
         draws = drawn_steps(self.task, self.seeds, first, count)
-        for index, moment in enumerate(self.control.moments(first, count)):
+        for index, gates in enumerate(self.gates.during(first, count)):
             draw = {name: tensor.to(self.device) for name, tensor in next(draws).items()}
-            optimizer.step(partial(self._update, draw, moment, results))
+            optimizer.step(partial(self._update, draw, gates, results))
             self._step_schedulers()
             done = first + index + 1
             self._log_steps(done, results)
             last = done == self.trainer.max_steps
-            self._notify(done, [each for each in self._listeners if last or done % each.every == 0])
-        self._crew.write_back()
+            self._notify(done, [listener for listener in self._listeners if last or done % listener.every == 0])
+        self._active_members.write_back()
         self._finish_batch(first, torch.stack(results))
-        self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
+        self.gates.check_idle(finished=self.steps_done == self.trainer.max_steps)
 
     def on_train_batch_end(self, *_: Any) -> None:
         # Lightning's callbacks have been told by now, so whoever ends a member has ended it
         if len(self.ended) == self.n_members and self.steps_done < self.trainer.max_steps:
-            # those whose turn it was have looked already
-            self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
-            self.control.check_idle(finished=True)
+            # listeners whose turn it was have been notified already
+            done = self.steps_done
+            self._notify(done, [listener for listener in self._listeners if done % listener.every])
+            self.gates.check_idle(finished=True)
 
     def on_fit_end(self) -> None:
         # once its callbacks have written what there is
-        if problem := self.control.all_diverged():
+        if problem := self.gates.all_diverged():
             raise problem
 
-    def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
+    def _update(self, draw: dict[str, Tensor], gates: StepGates, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MemberAdam)
-        results.append(self._crew(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
+        state, hyper = optimizer.adam_state(), optimizer.hyper()
+        results.append(self._active_members(state, hyper, self.constants, draw, gates, self.gates.counts))
 
     def _step_schedulers(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -302,8 +309,8 @@ class OpsinModule(pl.LightningModule):
         self.record(done, dict(zip(STEP_METRICS, means, strict=True)))
 
     def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
-        self.control.check_diverged(first, results[:, 0].isfinite())
-        self.trainer.should_stop |= self.control.all_diverged() is not None
+        self.gates.check_diverged(first, results[:, 0].isfinite())
+        self.trainer.should_stop |= self.gates.all_diverged() is not None
         means = results.nanmean((0, 2))
         for name, value in zip(STEP_METRICS, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)
@@ -318,7 +325,7 @@ class OpsinModule(pl.LightningModule):
     def _notify(self, done: int, due: Sequence[Listener]) -> None:
         if not due:
             return
-        self._crew.write_back()
+        self._active_members.write_back()
         sites = {site for listener in due for site in listener.sites}
         activations = self.observe(self.probe, sites) if sites else {}
         observation = Observation(done, self.probe, activations)
@@ -345,7 +352,7 @@ class OpsinModule(pl.LightningModule):
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
-        metrics = {f"val/{name}/{metric}": values for metric, values in evaluate(logits, data).items()}
+        metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
         for metric, values in metrics.items():
             self.log(metric, values.mean(), logger=False, batch_size=1)
         if not self.trainer.sanity_checking:
@@ -358,7 +365,7 @@ class OpsinModule(pl.LightningModule):
             "history": self.history.state_dict(),
             "events": [vars(event) for event in self.events],
             "plan": self.plan.digest(),
-            "control": self.control.state_dict(),
+            "control": self.gates.state_dict(),
             "seeds": self.seeds,
             "transformer": asdict(self.transformer),
         }
@@ -371,7 +378,7 @@ class OpsinModule(pl.LightningModule):
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
-        self._saved_control = saved["control"]
+        self._saved_gates = saved["control"]
 
 
 def _numbers(count: int) -> DataLoader:

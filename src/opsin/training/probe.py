@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.interventions.apply import Constants, Scene, run_passes
+from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan
 from opsin.model.transformer import Parameters, Tap, Transformer, forward
 from opsin.task import Batch, Task
-from opsin.training.gates import Control
+from opsin.training.gates import GateController
 from opsin.training.objective import scored_logits
 
 PROBE_SEED = 0
@@ -34,7 +34,7 @@ class ForwardPasses:
         task: task that the evaluation sets belong to.
         plan: interventions of the run.
         constants: tensors of the run that no gradient moves.
-        control: what knows the strength of every intervention at a step.
+        gates: controller that knows the strength of every row of the plan at a step.
         parameters: function that returns the current weights ``[M, ...]`` by name.
         steps_done: function that returns the number of optimizer steps finished.
     """
@@ -45,11 +45,11 @@ class ForwardPasses:
         task: Task,
         plan: Plan,
         constants: Constants,
-        control: Control,
+        gates: GateController,
         parameters: Callable[[], Parameters],
         steps_done: Callable[[], int],
     ) -> None:
-        self.model, self.task, self.plan, self.constants, self.control = model, task, plan, constants, control
+        self.model, self.task, self.plan, self.constants, self.gates = model, task, plan, constants, gates
         self._parameters, self._steps_done = parameters, steps_done
         self._evaluation_sets: dict[tuple[str, int], Batch] = {}
 
@@ -65,7 +65,7 @@ class ForwardPasses:
             device = self.constants.table.device
             choices = {key: tensor[0].to(device) for key, tensor in draw.items()}
             batch = self.task.assemble(self.constants.bank, choices)
-            self._evaluation_sets[name, size] = batch.shared_by(len(self.control.seeds))
+            self._evaluation_sets[name, size] = batch.shared_by(len(self.gates.seeds))
         return self._evaluation_sets[name, size]
 
     def tap(self, batch: Batch, without: Collection[Intervention] = ()) -> Tap:
@@ -75,9 +75,9 @@ class ForwardPasses:
             batch: sequences that the other passes see.
             without: interventions of the run's own pass that are switched off.
         """
-        moment = self.control.moment(max(self._steps_done() - 1, 0), without)
-        scene = Scene(self.model, self._weights(), self.constants, batch, moment.gates, moment.clock)
-        return run_passes(self.plan, scene)
+        gates = self.gates.at(max(self._steps_done() - 1, 0), without)
+        inputs = PassInputs(self.model, self._weights(), self.constants, batch, gates.strength, gates.clock)
+        return run_passes(self.plan, inputs)
 
     def observe(
         self, batch: Batch, sites: Collection[str], without: Collection[Intervention] = ()

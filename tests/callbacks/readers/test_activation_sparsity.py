@@ -9,7 +9,8 @@ import torch
 from opsin.callbacks import Ablate, ActivationSparsity, AttentionSinks, Clamp, InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
-from opsin.metrics.activity import attention_sink, by_tokens
+from opsin.metrics.activity import by_tokens
+from opsin.metrics.heads import attention_sink
 from opsin.model.transformer import Transformer, forward
 from opsin.training.module import OpsinModule
 from opsin.training.observers import recorded_metrics

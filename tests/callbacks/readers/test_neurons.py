@@ -26,7 +26,8 @@ from opsin.callbacks.readers import last_layer
 from opsin.callbacks.readers.neurons import NeuronMeasurement
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
-from opsin.metrics.neurons import ReadOut, logit_var, mean_ablation_effects, null_share, weight_norm
+from opsin.metrics.mean_ablation import mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, logit_var, null_share, weight_norm
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from opsin.training.observers import recorded_metrics

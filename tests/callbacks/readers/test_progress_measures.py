@@ -21,8 +21,8 @@ from opsin.callbacks import (
     ProgressMeasures,
 )
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Scene, constants_of, run_passes
-from opsin.interventions.plan import build_plan
+from opsin.interventions.apply import PassInputs, constants_of, run_passes
+from opsin.interventions.build_plan import build_plan
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer, forward
 from opsin.tasks import FewShot, GaussianClusters
@@ -75,7 +75,7 @@ class OneByOne(pl.Callback):
             table = own.constants.table
             constants = constants_of(plan, own.constants.bank, table, members, table.dtype)
             gates = torch.ones(len(plan.interventions), members, dtype=table.dtype)
-            tap = run_passes(plan, Scene(own.transformer, values, constants, seen.batch, gates, clock))
+            tap = run_passes(plan, PassInputs(own.transformer, values, constants, seen.batch, gates, clock))
             logits = scored_logits(forward(values, table, seen.batch, own.transformer, tap), seen.batch)
             self.found.setdefault(f"progress/{name}/loss", []).append(cross_entropy(logits, seen.batch).mean((1, 2)))
             self.found.setdefault(f"progress/{name}/accuracy", []).append(accuracy(logits, seen.batch))

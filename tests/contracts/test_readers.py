@@ -1,0 +1,132 @@
+"""Claims about every reader there is, found in the package and in this folder: it reads, resumes, refuses early."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opsin.errors import ConfigError
+from opsin.model.transformer import Transformer
+from opsin.task import Task
+from tests.contracts.readers import READERS, lacks_an_example, makers
+from tests.contracts.runs import FEW, WHOLE, fit, generators, module, rich_task, weights
+from tests.helpers.killers import Begun
+from tests.helpers.toys import ToyTokens, few_shot
+
+LEDGERS = ("wandb", "checkpoints")
+"""Files that begin so hold an id of their own, or times, and are looked at by tests of those wings."""
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> torch.Tensor:
+    """Final weights of the run that nobody reads."""
+    model = module()
+    fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
+    return weights(model)
+
+
+@pytest.fixture(autouse=True)
+def disabled(monkeypatch, tmp_path):
+    # the run that all readers share is the one that W&B sees
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_can_be_made_from_its_defaults_or_from_an_example_in_the_documents(name):
+    assert not lacks_an_example(name), f"{name} has settings without a default, and no document shows an example"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tmp_path):
+    for number, make in enumerate(makers(name, tmp_path / "kept")):
+        shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        model, reader, before = module(), make(), generators()
+        fit(model, [reader], tmp_path / str(number), FEW)
+        assert torch.equal(weights(model), untouched), f"{name} moved a weight"
+        assert generators() == before, f"{name} drew from a global generator"
+
+
+def test_all_readers_together_move_no_weight(read, tmp_path):
+    model = module()
+    fit(model, [], tmp_path)
+    assert torch.equal(weights(model), read.weights)
+
+
+# ---- killed and resumed -----------------------------------------------------------------------------
+
+
+def test_readers_that_are_killed_and_resumed_write_the_metrics_of_readers_left_alone(read, resumed):
+    whole, killed = (list(csv.reader((run.folder / "metrics.csv").open())) for run in (read, resumed))
+    unlike = {metric for step, _, metric, *_ in {*map(tuple, whole)} ^ {*map(tuple, killed)}}
+    assert not unlike and whole == killed
+
+
+def test_readers_that_are_killed_and_resumed_end_with_the_summary_of_readers_left_alone(read, resumed):
+    whole, killed = (content(run.folder / "summary.json") for run in (read, resumed))
+    assert whole.keys() == killed.keys()
+    assert {name for name in whole if whole[name] != killed[name]} == set()
+
+
+def test_readers_that_are_killed_and_resumed_leave_the_files_of_readers_left_alone(read, resumed):
+    whole, killed = (left_behind(run.folder) for run in (read, resumed))
+    assert whole.keys() == killed.keys() and len(whole) > 4
+    assert {name for name in whole if content(whole[name]) != content(killed[name])} == set()
+
+
+def left_behind(folder: Path) -> dict[str, Path]:
+    """The files of a run by their names."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if not name.startswith(LEDGERS)}
+
+
+def content(path: Path) -> Any:
+    """What a file holds, without the time that the clock on the wall has shown."""
+    match path.suffix:
+        case ".json":
+            return {name: value for name, value in json.loads(path.read_text()).items() if name != "wall_time_seconds"}
+        case ".png":
+            return np.asarray(Image.open(path)).tobytes()
+        case ".pt":
+            return plain(torch.load(path, weights_only=True))
+        case _:
+            return path.read_bytes()
+
+
+def plain(saved: Any) -> Any:
+    """The same with tensors as lists, which can be compared."""
+    if isinstance(saved, dict):
+        return {name: plain(value) for name, value in saved.items()}
+    return saved.tolist() if isinstance(saved, torch.Tensor) else saved
+
+
+# ---- on a run that lacks something --------------------------------------------------------------------
+
+LACKING: dict[str, Callable[[], tuple[Task, Transformer]]] = {
+    "no MLP": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8)),
+    "no LayerNorm": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1, norm=False)),
+    "features, attention only": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, norm=False)),
+    "no unigram and no set that repeats": lambda: (ToyTokens(), WHOLE),
+}
+
+
+@pytest.mark.parametrize("lack", LACKING)
+@pytest.mark.parametrize("name", READERS)
+def test_where_something_is_missing_a_reader_works_or_refuses_before_training(name, lack, tmp_path):
+    for make in makers(name, tmp_path / "kept"):
+        shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        begun = Begun()
+        try:
+            fit(module(*LACKING[lack]()), [begun, make()], tmp_path, steps=4)
+        except ConfigError as error:
+            assert len(str(error).splitlines()) == 1
+            assert not begun.seen, f"{name} refuses only once training starts: {error}"
