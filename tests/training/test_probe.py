@@ -27,7 +27,8 @@ def test_logits_are_those_of_an_observed_pass_under_the_interventions_in_force(t
 
 def test_an_intervention_can_be_left_out_of_a_pass(trained):
     sites = ["blocks.1.attn.hook_z", "hook_logits"]
-    silent, free = (trained.observe(trained.probe, sites, without) for without in ((), trained.plan.interventions))
+    ablations = [row.intervention for row in trained.plan.interventions]
+    silent, free = (trained.observe(trained.probe, sites, without) for without in ((), ablations))
     assert not silent[sites[0]][:, :, :, 0].any() and free[sites[0]][:, :, :, 0].any()
     assert not torch.equal(silent["hook_logits"], free["hook_logits"])
 
