@@ -83,6 +83,18 @@ def test_readers_that_are_killed_and_resumed_leave_the_files_of_readers_left_alo
     assert {name for name in whole if content(whole[name]) != content(killed[name])} == set()
 
 
+def test_readers_that_are_killed_and_resumed_end_in_the_state_of_readers_left_alone(read, resumed):
+    whole, killed = (states(run.folder / "checkpoints" / "last.ckpt") for run in (read, resumed))
+    assert whole.keys() == killed.keys()
+    assert {name for name in whole if whole[name] != killed[name]} == set()
+
+
+def states(path: Path) -> dict[str, str]:
+    """What a checkpoint holds of the module and of every callback, as text, since nan equals nothing."""
+    saved = torch.load(path, weights_only=True)
+    return {name: repr(plain(state)) for name, state in {**saved["opsin"], **saved["callbacks"]}.items()}
+
+
 def left_behind(folder: Path) -> dict[str, Path]:
     """The files of a run by their names."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -103,9 +115,11 @@ def content(path: Path) -> Any:
 
 
 def plain(saved: Any) -> Any:
-    """The same with tensors as lists, which can be compared."""
+    """The same with tensors as lists, which can be compared, and without times."""
     if isinstance(saved, dict):
-        return {name: plain(value) for name, value in saved.items()}
+        return {name: plain(value) for name, value in saved.items() if name != "seconds"}
+    if isinstance(saved, list | tuple):
+        return [plain(value) for value in saved]
     return saved.tolist() if isinstance(saved, torch.Tensor) else saved
 
 
@@ -114,6 +128,7 @@ def plain(saved: Any) -> Any:
 LACKING: dict[str, Callable[[], tuple[Task, Transformer]]] = {
     "no MLP": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8)),
     "no LayerNorm": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1, norm=False)),
+    "features": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1)),
     "features, attention only": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, norm=False)),
     "no unigram and no set that repeats": lambda: (ToyTokens(), WHOLE),
 }
