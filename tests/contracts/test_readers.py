@@ -89,6 +89,36 @@ def test_readers_that_are_killed_and_resumed_end_in_the_state_of_readers_left_al
     assert {name for name in whole if whole[name] != killed[name]} == set()
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_saves_is_what_it_loads(name, read, tmp_path):
+    saved = torch.load(read.folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    for make in makers(name, tmp_path)[-1:]:
+        # other numbers than a fresh reader may have by itself
+        other = shifted(plain(saved.get(make().state_key, {})))
+        if numbers(other):
+            reader = make()
+            reader.load_state_dict(shifted(saved[reader.state_key]))
+            assert numbers(plain(reader.state_dict())) == numbers(other)
+
+
+def shifted(state: Any) -> Any:
+    """The same with one more in the place of every number."""
+    if isinstance(state, dict):
+        return {name: shifted(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [shifted(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        return ~state if state.dtype == torch.bool else state + 1
+    return state if isinstance(state, bool | str | None) else state + 1
+
+
+def numbers(state: Any) -> list[str]:
+    """All numbers of a state in order, as text; not whether it has finished, which a run that goes on has not."""
+    if isinstance(state, dict | list):
+        return [each for value in (state.values() if isinstance(state, dict) else state) for each in numbers(value)]
+    return [repr(state)] if isinstance(state, int | float) and not isinstance(state, bool) else []
+
+
 def states(path: Path) -> dict[str, str]:
     """What a checkpoint holds of the module and of every callback, as text, since nan equals nothing."""
     saved = torch.load(path, weights_only=True)
