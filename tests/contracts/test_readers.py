@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,20 @@ LEDGERS = ("wandb", "checkpoints")
 """Files that begin so hold an id of their own, or times, and are looked at by tests of those wings."""
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """What the run that nobody reads ends with: its parameters in one row, and the digest of its plan."""
+
+    weights: torch.Tensor
+    plan: str
+
+
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> torch.Tensor:
-    """Final weights of the run that nobody reads."""
+def untouched(tmp_path_factory) -> Untouched:
+    """The run that nobody reads."""
     model = module()
     fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
-    return weights(model)
+    return Untouched(weights(model), model.plan.digest())
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,8 @@ def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tm
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         model, reader, before = module(), make(), generators()
         fit(model, [reader], tmp_path / str(number), FEW)
-        assert torch.equal(weights(model), untouched), f"{name} moved a weight"
+        assert torch.equal(weights(model), untouched.weights), f"{name} moved a weight"
+        assert model.plan.digest() == untouched.plan, f"{name} changed the plan of interventions"
         assert generators() == before, f"{name} drew from a global generator"
 
 
@@ -94,7 +104,7 @@ def test_what_a_reader_saves_is_what_it_loads(name, read, tmp_path):
     saved = torch.load(read.folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     for make in makers(name, tmp_path)[-1:]:
         # other numbers than a fresh reader may have by itself
-        other = shifted(plain(saved.get(make().state_key, {})))
+        other = plain(shifted(saved.get(make().state_key, {})))
         if numbers(other):
             reader = make()
             reader.load_state_dict(shifted(saved[reader.state_key]))
