@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,20 @@ LEDGERS = ("wandb", "checkpoints")
 """Files that begin so hold an id of their own, or times, and are looked at by tests of those wings."""
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """What the run that nobody reads ends with: its parameters in one row, and the digest of its plan."""
+
+    weights: torch.Tensor
+    plan: str
+
+
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> torch.Tensor:
-    """Final weights of the run that nobody reads."""
+def untouched(tmp_path_factory) -> Untouched:
+    """The run that nobody reads."""
     model = module()
     fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
-    return weights(model)
+    return Untouched(weights(model), model.plan.digest())
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,8 @@ def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tm
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         model, reader, before = module(), make(), generators()
         fit(model, [reader], tmp_path / str(number), FEW)
-        assert torch.equal(weights(model), untouched), f"{name} moved a weight"
+        assert torch.equal(weights(model), untouched.weights), f"{name} moved a weight"
+        assert model.plan.digest() == untouched.plan, f"{name} changed the plan of interventions"
         assert generators() == before, f"{name} drew from a global generator"
 
 
@@ -83,6 +93,48 @@ def test_readers_that_are_killed_and_resumed_leave_the_files_of_readers_left_alo
     assert {name for name in whole if content(whole[name]) != content(killed[name])} == set()
 
 
+def test_readers_that_are_killed_and_resumed_end_in_the_state_of_readers_left_alone(read, resumed):
+    whole, killed = (states(run.folder / "checkpoints" / "last.ckpt") for run in (read, resumed))
+    assert whole.keys() == killed.keys()
+    assert {name for name in whole if whole[name] != killed[name]} == set()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_saves_is_what_it_loads(name, read, tmp_path):
+    saved = torch.load(read.folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    for make in makers(name, tmp_path)[-1:]:
+        # other numbers than a fresh reader may have by itself
+        other = plain(shifted(saved.get(make().state_key, {})))
+        if numbers(other):
+            reader = make()
+            reader.load_state_dict(shifted(saved[reader.state_key]))
+            assert numbers(plain(reader.state_dict())) == numbers(other)
+
+
+def shifted(state: Any) -> Any:
+    """The same with one more in the place of every number."""
+    if isinstance(state, dict):
+        return {name: shifted(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [shifted(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        return ~state if state.dtype == torch.bool else state + 1
+    return state if isinstance(state, bool | str | None) else state + 1
+
+
+def numbers(state: Any) -> list[str]:
+    """All numbers of a state in order, as text; not whether it has finished, which a run that goes on has not."""
+    if isinstance(state, dict | list):
+        return [each for value in (state.values() if isinstance(state, dict) else state) for each in numbers(value)]
+    return [repr(state)] if isinstance(state, int | float) and not isinstance(state, bool) else []
+
+
+def states(path: Path) -> dict[str, str]:
+    """What a checkpoint holds of the module and of every callback, as text, since nan equals nothing."""
+    saved = torch.load(path, weights_only=True)
+    return {name: repr(plain(state)) for name, state in {**saved["opsin"], **saved["callbacks"]}.items()}
+
+
 def left_behind(folder: Path) -> dict[str, Path]:
     """The files of a run by their names."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -103,9 +155,11 @@ def content(path: Path) -> Any:
 
 
 def plain(saved: Any) -> Any:
-    """The same with tensors as lists, which can be compared."""
+    """The same with tensors as lists, which can be compared, and without times."""
     if isinstance(saved, dict):
-        return {name: plain(value) for name, value in saved.items()}
+        return {name: plain(value) for name, value in saved.items() if name != "seconds"}
+    if isinstance(saved, list | tuple):
+        return [plain(value) for value in saved]
     return saved.tolist() if isinstance(saved, torch.Tensor) else saved
 
 
@@ -114,6 +168,7 @@ def plain(saved: Any) -> Any:
 LACKING: dict[str, Callable[[], tuple[Task, Transformer]]] = {
     "no MLP": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8)),
     "no LayerNorm": lambda: (rich_task(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1, norm=False)),
+    "features": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1)),
     "features, attention only": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, norm=False)),
     "no unigram and no set that repeats": lambda: (ToyTokens(), WHOLE),
 }
