@@ -240,8 +240,8 @@ class Measured:
         losses = cross_entropy(logits, batch)
         gradients = torch.autograd.grad(losses.mean(), list(leaves.values()))
         held = {
-            place: {site: x.detach() for site, x in sites.items() if not site.endswith(UNHELD)}
-            for place, sites in seen.items()
+            number: {site: x.detach() for site, x in sites.items() if not site.endswith(UNHELD)}
+            for number, sites in seen.items()
         }
         return logits.detach(), losses.detach(), gradients, held
 
@@ -256,7 +256,7 @@ def forward_errors(case: Case, file: File, precision: torch.dtype, measured: Cal
     scale = max(1.0, *(float(np.abs(value).max()) for value in reference.values()))
     return {
         "activations": max(
-            (relative_error(a.found(seen[a.place][a.site]), a.expected(file[a.key])) for a in compared), default=0.0
+            (relative_error(a.found(seen[a.number][a.site]), a.expected(file[a.key])) for a in compared), default=0.0
         ),
         "losses": max(
             relative_error(logits[0, :, 0], file["logits"]),
@@ -315,7 +315,7 @@ class Activation:
     """One array of activations that a file holds: which pass of the plan computes it, and at which site."""
 
     key: str
-    place: int
+    number: int
     site: str
 
     @property
@@ -345,15 +345,15 @@ def activations(file: File, case: Case) -> list[Activation]:
         Uncovered: an activation without a site, or a pass that our plan has not.
     """
     found = []
-    for prefix, place in {"act/": answering_pass(case), "pattern_pass/": pattern_pass(case)}.items():
+    for prefix, number in {"act/": answering_pass(case), "pattern_pass/": pattern_pass(case)}.items():
         for key in (key for key in file if key.startswith(prefix)):
-            if place is None:
+            if number is None:
                 raise Uncovered(f"{prefix} without such a pass")
-            donor = case.plan.passes[place].donor
+            donor = case.plan.passes[number].donor
             model = case.model if donor is None else case.plan.donors[donor].model
             # without an MLP the reference holds what has no meaning
             if model.neurons is not None or key.rsplit(".", 1)[-1] not in OF_MLP:
-                found.append(Activation(key, place, site_name(key.removeprefix(prefix), model)))
+                found.append(Activation(key, number, site_name(key.removeprefix(prefix), model)))
     return found
 
 
@@ -365,9 +365,9 @@ def answering_pass(case: Case) -> int:
 
 def pattern_pass(case: Case) -> int | None:
     """The other pass of the trained model that has interventions."""
-    others = {address.index for row in case.rows for address in row.inputs if address.kind == "pass"}
+    earlier = {address.index for row in case.rows for address in row.inputs if address.kind == "pass"}
     passes = case.plan.passes
-    return next((place for place in sorted(others) if passes[place].rows and passes[place].donor is None), None)
+    return next((number for number in sorted(earlier) if passes[number].rows and passes[number].donor is None), None)
 
 
 def site_name(reference: str, model: Transformer) -> str:

@@ -178,8 +178,8 @@ class AllOf:
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         return [
-            replace(item, order=FILE * place + (item.order or 0))
-            for place, writers in enumerate(self.files)
+            replace(item, order=FILE * number + (item.order or 0))
+            for number, writers in enumerate(self.files)
             for writer in writers
             for item in writer.interventions(sites)
         ]
@@ -325,9 +325,9 @@ def scores(options: dict, last: int) -> list[Writer]:
         # in a layer whose temperature is set the reference's flag is void
         hot = {head.split(":")[0] for head in tempered}
         for void in (True, False):
-            some = [head for head in heads if (head.split(":")[0] in hot) == void]
-            if some:
-                writers.append(Disallow(some, "previous_token", labels_only=labels_only and not void, order=1))
+            chosen = [head for head in heads if (head.split(":")[0] in hot) == void]
+            if chosen:
+                writers.append(Disallow(chosen, "previous_token", labels_only=labels_only and not void, order=1))
     if silent := options.get("final_layer_silence_non_label_attn"):
         writers.append(Disallow([f"{last}:{head}" for head in silent], "non_labels", order=2))
     return writers
@@ -341,9 +341,9 @@ def grafts(options: dict, donated: tuple[Donor, dict] | None) -> list[Writer]:
             continue
         if donated is None:
             raise KeyError("donor")
-        donor, theirs = donated
+        donor, donor_options = donated
         # the reference runs a donor of upper blocks without the donor's clamps
-        inside = writers_for(theirs, donor.model.layers) if part == "lower" else []
+        inside = writers_for(donor_options, donor.model.layers) if part == "lower" else []
         writers.append(Graft(donor, layer, part, donor_callbacks=inside, order=1))
     return writers
 
@@ -358,18 +358,18 @@ def relative_error(found: Tensor, expected: np.ndarray, scale: float = 1.0) -> f
     counted. A mask is compared with itself alone. Nothing is compared with less than 1e-6, and an array that
     is zero in theory with what puts the limit at five roundings of a number of size ``scale``.
     """
-    ours = np.broadcast_to(found.detach().numpy().astype(np.float64), expected.shape)
-    theirs = expected.astype(np.float64)
-    if not np.isfinite(ours).all():
+    computed = np.broadcast_to(found.detach().numpy().astype(np.float64), expected.shape)
+    expected = expected.astype(np.float64)
+    if not np.isfinite(computed).all():
         return float("inf")
-    difference = np.abs(ours - theirs)
+    difference = np.abs(computed - expected)
     if expected.dtype == np.float32:
         difference = np.maximum(difference - np.spacing(np.abs(expected)) / 2, 0.0)
-    masked = np.abs(theirs) >= MASK
-    size = root_mean_square(theirs[~masked])
+    masked = np.abs(expected) >= MASK
+    size = root_mean_square(expected[~masked])
     noise = 5 * torch.finfo(found.dtype).eps * scale / LIMITS[found.dtype]
     size = max(size, SMALLEST, noise if size < ZERO else 0.0)
-    return float(np.max(difference / np.maximum(np.abs(theirs), np.where(masked, 0.0, size)), initial=0.0))
+    return float(np.max(difference / np.maximum(np.abs(expected), np.where(masked, 0.0, size)), initial=0.0))
 
 
 def norm_error(found: Tensor, expected: np.ndarray) -> float:

@@ -76,7 +76,7 @@ class Graft(ActivationWriter):
         cut = f"blocks.{self.layer}.hook_resid_post"
         if self.part == "lower":
             return [self.intervention_at(cut, FromPass(Source(cut, Pass(inside, donor))))]
-        handed_over = FromPass(Source(cut, Relative.ASKING))
+        handed_over = FromPass(Source(cut, Relative.ASKING_PASS))
         joined = Intervention("Graft", cut, Selection(), handed_over, order=AFTER_ALL_OTHERS)
         return [self.intervention_at("hook_logits", FromPass(Source("hook_logits", Pass((*inside, joined), donor))))]
 

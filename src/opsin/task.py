@@ -150,7 +150,7 @@ class Task(ABC):
 
     Attributes:
         layout: which position holds what.
-        batch_size: B.
+        batch_size: B, sequences of one training step.
         n_features: F, or None when the input is tokens only.
         n_tokens: size of the input vocabulary.
         n_outputs: V, number of classes predicted.

@@ -137,8 +137,8 @@ def test_changes_of_weights_go_by_the_head_too():
 
 
 def test_a_schedule_without_feedback_leaves_the_intervention_whole():
-    (item,) = plan_of(SMALL, few_shot(), Ablate(heads=["1:0", "1:1"])).interventions
-    assert item.selection.heads == (0, 1)
+    (row,) = plan_of(SMALL, few_shot(), Ablate(heads=["1:0", "1:1"])).rows
+    assert row.intervention.selection.heads == (0, 1)
 
 
 # ---- what is refused ------------------------------------------------------------------------------

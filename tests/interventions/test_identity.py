@@ -57,5 +57,10 @@ def test_without_members_an_intervention_is_itself_in_any_of_them():
 
 
 def test_a_pass_inside_a_value_counts_and_so_does_the_way_it_is_named():
-    sources = [Source(SITE), Source(SITE, Pass((CLAMP,))), Source(SITE, Relative.THIS), Source(SITE, Relative.ASKING)]
+    sources = [
+        Source(SITE),
+        Source(SITE, Pass((CLAMP,))),
+        Source(SITE, Relative.SAME_PASS),
+        Source(SITE, Relative.ASKING_PASS),
+    ]
     assert len({FromPass(source).identity for source in sources}) == 4

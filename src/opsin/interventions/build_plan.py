@@ -152,7 +152,9 @@ class _Assembly:
         if isinstance(need, Clock):
             return InputAddress("clock")
         if isinstance(need.of, Relative):
-            return InputAddress("this" if need.of is Relative.THIS else "asking", name=need.site, detach=need.detach)
+            return InputAddress(
+                "this" if need.of is Relative.SAME_PASS else "asking", name=need.site, detach=need.detach
+            )
         kind: Literal["nested", "pass"] = "nested" if need.of.asks else "pass"
         # the run's own pass is not one that values are taken from, even where a pass like it is
         return InputAddress(kind, self.passes[:-1].index(need.of), need.site, need.detach)
@@ -220,9 +222,9 @@ def _keep_sources(
 ) -> None:
     """Note what an intervention of one pass takes from which pass."""
     for source in item.value.sources:
-        if source.of is Relative.ASKING:
+        if source.of is Relative.ASKING_PASS:
             continue  # noted where it is asked
-        if source.of is Relative.THIS:
+        if source.of is Relative.SAME_PASS:
             _keep_earlier(source.site, item, tables[number], keeps[number])
             continue
         assert isinstance(source.of, Pass)
@@ -230,7 +232,7 @@ def _keep_sources(
         keeps[origin].add(tables[origin].find(source.site, item.writer).name)
         for inside in source.of.interventions:
             for wanted in inside.value.sources:
-                if wanted.of is Relative.ASKING:
+                if wanted.of is Relative.ASKING_PASS:
                     _keep_earlier(wanted.site, item, tables[number], keeps[number])
 
 

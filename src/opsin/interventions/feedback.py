@@ -117,7 +117,7 @@ class Feedback:
             raise ConfigError(name, self.full, f"a finite number {side} than {self._side} = {self.level:g}")
 
     @property
-    def _asked(self) -> str | None:
+    def _head_as_written(self) -> str | None:
         """Head as the user wrote it."""
         return self.head
 
@@ -149,7 +149,7 @@ class Feedback:
             raise ConfigError(f"{name}.metric", self.metric, f"what this run records: {', '.join(recorded)}")
         shape = recorded[self.metric]
         if not shape and self.head is not None:
-            raise ConfigError(f"{name}.head", self._asked, f"null: {self.metric} has one value per member")
+            raise ConfigError(f"{name}.head", self._head_as_written, f"null: {self.metric} has one value per member")
         if not shape:
             return
         expected = f"layer:head with layer 0 to {shape[0] - 1} and head 0 to {shape[1] - 1}, own or strongest"
@@ -246,7 +246,7 @@ class HeadFeedback(Feedback):
         return strongest == self.rivals.index(str(self.head))
 
     @property
-    def _asked(self) -> str:
+    def _head_as_written(self) -> str:
         return "strongest" if self.rivals else "own"
 
     @property

@@ -28,7 +28,9 @@ def identity(part: object, members: bool = True) -> str:
         if isinstance(part, list):
             return f"[{inside}]"
         return f"({inside},)" if len(part) == 1 else f"({inside})"
-    if isinstance(part, Enum) or not is_dataclass(part):
+    if isinstance(part, Enum):
+        return f"<{type(part).__name__}.{getattr(part, 'identity_name', part.name)}: {part.value!r}>"
+    if not is_dataclass(part):
         return repr(part)
     name = getattr(part, "identity_name", type(part).__qualname__)
     stated = [item.name for item in fields(part) if not item.metadata.get("derived")]

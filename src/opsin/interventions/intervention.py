@@ -103,23 +103,28 @@ class Pass:
     @property
     def asks(self) -> bool:
         """Whether it uses activations of the pass that takes a value from it, and so runs nested inside that one."""
-        return any(source.of is Relative.ASKING for item in self.interventions for source in item.value.sources)
+        return any(source.of is Relative.ASKING_PASS for item in self.interventions for source in item.value.sources)
 
     @property
     def trains(self) -> bool:
         """Whether gradient that enters it can reach a trained weight."""
         sources = [source for item in self.interventions for source in item.value.sources]
-        return self.donor is None or any(source.trains for source in sources if source.of is not Relative.THIS)
+        return self.donor is None or any(source.trains for source in sources if source.of is not Relative.SAME_PASS)
 
 
 class Relative(Enum):
     """A pass named by where it is mentioned."""
 
-    THIS = "this pass"
+    SAME_PASS = "this pass"
     """The one in which the value is used; its site must come earlier in it."""
 
-    ASKING = "the asking pass"
+    ASKING_PASS = "the asking pass"
     """The one that takes a value from the pass in which this is mentioned."""
+
+    @property
+    def identity_name(self) -> str:
+        """The name that checkpoints know it by."""
+        return "THIS" if self is Relative.SAME_PASS else "ASKING"
 
 
 @dataclass(frozen=True)

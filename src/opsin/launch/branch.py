@@ -274,8 +274,8 @@ class StateTransfer:
         return {**control, **counts, "missed": skipped, "supplied": self._supplied(control["supplied"])}
 
     def _supplied(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        acting = [row.intervention for row in self.old.interventions if self._acts(row)]
-        needed = {need for item in acting for need in item.value.needs}
+        active = [row.intervention for row in self.old.interventions if self._acts(row)]
+        needed = {need for item in active for need in item.value.needs}
         known = {
             identity(supply, members=False): tensor
             for supply, tensor in zip(self.old.supplies, tensors, strict=True)
@@ -293,9 +293,9 @@ class StateTransfer:
         """
         labels = {row.gate: label for label, row in self.new.loops.items()}
         new_label = {before: labels.get(gate) for gate, before in enumerate(self.rows)}
-        acting = {label: row for label, row in self.old.loops.items() if self._acts(row)}
-        foreign = tuple(f"feedback/{label}/" for label in self.old.loops if label not in acting)
-        names = {f"feedback/{label}/": f"feedback/{new_label.get(row.gate) or label}/" for label, row in acting.items()}
+        active = {label: row for label, row in self.old.loops.items() if self._acts(row)}
+        foreign = tuple(f"feedback/{label}/" for label in self.old.loops if label not in active)
+        names = {f"feedback/{label}/": f"feedback/{new_label.get(row.gate) or label}/" for label, row in active.items()}
         return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(foreign)}
 
 

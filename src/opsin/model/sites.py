@@ -7,7 +7,7 @@ H heads, E head width, N neurons of an MLP, V outputs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from opsin.errors import ConfigError
@@ -68,7 +68,7 @@ class SiteTable:
     def __getitem__(self, name: str) -> Site:
         return self.find(name, "site")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
     def find(self, name: str, field: str) -> Site:

@@ -138,8 +138,8 @@ class GateController:
             self.history.record(f"feedback/{name}/value", step, now.value)
             self.history.record(f"feedback/{name}/measured_at", step, now.measured_at)
             for member in np.flatnonzero(((now.strength > 0) != (was > 0)) & covers).tolist():
-                who = f" in member {member}" if len(self.seeds) > 1 else ""
-                message = f"{name}{who}: {now.describe(feedback.metric, member)}"
+                where = f" in member {member}" if len(self.seeds) > 1 else ""
+                message = f"{name}{where}: {now.describe(feedback.metric, member)}"
                 self.announce(Event(FEEDBACK_EVENT, step, member, message))
 
     def _clock(self, first: int, count: int) -> Int[Tensor, "S M 2"]:

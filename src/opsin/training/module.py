@@ -17,6 +17,7 @@ from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -208,7 +209,7 @@ class OpsinModule(pl.LightningModule):
             donor.check(self.task)
         return plan
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = MemberAdam(
             self.members.named_parameters(), self.learning_rate, self.weight_decay, self.gradient_clip, self.betas
         )

@@ -192,7 +192,7 @@ class Skipped(Ablate):
     """A block that hands on what it was given, taken from the same pass."""
 
     def interventions(self, sites):
-        value = FromPass(Source("blocks.0.hook_resid_pre", Relative.THIS))
+        value = FromPass(Source("blocks.0.hook_resid_pre", Relative.SAME_PASS))
         return [Intervention("Skipped", CUT, Selection(), value)]
 
 

@@ -171,7 +171,7 @@ class PathPatched(Value):
         for term in self.terms:
             plain = term.replaced and self.by == "plain"
             if term.heads or not plain:
-                found.append(Source(term.site, Relative.THIS))
+                found.append(Source(term.site, Relative.SAME_PASS))
             if plain:
                 found.append(Source(term.site, detach=self.detach))
             if term.heads:
