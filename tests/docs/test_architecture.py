@@ -11,12 +11,19 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from opsin.callbacks import Clamp, Graft
+from opsin.interventions.apply import run_passes
+from opsin.interventions.donors import donor_from
+from opsin.interventions.values.patterns import PreviousToken
+from opsin.model.transformer import Transformer, init_parameters
 from tests.contracts.house import DEFINITIONS, Module, imports_of, modules, report, top_level_names
 from tests.contracts.test_imports import FRONT, LEVELS, wing_of
 from tests.helpers.paths import ROOT
+from tests.helpers.toys import batch_of, inputs_of, plan_of, run, weights
 from tests.helpers.wandb_files import history, offline_runs, read
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -112,10 +119,55 @@ def test_the_example_of_a_reader_records_draws_and_is_shown_in_wandb(trained):
     assert {row["step"] for row in rows} == {"0", str(STEPS)} and len(rows) == 2 * 2 * 4
     assert all(0 <= float(row["value"]) < 4 for row in rows)
     assert Image.open(trained / "attention_entropy.png").size > (300, 200)
-    (run,) = offline_runs(trained)
-    sent = [key for row in history(read(run)) for key in row]
-    assert "attention_entropy" in sent or any(key.startswith("attention_entropy") for key in sent)
-    assert list(run.parent.glob("files/media/images/attention_entropy_*.png"))
+    (sent,) = offline_runs(trained)
+    assert any(key.startswith("attention_entropy") for row in history(read(sent)) for key in row)
+    assert list(sent.parent.glob("files/media/images/attention_entropy_*.png"))
+
+
+# ---- what the plan does -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graft(tiny_task):
+    """A model, and the upper graft of the page onto it."""
+    model = Transformer(layers=2, width=16, heads=2)
+    donor = donor_from("donor", model, init_parameters(model, tiny_task, [9]))
+    return model, Graft(donor, layer=0, part="upper")
+
+
+def test_the_upper_graft_has_the_two_passes_of_the_page(graft, tiny_task):
+    model, writer = graft
+    nested, run_pass = plan_of(model, tiny_task, writer).passes
+    assert nested.nested and nested.donor == 0 and not run_pass.nested
+    cells = [re.sub("`", "", row) for _, row, _ in table("The upper graft, a pass inside a pass")]
+    assert [[row.target for row in each.rows] for each in (nested, run_pass)] == [[cells[0]], [cells[1]]]
+    assert [each.keeps for each in (nested, run_pass)] == [("hook_logits",), ("blocks.0.hook_resid_post",)]
+    addresses = [(each.rows[0].inputs[0].kind, each.rows[0].inputs[0].index) for each in (nested, run_pass)]
+    assert addresses == [("asking", 0), ("nested", 0)]
+    assert nested.rows[0].always and not run_pass.rows[0].always
+
+
+def test_the_upper_graft_runs_in_the_order_of_the_page(graft, tiny_task):
+    model, writer = graft
+    plan, batch, values = plan_of(model, tiny_task, writer), batch_of(tiny_task), weights(model, tiny_task)
+    values["embed.W_F"].requires_grad_()
+    seen: dict[int, dict] = {}
+    tap = run_passes(plan, inputs_of(plan, model, values, batch), seen=seen)
+    assert not seen, "no pass has run before the run's own"
+    logits, _ = run(model, values, batch, tap)
+    assert list(seen) == [1, 0], "the nested pass begins inside the run's own"
+    cut = "blocks.0.hook_resid_post"
+    assert torch.equal(seen[0][cut], seen[1][cut]) and torch.equal(seen[0]["hook_logits"], logits)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), [values["embed.W_F"]])
+    assert bool((gradient != 0).any()), "gradient reaches the trained block through the donor"
+
+
+def test_the_clamp_of_the_page_is_the_row_that_it_says(tiny_task):
+    (settings,) = [content for block in blocks("yaml") for content in yaml.safe_load(block) if "Clamp" in str(content)]
+    (row,) = plan_of(Transformer(layers=2, width=16, heads=4), tiny_task, Clamp(**settings["init_args"])).rows
+    assert row.target == "blocks.0.attn.hook_pattern" and row.intervention.selection.heads == (2,)
+    assert type(row.intervention.value) is PreviousToken and row.gate == 0
+    assert row.mask.flatten().tolist() == [0, 0, 1, 0]
 
 
 # ---- the picture of the wings -----------------------------------------------------------------------------
