@@ -43,6 +43,12 @@ def rows() -> tuple[tuple[str, tuple[Settings, ...]], ...]:
         for language, block in FENCED.findall(text):
             shown = list(_outermost(yaml.safe_load(block)) if language == "yaml" else _called_in(block))
             found += [(name, tuple(shown))] if shown else []
+    # a writer may show its row in its own docstring
+    for path in sorted((ROOT / "callbacks" / "writers").glob("*.py")):
+        shown = [
+            settings for piece in INLINE.findall(path.read_text()) for settings in _outermost(yaml.safe_load(piece))
+        ]
+        found += [(str(path.relative_to(ROOT)), tuple(shown))] if shown else []
     return tuple(found)
 
 
