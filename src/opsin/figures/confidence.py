@@ -6,15 +6,24 @@ Legend: J neurons of one member that are shown, L positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, Margins, add_panel, blank_figure, spread
+from opsin.figures.style import (
+    ACCENT,
+    FAINT,
+    INK,
+    LAYERS,
+    MUTED,
+    Margins,
+    add_panel,
+    blank_figure,
+    figure_style,
+    spread,
+)
 from opsin.metrics.confidence import Study
 
 SHOWN = 6
@@ -46,8 +55,7 @@ def confidence_figure(studies: Sequence[Study], names: Sequence[str], layer: int
     steps = (0, wide + line_labels, 2 * wide + 2 * line_labels + row_names)
     lefts = [margins.left + step for step in steps]
     width, height = margins.around(steps[-1] + wide, rows * tall + (rows - 1) * between_rows)
-    style: dict[Any, Any] = {**STYLE, "axes.titlepad": 8}
-    with matplotlib.rc_context(style):
+    with figure_style({"axes.titlepad": 8}):
         figure = blank_figure(width, height, dpi=150)
         for row, (study, name) in enumerate(zip(studies, names, strict=True)):
             bottom = height - margins.top - tall - row * (tall + between_rows)

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from opsin.errors import ConfigError
-from opsin.figures.style import INK, MUTED, STYLE, Margins, add_panel, blank_figure, short_count
+from opsin.figures.style import INK, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
 from opsin.population.tables import Row
 
 EARLIER, LATER = "#0072b2", "#d55e00"
@@ -77,8 +77,7 @@ def critical_period_figure(
     across, up = max(len(starts), 3) * CELL_WIDTH, max(len(lengths), 3) * CELL_HEIGHT
     margins = Margins(left=0.75, right=0.8, top=0.42, bottom=0.8)
     width, height = margins.around(2 * across + BETWEEN_MAPS, up)
-    style: dict[Any, Any] = {**STYLE, "axes.grid": False, "hatch.linewidth": 0.6}
-    with matplotlib.rc_context(style):
+    with figure_style({"axes.grid": False, "hatch.linewidth": 0.6}):
         figure = blank_figure(width, height, dpi=160)
         for index, shown in enumerate(maps):
             left = margins.left + index * (across + BETWEEN_MAPS)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from opsin.figures.style import ACCENT, FAINT, STYLE, Margins, add_panel, blank_figure
+from opsin.figures.style import ACCENT, FAINT, Margins, add_panel, blank_figure, figure_style
 
 LEAST_LOGIT_VAR = 1e-6
 """LogitVar below it is drawn at it: the axis is logarithmic, and an exact null space has none."""
@@ -43,7 +42,7 @@ def neuron_figure(
     panels, side, apart = len(norm), 2.6, 0.75  # inches
     margins = Margins(left=0.85, right=0.95, top=0.75, bottom=0.5)
     width, height = margins.around(panels * side + (panels - 1) * apart, side)
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure = blank_figure(width, height, dpi=130)
         for member in range(panels):
             left = margins.left + member * (side + apart)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
@@ -18,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from opsin.figures.style import FAINT, INK, MUTED, STYLE, blank_figure, short_count
+from opsin.figures.style import FAINT, INK, MUTED, blank_figure, figure_style, short_count
 from opsin.metrics.compare import mean_curve
 from opsin.population.folder import Losses
 from opsin.population.tables import FORMED, NO_PLATEAU, NOT_FORMED, Row
@@ -78,8 +76,7 @@ def population_figure(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> F
     conditions = len(summary["conditions"])
     rows = -(-conditions // PANEL_COLUMNS)
     height = max(rows * PANEL_HEIGHT, conditions * ROW_HEIGHT, LEAST_HEIGHT) + TITLE_SPACE + LABEL_SPACE
-    style: dict[Any, Any] = {**STYLE, "axes.titlepad": 5}
-    with matplotlib.rc_context(style):
+    with figure_style({"axes.titlepad": 5}):
         figure = blank_figure(FIGURE_WIDTH, height, dpi=160)
         axis = _shared_axis(losses, summary)
         _draw_loss_panels(figure, losses, summary, axis)

@@ -10,14 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, blank_figure, lighter, short_count, spread
+from opsin.figures.style import (
+    ACCENT,
+    FAINT,
+    INK,
+    LAYERS,
+    MUTED,
+    blank_figure,
+    figure_style,
+    lighter,
+    short_count,
+    spread,
+)
 from opsin.records.history import History
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 
@@ -50,7 +60,7 @@ def summary_figure(history: History, summary: Mapping[str, Any]) -> Figure:
         summary: content of ``summary.json``, of which ``onset``, ``plateau``, ``strongest_heads`` and ``members`` are
             read; a missing one is not drawn.
     """
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure = blank_figure(10, 4.375, dpi=160)
         heads = "induction_strength" in history
         _draw_run_losses(figure.add_axes((0.04, 0.115, 0.375 if heads else 0.84, 0.78)), history, summary)

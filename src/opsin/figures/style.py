@@ -5,11 +5,13 @@ A function that draws is named ``*_figure`` and returns a figure; ``save_figure`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,6 +59,17 @@ STYLE: dict[str, Any] = {
 
 
 # ---- figures ----------------------------------------------------------------------------------------
+
+
+def figure_style(changes: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """The settings under which every figure is drawn: ``with figure_style(): ...``.
+
+    Args:
+        changes: settings of matplotlib that one figure has otherwise; none when None.
+    """
+    # matplotlib types the names of its settings as literals
+    settings: dict[Any, Any] = {**STYLE, **(changes or {})}
+    return matplotlib.rc_context(settings)
 
 
 @dataclass(frozen=True)
