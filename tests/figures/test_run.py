@@ -144,7 +144,7 @@ def test_members_are_thin_lines_their_mean_a_bold_one_and_each_onset_a_tick(draw
 
 
 def test_pyplot_is_never_imported():
-    code = "import sys, opsin.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, opsin.figures.run; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
