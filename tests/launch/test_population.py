@@ -1,10 +1,8 @@
 """Claims about populations as a user starts them: chunks, kills, and members equal to runs of their own."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 

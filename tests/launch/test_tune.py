@@ -15,8 +15,9 @@ from opsin.launch import tune as tune
 from opsin.launch.population import default_arrangement
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
+from tests.helpers.processes import opsin
 from tests.helpers.toys import few_shot
-from tests.launch.test_population import RECIPE, opsin
+from tests.launch.test_population import RECIPE
 from tests.training.test_module import fit, module
 
 
@@ -105,4 +106,4 @@ def test_tuning_without_a_population_is_refused(tmp_path):
     recipe = {name: value for name, value in RECIPE.items() if name != "population"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", "--tune", folder=tmp_path, check=False)
-    assert ended.returncode == 2 and "--tune: got True, expected a recipe with a population" in ended.stderr
+    assert ended.code == 2 and "--tune: got True, expected a recipe with a population" in ended.err
