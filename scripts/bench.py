@@ -144,13 +144,13 @@ class TurnTaking(pl.Callback):
     """Holds the Trainer between Lightning batches until it is its turn."""
 
     def __init__(self) -> None:
-        self.allowed, self.taken = threading.Semaphore(0), threading.Semaphore(0)
+        self.allowed, self.finished = threading.Semaphore(0), threading.Semaphore(0)
 
     def on_train_batch_start(self, *_: object) -> None:
         self.allowed.acquire()
 
     def on_train_batch_end(self, *_: object) -> None:
-        self.taken.release()
+        self.finished.release()
 
 
 class OpsinLoop:
@@ -182,7 +182,7 @@ class OpsinLoop:
         for _ in range(batches):
             self.turns.allowed.release()
         for _ in range(batches):
-            self.turns.taken.acquire()
+            self.turns.finished.acquire()
         return steps / (time.perf_counter() - began)
 
 
@@ -274,9 +274,9 @@ def loops_of(kind: str, rounds: int, folder: Path) -> tuple[dict[str, OpsinLoop]
 
 def measure(kind: str, rounds: int, folder: Path) -> tuple[dict[str, list[float]], int]:
     """Steps per second of every loop in every round, after a first round that is thrown away; and recompilations."""
-    fits, others = loops_of(kind, rounds, folder)
+    fits, plain_loops = loops_of(kind, rounds, folder)
     steps = STEPS_PER_TURN["interventions" if kind == "interventions" else "opsin"]
-    loops: dict[str, Callable[[], float]] = {name: loop.turn for name, loop in others.items()}
+    loops: dict[str, Callable[[], float]] = {name: loop.turn for name, loop in plain_loops.items()}
     loops |= {name: partial(loop.turn, steps) for name, loop in fits.items()}
     for loop in loops.values():
         loop()

@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from opsin.metrics.neurons import ReadOut, finite_unigram, mean_ablation_effects
+from opsin.metrics.mean_ablation import finite_unigram, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut
 from opsin.model.transformer import Transformer, forward, init_parameters, position_table
 from opsin.task import Task
 from opsin.tasks import Repeats
@@ -59,9 +60,9 @@ def contestants(model: Transformer, task: Task) -> dict[str, Callable[[], object
     resid, post = (seen[last + site][:, :, scored] for site in ("hook_resid_post", "mlp.hook_post"))
     unigram = task.unigram()
     # what a tracker asks for
-    asked = {"targets": batch.targets, "unigram": None if unigram is None else finite_unigram(unigram).to(resid)}
+    targets = {"targets": batch.targets, "unigram": None if unigram is None else finite_unigram(unigram).to(resid)}
     read_out, weight = ReadOut.of(values), values[last + "mlp.W_out"]
-    effects = partial(mean_ablation_effects, read_out, resid, post, weight, **asked)
+    effects = partial(mean_ablation_effects, read_out, resid, post, weight, **targets)
     return {"forward": once, "effects": effects}
 
 

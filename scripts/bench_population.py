@@ -1,7 +1,7 @@
-"""Populations in member-steps per second: workers that train when they are told to, and the arrangements of them.
+"""Populations in member-steps per second: workers that train when they are told to, and how many of them.
 
 Every loop is a process of its own that waits without work until its turn comes, so that all of them take turns in one
-run and an arrangement of several processes is measured as it is used: at once.
+run and several processes are measured as they are used: at once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opsin.interventions.apply import Moment, constants_of
-from opsin.interventions.plan import build_plan
+from opsin.interventions.apply import constants_of
+from opsin.interventions.build_plan import build_plan
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.tasks import FewShot
+from opsin.training.adam import Adam
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepCounts, StepGates
 
 SIZES = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 1024)}
 """Members of one process, by device."""
 
 SPLIT = 16
-"""Members whose arrangements are compared on the CPU."""
+"""Members that are trained in one, two and four processes on the CPU."""
 
 MATMUL = {"cpu": 1024, "cuda": 8192}
 """Rows of a matrix that keeps the device busy."""
@@ -39,13 +41,13 @@ TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class Processes:
     """Some processes that train at once.
 
     Args:
-        processes: how many.
-        members: of each; 0 for the plain eager PyTorch loop.
-        threads: of each.
+        processes: number of processes that train at once.
+        members: members of every process; 0 for the plain eager PyTorch loop.
+        threads: number of threads of every process.
     """
 
     processes: int
@@ -60,14 +62,14 @@ class Arrangement:
         return f"{self.processes}x{self.members}_members_{self.threads}_thread{'s' * (self.threads > 1)}"
 
 
-def arrangements(device: str) -> list[Arrangement]:
+def compared_processes(device: str) -> list[Processes]:
     """The eager loops, one process of every size, and on the CPU the ways to train ``SPLIT`` members."""
-    eager = [Arrangement(1, 0, 1), Arrangement(1, 0, 2)]
-    single = [Arrangement(1, members, 1) for members in SIZES[device]]
+    eager = [Processes(1, 0, 1), Processes(1, 0, 2)]
+    single = [Processes(1, members, 1) for members in SIZES[device]]
     if device == "cuda":
         return [*eager, *single]
-    split = [Arrangement(1, SPLIT, 2), Arrangement(2, SPLIT // 2, 1), Arrangement(4, SPLIT // 4, 1)]
-    return [*eager, *single, *split, Arrangement(2, 64, 1)]
+    split = [Processes(1, SPLIT, 2), Processes(2, SPLIT // 2, 1), Processes(4, SPLIT // 4, 1)]
+    return [*eager, *single, *split, Processes(2, 64, 1)]
 
 
 @dataclass
@@ -132,31 +134,33 @@ def operations(model: Transformer, task: FewShot) -> int:
     constants = constants_of(plan, task.bank(), position_table(model, task.layout.positions), 1, torch.float32)
     draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
     empty = torch.zeros(0, 1)
-    moment = Moment(empty, torch.zeros(1, 2, dtype=torch.int64), empty.long(), torch.ones(1, dtype=torch.bool))
+    gates = StepGates(empty, torch.zeros(1, 2, dtype=torch.int64))
+    counts = StepCounts(empty.long(), torch.ones(1, dtype=torch.bool))
+    step = Step(model, task, plan, Adam((0.9, 0.999), 1e-8))
     with FlopCounterMode(display=False) as counter:
-        Step(model, task, plan, (0.9, 0.999), 1e-8)(optimizer.adam_state(), optimizer.hyper(), constants, draw, moment)
+        step(optimizer.adam_state(), optimizer.hyper(), constants, draw, gates, counts)
     return counter.get_total_flops()
 
 
 def measure_population(rounds: int, model: Transformer, task: FewShot) -> dict[str, object]:
-    """Member-steps per second of every arrangement, interleaved, their ratios, memory and the share of the machine."""
+    """Member-steps per second of all compared processes, interleaved, their ratios, memory and share of the machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = {arrangement.name: arrangement for arrangement in arrangements(device)}
+    kinds = {processes.name: processes for processes in compared_processes(device)}
     workers: dict[str, list[Worker]] = {}
     for name, kind in kinds.items():
         workers[name] = [Worker(kind.members, kind.threads, device) for _ in range(kind.processes)]
-        # one after the other, so that no more than one arrangement compiles at a time
+        # one after the other, so that no more than one kind compiles at a time
         for worker in workers[name]:
             worker.hear()
-    steps = {name: _steps(turn(own, 100), 100) for name, own in workers.items()}
+    steps = {name: _steps(turn(worker, 100), 100) for name, worker in workers.items()}
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     peak: list[float] = []
     for _ in range(rounds):
-        for name, own in workers.items():
-            seconds = turn(own, steps[name])
+        for name, worker in workers.items():
+            seconds = turn(worker, steps[name])
             rates[name].append(kinds[name].processes * max(kinds[name].members, 1) * steps[name] / seconds)
         peak.append(matmul_rate(2, device))
-    memory = {name: _end(own) for name, own in workers.items()}
+    memory = {name: _end(worker) for name, worker in workers.items()}
     return _summary(rates, kinds, device, peak, memory, operations(model, task))
 
 
@@ -177,7 +181,7 @@ def _end(workers: Sequence[Worker]) -> float:
 
 def _summary(
     rates: Mapping[str, Sequence[float]],
-    kinds: Mapping[str, Arrangement],
+    kinds: Mapping[str, Processes],
     device: str,
     peak: Sequence[float],
     memory: Mapping[str, float],
@@ -189,10 +193,10 @@ def _summary(
     speeds = {name: statistics.median(values) for name, values in rates.items()}
     alone = {kind.members: name for name, kind in kinds.items() if kind.processes == kind.threads == 1 and kind.members}
     first, largest = alone[1], alone[max(alone)]
-    ours = [name for name in kinds if kinds[name].members]
-    best = max(ours, key=speeds.__getitem__)
+    opsin_names = [name for name in kinds if kinds[name].members]
+    best = max(opsin_names, key=speeds.__getitem__)
     found: dict[str, object] = {f"member_steps_per_second_{name}": speed for name, speed in speeds.items()}
-    found |= {f"ratio_{name}_to_eager_2_threads": ratio(name, "eager_2_threads") for name in ours}
+    found |= {f"ratio_{name}_to_eager_2_threads": ratio(name, "eager_2_threads") for name in opsin_names}
     found |= {f"ratio_{name}_to_{first}": ratio(name, first) for name in alone.values() if name != first}
     found["device"], found["best"] = device, best
     found["operations_per_member_step"] = operations

@@ -46,12 +46,14 @@ from reference_others import check_initialisation, check_sampler, toy_errors
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Constants, Moment, Scene, constants_of, run_passes
+from opsin.interventions.apply import Constants, PassInputs, constants_of, run_passes
 from opsin.model.transformer import Transformer, forward, position_table
+from opsin.training.adam import Adam
 from opsin.training.compiling import compile_step, keep_compiled
 from opsin.training.objective import cross_entropy, scored_logits
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepCounts, StepGates
 
 CHANCE = 1.0
 TRAINED = ("base", "clamp", "trajectory")
@@ -210,7 +212,7 @@ class Checker:
             name, adam = case.base
             if mode.compiled:
                 print(f"compiling the clamps of {name} in {mode}; minutes the first time", file=sys.stderr)
-            function = Measured(case) if adam is None else Step(case.model, case.task, case.plan, *adam)
+            function = Measured(case) if adam is None else Step(case.model, case.task, case.plan, Adam(*adam))
             self._compiled[case.base, mode] = mode.prepare(function)
         return self._compiled[case.base, mode]
 
@@ -228,33 +230,33 @@ class Measured:
     case: Case
 
     def __call__(
-        self, leaves: Mapping[str, Tensor], constants: Constants, draw: Mapping[str, Tensor], moment: Moment
+        self, leaves: Mapping[str, Tensor], constants: Constants, draw: Mapping[str, Tensor], gates: StepGates
     ) -> tuple[Tensor, Tensor, Sequence[Tensor], dict[int, dict[str, Tensor]]]:
         case, seen = self.case, {}
         batch = case.task.assemble(constants.bank, draw)
-        scene = Scene(case.model, leaves, constants, batch, moment.gates, moment.clock)
-        tap = run_passes(case.plan, scene, seen=seen)
+        inputs = PassInputs(case.model, leaves, constants, batch, gates.strength, gates.clock)
+        tap = run_passes(case.plan, inputs, seen=seen)
         logits = scored_logits(forward(leaves, constants.table, batch, case.model, tap), batch)
         losses = cross_entropy(logits, batch)
         gradients = torch.autograd.grad(losses.mean(), list(leaves.values()))
         held = {
-            place: {site: x.detach() for site, x in sites.items() if not site.endswith(UNHELD)}
-            for place, sites in seen.items()
+            number: {site: x.detach() for site, x in sites.items() if not site.endswith(UNHELD)}
+            for number, sites in seen.items()
         }
         return logits.detach(), losses.detach(), gradients, held
 
 
 def forward_errors(case: Case, file: File, precision: torch.dtype, measured: Callable) -> Errors:
     """Activations, losses and gradients of one batch."""
-    leaves, constants, moment = tensors(case, precision)
-    logits, losses, gradients, seen = measured(leaves, constants, case.draws[0], moment)
+    leaves, constants, gates, _ = tensors(case, precision)
+    logits, losses, gradients, seen = measured(leaves, constants, case.draws[0], gates)
     compared = activations(file, case)
     slopes = dict(zip(leaves, gradients, strict=True))
     reference = {key.removeprefix("grad/"): value for key, value in file.items() if key.startswith("grad/")}
     scale = max(1.0, *(float(np.abs(value).max()) for value in reference.values()))
     return {
         "activations": max(
-            (relative_error(a.found(seen[a.place][a.site]), a.expected(file[a.key])) for a in compared), default=0.0
+            (relative_error(a.found(seen[a.number][a.site]), a.expected(file[a.key])) for a in compared), default=0.0
         ),
         "losses": max(
             relative_error(logits[0, :, 0], file["logits"]),
@@ -267,15 +269,16 @@ def forward_errors(case: Case, file: File, precision: torch.dtype, measured: Cal
     }
 
 
-def tensors(case: Case, precision: torch.dtype) -> tuple[dict[str, Tensor], Constants, Moment]:
-    """Weights that take gradient, the run's constants, and the case's interventions in force."""
+def tensors(case: Case, precision: torch.dtype) -> tuple[dict[str, Tensor], Constants, StepGates, StepCounts]:
+    """Weights that take gradient, the run's constants, the case's interventions in force, and what a step counts."""
     leaves = {name: x.detach().to(precision, copy=True).requires_grad_() for name, x in case.parameters.items()}
     table = position_table(case.model, case.task.layout.positions, precision)
-    bank, count = {name: x.to(precision) for name, x in case.bank.items()}, len(case.plan.masks)
-    gates = torch.ones(count, 1, dtype=precision)
-    gates[[index for index in case.plan.passes[-1].items if index not in case.items]] = 0.0
-    moment = Moment(gates, torch.zeros(1, 2).long(), torch.zeros(count, 1).long(), torch.ones(1).bool())
-    return leaves, constants_of(case.plan, bank, table, 1, precision), moment
+    bank, count = {name: x.to(precision) for name, x in case.bank.items()}, len(case.plan.rows)
+    strength = torch.ones(count, 1, dtype=precision)
+    strength[[row.gate for row in case.plan.passes[-1].rows if row not in case.rows]] = 0.0
+    gates = StepGates(strength, torch.zeros(1, 2).long())
+    counts = StepCounts(torch.zeros(count, 1).long(), torch.ones(1).bool())
+    return leaves, constants_of(case.plan, bank, table, 1, precision), gates, counts
 
 
 # ---- some steps ---------------------------------------------------------------------------------------
@@ -287,13 +290,13 @@ def trajectory_errors(case: Case, file: File, precision: torch.dtype, step: Call
     Adam's first move of a weight is g / (|g| + eps), a sign. A gradient below single precision's rounding can
     have any, so there a tensor's weights are compared as a whole: 2-norm of the difference over its own.
     """
-    leaves, constants, moment = tensors(case, precision)
+    leaves, constants, gates, counts = tensors(case, precision)
     adam = json.loads(str(file["adam"]))
     optimizer = MemberAdam(list(leaves.items()), adam["lr"], 0.0, None, (adam["b1"], adam["b2"]))
     seen = []
     for draw in case.draws:
         state, hyper = optimizer.adam_state(), optimizer.hyper()
-        seen.append(optimizer.step(lambda d=draw, s=state, h=hyper: step(s, h, constants, d, moment)))
+        seen.append(optimizer.step(lambda d=draw, s=state, h=hyper: step(s, h, constants, d, gates, counts)))
     losses, _, norms = torch.stack(seen)[..., 0].unbind(1)
     final = dict(parameters(file, "param/"))
     weights_error = relative_error if precision == torch.float64 else norm_error
@@ -312,7 +315,7 @@ class Activation:
     """One array of activations that a file holds: which pass of the plan computes it, and at which site."""
 
     key: str
-    place: int
+    number: int
     site: str
 
     @property
@@ -342,29 +345,29 @@ def activations(file: File, case: Case) -> list[Activation]:
         Uncovered: an activation without a site, or a pass that our plan has not.
     """
     found = []
-    for prefix, place in {"act/": answering_pass(case), "pattern_pass/": pattern_pass(case)}.items():
+    for prefix, number in {"act/": answering_pass(case), "pattern_pass/": pattern_pass(case)}.items():
         for key in (key for key in file if key.startswith(prefix)):
-            if place is None:
+            if number is None:
                 raise Uncovered(f"{prefix} without such a pass")
-            donor = case.plan.passes[place].donor
+            donor = case.plan.passes[number].donor
             model = case.model if donor is None else case.plan.donors[donor].model
             # without an MLP the reference holds what has no meaning
             if model.neurons is not None or key.rsplit(".", 1)[-1] not in OF_MLP:
-                found.append(Activation(key, place, site_name(key.removeprefix(prefix), model)))
+                found.append(Activation(key, number, site_name(key.removeprefix(prefix), model)))
     return found
 
 
 def answering_pass(case: Case) -> int:
     """The last pass of the reference: the donor's where it gives the logits, else the run's own."""
-    inner = (need.index for index in case.items for need in case.plan.taken[index] if need.kind == "inner")
+    inner = (address.index for row in case.rows for address in row.inputs if address.kind == "nested")
     return next(inner, len(case.plan.passes) - 1)
 
 
 def pattern_pass(case: Case) -> int | None:
     """The other pass of the trained model that has interventions."""
-    others = {need.index for index in case.items for need in case.plan.taken[index] if need.kind == "pass"}
+    earlier = {address.index for row in case.rows for address in row.inputs if address.kind == "pass"}
     passes = case.plan.passes
-    return next((place for place in sorted(others) if passes[place].items and passes[place].donor is None), None)
+    return next((number for number in sorted(earlier) if passes[number].rows and passes[number].donor is None), None)
 
 
 def site_name(reference: str, model: Transformer) -> str:

@@ -27,10 +27,11 @@ from opsin.callbacks import (
     PerfectPreviousInput,
     Preserve,
 )
-from opsin.callbacks.writers.other_passes import PRESERVED
+from opsin.callbacks.writers.preserve import PRESERVED
+from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Donor, donor_from
 from opsin.interventions.intervention import Intervention
-from opsin.interventions.plan import Plan, Writer, build_plan
+from opsin.interventions.plan import Plan, PlannedIntervention
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer
 from opsin.tasks import Exemplars, FewShot, Kind
@@ -89,8 +90,8 @@ BLOCK_PARAMETERS = {
     "mlp.fc2.weight": "mlp.W_out",
     "mlp.fc2.bias": "mlp.b_out",
 }
-# what a damaged file, a missing base and a file without an entry it should have raise
-UNREADABLE = (OSError, KeyError, ValueError, StopIteration, zipfile.BadZipFile)
+# what a damaged file, a missing base, an entry of another kind and a file without an entry it should have raise
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, StopIteration, zipfile.BadZipFile)
 
 
 class Uncovered(Exception):
@@ -114,7 +115,7 @@ class Case:
     Args:
         base: name of the file with its weights and inputs, and betas and eps of Adam where it is trained; cases that
             agree in it differ in their clamps alone.
-        items: which interventions of the plan's own pass are the file's.
+        rows: rows of the plan's own pass that are the file's.
     """
 
     base: tuple[str, tuple[tuple[float, float], float] | None]
@@ -122,7 +123,7 @@ class Case:
     task: FewShot
     writers: list[Writer]
     plan: Plan
-    items: tuple[int, ...]
+    rows: tuple[PlannedIntervention, ...]
     parameters: dict[str, Tensor]
     bank: dict[str, Tensor]
     draws: list[dict[str, Tensor]]
@@ -166,7 +167,7 @@ def read_case(folder: Path, name: str, file: File) -> Case:
     plan = build_plan(writers, model.sites(task), members=1, steps=1, batch_size=1)
     adam, exemplars = json.loads(str(file["adam"])) if "adam" in file else None, {"exemplars": torch.from_numpy(bank)}
     key = (name, ((adam["b1"], adam["b2"]), adam["eps"]) if adam else None)
-    return Case(key, model, task, writers, plan, plan.passes[-1].items, weights, exemplars, draws)
+    return Case(key, model, task, writers, plan, plan.passes[-1].rows, weights, exemplars, draws)
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class AllOf:
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         return [
-            replace(item, order=FILE * place + (item.order or 0))
-            for place, writers in enumerate(self.files)
+            replace(item, order=FILE * number + (item.order or 0))
+            for number, writers in enumerate(self.files)
             for writer in writers
             for item in writer.interventions(sites)
         ]
@@ -193,9 +194,11 @@ def together(cases: Sequence[Case]) -> list[Case]:
     first = cases[0]
     writer = AllOf([case.writers for case in cases])
     plan = build_plan([writer], first.model.sites(first.task), members=1, steps=1, batch_size=1)
-    places = {index: (plan.interventions[index].order or 0) // FILE for index in plan.passes[-1].items}
-    items = [tuple(index for index, at in places.items() if at == place) for place in range(len(cases))]
-    return [replace(case, plan=plan, items=own) for case, own in zip(cases, items, strict=True)]
+    rows = plan.passes[-1].rows
+    of_case = [
+        tuple(row for row in rows if (row.intervention.order or 0) // FILE == number) for number in range(len(cases))
+    ]
+    return [replace(case, plan=plan, rows=chosen) for case, chosen in zip(cases, of_case, strict=True)]
 
 
 def inputs(folder: Path, file: File, base: File) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
@@ -322,9 +325,9 @@ def scores(options: dict, last: int) -> list[Writer]:
         # in a layer whose temperature is set the reference's flag is void
         hot = {head.split(":")[0] for head in tempered}
         for void in (True, False):
-            some = [head for head in heads if (head.split(":")[0] in hot) == void]
-            if some:
-                writers.append(Disallow(some, "previous_token", labels_only=labels_only and not void, order=1))
+            chosen = [head for head in heads if (head.split(":")[0] in hot) == void]
+            if chosen:
+                writers.append(Disallow(chosen, "previous_token", labels_only=labels_only and not void, order=1))
     if silent := options.get("final_layer_silence_non_label_attn"):
         writers.append(Disallow([f"{last}:{head}" for head in silent], "non_labels", order=2))
     return writers
@@ -338,9 +341,9 @@ def grafts(options: dict, donated: tuple[Donor, dict] | None) -> list[Writer]:
             continue
         if donated is None:
             raise KeyError("donor")
-        donor, theirs = donated
+        donor, donor_options = donated
         # the reference runs a donor of upper blocks without the donor's clamps
-        inside = writers_for(theirs, donor.model.layers) if part == "lower" else []
+        inside = writers_for(donor_options, donor.model.layers) if part == "lower" else []
         writers.append(Graft(donor, layer, part, donor_callbacks=inside, order=1))
     return writers
 
@@ -355,18 +358,18 @@ def relative_error(found: Tensor, expected: np.ndarray, scale: float = 1.0) -> f
     counted. A mask is compared with itself alone. Nothing is compared with less than 1e-6, and an array that
     is zero in theory with what puts the limit at five roundings of a number of size ``scale``.
     """
-    ours = np.broadcast_to(found.detach().numpy().astype(np.float64), expected.shape)
-    theirs = expected.astype(np.float64)
-    if not np.isfinite(ours).all():
+    computed = np.broadcast_to(found.detach().numpy().astype(np.float64), expected.shape)
+    expected = expected.astype(np.float64)
+    if not np.isfinite(computed).all():
         return float("inf")
-    difference = np.abs(ours - theirs)
+    difference = np.abs(computed - expected)
     if expected.dtype == np.float32:
         difference = np.maximum(difference - np.spacing(np.abs(expected)) / 2, 0.0)
-    masked = np.abs(theirs) >= MASK
-    size = root_mean_square(theirs[~masked])
+    masked = np.abs(expected) >= MASK
+    size = root_mean_square(expected[~masked])
     noise = 5 * torch.finfo(found.dtype).eps * scale / LIMITS[found.dtype]
     size = max(size, SMALLEST, noise if size < ZERO else 0.0)
-    return float(np.max(difference / np.maximum(np.abs(theirs), np.where(masked, 0.0, size)), initial=0.0))
+    return float(np.max(difference / np.maximum(np.abs(expected), np.where(masked, 0.0, size)), initial=0.0))
 
 
 def norm_error(found: Tensor, expected: np.ndarray) -> float:

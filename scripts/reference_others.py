@@ -44,15 +44,15 @@ class ToyStep:
         with torch.no_grad():
             a, right = held[0], truth[0]
             angle = 1 - (a * right).sum() ** 2 / ((a * a).sum() * (right * right).sum())
-            others = torch.stack([truth.new_zeros(1), truth.new_ones(1), truth.new_ones(1)])
-            ends = [toy_loss(overwrite(sign * held, truth, others), truth) for sign in (1, -1)]
+            weights = torch.stack([truth.new_zeros(1), truth.new_ones(1), truth.new_ones(1)])
+            ends = [toy_loss(overwrite(sign * held, truth, weights), truth) for sign in (1, -1)]
             return torch.stack([loss, angle, torch.minimum(*ends)]), held - slope
 
 
 def toy_loss(vectors: Float[Tensor, "3 n"], truth: Float[Tensor, "3 n"]) -> Tensor:
     """Half the mean square of the difference between two products of three vectors."""
-    ours, theirs = (x[0][:, None, None] * x[1][:, None] * x[2] for x in (vectors, truth))
-    return 0.5 * (theirs - ours).square().mean()
+    opsin, reference = (x[0][:, None, None] * x[1][:, None] * x[2] for x in (vectors, truth))
+    return 0.5 * (reference - opsin).square().mean()
 
 
 def toy_errors(file: File, precision: torch.dtype, prepare: Callable) -> dict[str, float]:
@@ -127,23 +127,27 @@ def check_sampler(file: File) -> dict[str, float]:
         batch_size=len(tests),
     )
     splits = {name: task.draw([0], 0, 1, name) for name in ("train", *(f"eval/{e}" for e in task.evaluations))}
-    own = {name: {what: x[0, 0].numpy() for what, x in split.items()} for name, split in splits.items()}
-    train = own["train"]
-    ours, theirs = Sequences(train["classes"], train["labels"]), Sequences(file["class_idx"], file["labels"])
-    heldout, exemplars = own["eval/classes"]["classes"], own["eval/exemplars"]["exemplars"]
+    drawn = {name: {what: x[0, 0].numpy() for what, x in split.items()} for name, split in splits.items()}
+    train = drawn["train"]
+    opsin, reference = Sequences(train["classes"], train["labels"]), Sequences(file["class_idx"], file["labels"])
+    heldout, exemplars = drawn["eval/classes"]["classes"], drawn["eval/exemplars"]["exemplars"]
     same = [
-        (ours.classes, theirs.classes),
+        (opsin.classes, reference.classes),
         (train["exemplars"], file["exemplar_idx"]),
         (heldout, tests),
         (exemplars, shown),
         (label_pairs(train["labels"]), label_pairs(file["relabel_pairs_train"])),
-        (label_pairs(theirs.labels), label_pairs(file["relabel_pairs_train"])),
-        (label_pairs(own["eval/relabellings"]["labels"]), label_pairs(file["relabel_pairs_val"])),
+        (label_pairs(reference.labels), label_pairs(file["relabel_pairs_train"])),
+        (label_pairs(drawn["eval/relabellings"]["labels"]), label_pairs(file["relabel_pairs_val"])),
     ]
     agree = all(np.array_equal(np.unique(a), np.unique(b)) for a, b in same)
-    agree &= ours.well_formed() and theirs.well_formed() and np.array_equal(theirs.types, file["types"])
+    agree &= opsin.well_formed() and reference.well_formed() and np.array_equal(reference.types, file["types"])
     distances = [
-        *(apart for each in (ours, theirs) for apart in law_distances(each, label_pairs(file["relabel_pairs_train"]))),
+        *(
+            apart
+            for sequences in (opsin, reference)
+            for apart in law_distances(sequences, label_pairs(file["relabel_pairs_train"]))
+        ),
         *(even_distance(x[:, -1] - tests.min(), tests.max() - tests.min() + 1) for x in (heldout, tests)),
         *(even_distance(*joint(x - shown.min(), shown.max() - shown.min() + 1)) for x in (exemplars, shown)),
     ]
@@ -218,14 +222,14 @@ def check_initialisation(file: File) -> dict[str, float]:
         outermost weight and the bound, in units of what chance exceeds once in two million.
     """
     seeds = sorted({key.split("/")[0] for key in file if "/" in key})
-    theirs = {}
+    reference = {}
     for key in (key for key in file if key.startswith(f"{seeds[0]}/")):
         leaf = key.removeprefix(f"{seeds[0]}/")
-        theirs[parameter_name(leaf)] = np.concatenate([transposed(file[f"{seed}/{leaf}"]) for seed in seeds])
-    ours = fresh_weights(theirs)
-    agree, found = ours.keys() == theirs.keys(), {"moments": 0.0, "extremes": 0.0}
-    for name, weights in itertools.chain(ours.items(), theirs.items()):
-        agree &= name in theirs and weights.shape[1:] == theirs[name].shape[1:]
+        reference[parameter_name(leaf)] = np.concatenate([transposed(file[f"{seed}/{leaf}"]) for seed in seeds])
+    opsin = fresh_weights(reference)
+    agree, found = opsin.keys() == reference.keys(), {"moments": 0.0, "extremes": 0.0}
+    for name, weights in itertools.chain(opsin.items(), reference.items()):
+        agree &= name in reference and weights.shape[1:] == reference[name].shape[1:]
         law = law_of(name, weights.shape)
         if law is None:
             agree &= bool((weights == (1 if name.endswith(".w") else 0)).all())

@@ -1,4 +1,7 @@
-"""Next characters of a text."""
+"""The next character of a text: windows that begin anywhere in a file, read by ``opsin.tasks.shared.text``.
+
+Legend: M members, B batch, L positions, T = L + 1 tokens drawn, n or R sequences, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from opsin.tasks.shared.next_token import REPEATED, NextToken, repeat_first_half
+from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, repeat_first_half
+from opsin.tasks.shared.ngrams import NGRAM_ORDER, NGrams, ngram_baselines
 from opsin.tasks.shared.streams import uniforms
-from opsin.tasks.shared.text import ORDER, NGrams, read_text, text_baselines, windows
+from opsin.tasks.shared.text import read_text, windows
 
-_STARTS = 0
+_START_STREAM = 0
 
 
 class Characters(NextToken):
-    """The next character of a text, from windows at random places.
+    """The next character of a text, from windows that begin anywhere in it.
 
     The training part counts as a ring: its end is followed by its beginning, so that every position of a window has
     the characters' frequencies in it. A row is a query where the last three characters up to it have stood in the
@@ -27,12 +31,12 @@ class Characters(NextToken):
     held-out part, or of the training part if nothing is held out.
 
     Args:
-        path: of a UTF-8 text file.
-        vocabulary: V, so many of the training part's commonest characters are tokens, others are left out; None for
+        path: path of a text file in UTF-8.
+        vocabulary: V, how many of the training part's commonest characters are tokens; the rest is left out. None for
             all. A character that the training part lacks is left out of the held-out part.
-        positions: L, characters the model sees.
-        batch_size: B.
-        heldout: share of the text, at its end, that is held out.
+        positions: L, characters that the model sees.
+        batch_size: B, sequences in a batch of one member.
+        heldout: share of the text, at its end, that is held out, at least 0 and less than 1.
 
     Raises:
         ConfigError: a value out of its range, or a text that cannot be read or is too short.
@@ -59,10 +63,10 @@ class Characters(NextToken):
         self, keys: list[np.ndarray], first: int, count: int, size: int, split: str
     ) -> dict[str, Int64[np.ndarray, "_ R"]]:
         """``tokens`` [T, R]."""
-        start = uniforms(keys, _STARTS, first, count, size, {"start": 1})["start"][0]
-        aside = split in ("eval/heldout", REPEATED) and len(self.text.heldout)
-        part, length = self.text.heldout if aside else self.text.train, self.positions + 1
-        if split == REPEATED:
+        start = uniforms(keys, _START_STREAM, first, count, size, {"start": 1})["start"][0]
+        from_heldout = split in ("eval/heldout", REPEATED_SPLIT) and len(self.text.heldout)
+        part, length = self.text.heldout if from_heldout else self.text.train, self.positions + 1
+        if split == REPEATED_SPLIT:
             return {"tokens": repeat_first_half(windows(part, start, self.positions // 2), length)}
         return {"tokens": windows(part, start, length)}
 
@@ -77,7 +81,7 @@ class Characters(NextToken):
 
     def baselines(self) -> dict[str, float]:
         """Losses (nats) on the training part of equal probabilities, of its unigram and of its bigrams."""
-        return text_baselines(self.text.train, self.n_tokens)
+        return ngram_baselines(self.text.train, self.n_tokens)
 
     def predict(self, tokens: Int[Tensor, "n L"]) -> Float[Tensor, "n L V"]:
         """The 4-grams of the training part (``NGrams``): no bound, a model may well do better."""
@@ -85,4 +89,4 @@ class Characters(NextToken):
 
     @cached_property
     def _ngrams(self) -> NGrams:
-        return NGrams(self.text.train, self.n_tokens, ORDER)
+        return NGrams(self.text.train, self.n_tokens, NGRAM_ORDER)

@@ -23,17 +23,17 @@ from opsin.errors import ConfigError
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
 from opsin.tasks.shared.exemplars import Exemplars, GaussianClusters
 from opsin.tasks.shared.streams import (
-    WORD,
+    UINT64_MAX,
     below,
     check_draw,
-    normals,
+    fill_normals,
     stream_key,
     uniforms,
     without_replacement,
     zipf_masses,
 )
 
-_CHOICES, _CORRUPTION, _NOISE = range(3)
+_CHOICE_STREAM, _CORRUPTION_STREAM, _NOISE_STREAM = range(3)
 """Separate streams, so that switching corruption or noise on leaves every other choice as it was."""
 
 Uniforms = Mapping[str, Float[np.ndarray, "_ R"]]
@@ -55,16 +55,16 @@ class Kind:
     """One kind of sequence; a task mixes one or more.
 
     Args:
-        weight: share of the sequences, relative to the other kinds.
+        weight: share of the sequences, relative to the weights of the other kinds.
         matches: how often the query's class occurs in the context (its burstiness).
         distractor_copies: how often each other class of the context occurs; as many distractor
             classes as fill the context. 1: all distinct. None: one class fills the whole rest.
         no_support: probability that the query's class is absent from the context. A further class
-            then takes its place there, and the target is uniform over all labels.
+            then stands in the context instead, and the target is uniform over all labels.
         random_query: probability that the target of a supported query is replaced by a label drawn
             uniformly from all labels (the right one included).
         label_flip: probability, for each context item alone, that it shows the label of another
-            class of the context in place of its own.
+            class of the context.
         matched_query: the query shows the same exemplar as one of its copies in the context.
         matched_distractors: all copies of a distractor class show the same exemplar. Exemplars not
             matched are drawn independently.
@@ -92,12 +92,21 @@ class Kind:
             _require(0 <= value <= 1, f"Kind.{name}", value, "a probability")
 
     def slots(self, context: int) -> Int64[np.ndarray, " C"]:
-        """Which class each context item shows, before shuffling: 0 the query's, 1 .. k - 1 distractors."""
+        """Which class each context item shows, before shuffling: 0 the query's, 1 .. k - 1 distractors.
+
+        Args:
+            context: C, number of (exemplar, label) pairs before the query.
+        """
         rest = np.arange(context - self.matches)
         return np.r_[np.zeros(self.matches, np.int64), 1 + rest // (self.distractor_copies or max(len(rest), 1))]
 
     def guessing_loss(self, context: int, n_labels: int) -> float:
-        """Cross-entropy (nats) of guessing evenly among the labels in play, knowing how often that can fail."""
+        """Cross-entropy (nats) of guessing evenly among the labels in play, knowing how often that can fail.
+
+        Args:
+            context: C, number of (exemplar, label) pairs before the query.
+            n_labels: V, number of labels to predict.
+        """
         in_play = int(self.slots(context)[-1]) + 1
         uninformed = self.no_support + (1 - self.no_support) * self.random_query
         outside = uninformed / n_labels
@@ -117,7 +126,8 @@ class _Pool:
         first_class: class number of the first entry of ``masses``.
         masses: probability of each class as a whole number, up to a common factor.
         first_exemplar, exemplars: the first exemplar of a class that is shown, and how many are.
-        independent: no exemplar is matched, whatever the kind says.
+        independent: whether no exemplar is matched, whatever the kind says.
+        relabellings: label sets that contexts may use.
     """
 
     first_class: int
@@ -137,15 +147,16 @@ class FewShot(Task):
     the exemplar numbers and label sets of training.
 
     Args:
-        exemplars: where feature vectors come from.
-        n_labels: V, labels to predict.
-        batch_size: B, sequences in a batch.
-        context: C, (exemplar, label) pairs before the query.
-        train_classes: training uses the first so many classes of the exemplars.
-        heldout_classes: the last so many classes are the evaluation set ``classes``; None for all
-            that training leaves.
-        train_exemplars: training uses the first so many exemplars of a class.
-        heldout_exemplars: the next so many are the evaluation set ``exemplars``; None for all the rest.
+        exemplars: source of the feature vectors that sequences show.
+        n_labels: V, number of labels to predict.
+        batch_size: B, sequences in a batch of one member.
+        context: C, number of (exemplar, label) pairs before the query.
+        train_classes: how many classes training uses, the first of the exemplars.
+        heldout_classes: how many classes, the last of the exemplars, are the evaluation set ``classes``; None
+            for all that training leaves.
+        train_exemplars: how many exemplars of a class training uses, the first of the class.
+        heldout_exemplars: how many exemplars of a class, the next after training's, are the evaluation set
+            ``exemplars``; None for all the rest.
         heldout_relabellings: share of the unordered label sets that training never uses; rounded to
             a whole number of sets, for each number of classes that a context may hold.
         relabelling_seed: which label sets are held out. The default holds out {0, 2} and {1, 3} of
@@ -184,8 +195,8 @@ class FewShot(Task):
         self._bank = {"exemplars": torch.from_numpy(exemplars.load())}
         n_classes, n_exemplars, self.n_features = self._bank["exemplars"].shape
         needed = max(k + (kind.no_support > 0) for k, kind in zip(in_play, self.kinds, strict=True))
-        heldout_classes = _split("classes", train_classes, heldout_classes, n_classes, needed)
-        heldout_exemplars = _split("exemplars", train_exemplars, heldout_exemplars, n_exemplars, 1)
+        heldout_classes = _heldout_count("classes", train_classes, heldout_classes, n_classes, needed)
+        heldout_exemplars = _heldout_count("exemplars", train_exemplars, heldout_exemplars, n_exemplars, 1)
         seen, heldout = _relabellings(set(in_play), n_labels, heldout_relabellings, relabelling_seed)
 
         masses = zipf_masses(train_classes, zipf)
@@ -207,7 +218,7 @@ class FewShot(Task):
             _require(count >= 1, f"FewShot.{name}", count, "at least 1")
         for name, value in {"zipf": zipf, "noise": self.noise}.items():
             _require(0 <= value < math.inf, f"FewShot.{name}", value, "a finite number, at least 0")
-        _require(0 <= relabelling_seed <= WORD, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")
+        _require(0 <= relabelling_seed <= UINT64_MAX, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")
 
     def _check_kinds(self) -> list[int]:
         """Different classes in a context of each kind."""
@@ -234,11 +245,11 @@ class FewShot(Task):
         """The choices behind batches ``first .. first + count - 1``, one member per seed.
 
         Args:
-            seeds: one per member, 0 .. 2**64 - 1.
-            first: index of the first batch.
-            count: S, how many batches.
+            seeds: one seed a member, each 0 .. 2**64 - 1.
+            first: index of the first batch, at least 0.
+            count: S, number of batches to draw.
             split: ``"train"`` or ``"eval/NAME"`` with one of ``evaluations``.
-            batch_size: B, the task's own when None; another size is another stream.
+            batch_size: B, sequences in a batch, the task's setting when None; another size is another stream.
 
         Returns:
             ``classes``, ``exemplars``, ``labels``: Int64 [S, M, B, N], the query last (its label is the
@@ -266,14 +277,14 @@ class FewShot(Task):
         """Every random choice of every sequence as a number in [0, 1), by what it decides."""
         c = self.context
         parts = {"kind": 1, "support": 1, "relabelling": 1, "classes": c + 1, "labels": c, "order": c}
-        found = uniforms(keys, _CHOICES, first, count, size, parts | {"exemplars": c + 1})
+        found = uniforms(keys, _CHOICE_STREAM, first, count, size, parts | {"exemplars": c + 1})
         if any(kind.no_support or kind.random_query or kind.label_flip for kind in self.kinds):
             corruption = {"random_query": 1, "random_label": 1, "flip": c, "flip_to": c}
-            found |= uniforms(keys, _CORRUPTION, first, count, size, corruption)
+            found |= uniforms(keys, _CORRUPTION_STREAM, first, count, size, corruption)
         return found
 
     def _sequences(self, u: Uniforms, pool: _Pool) -> dict[str, Int64[np.ndarray, "... R"]]:
-        """The choices by name, each sequence by the rules of its own kind."""
+        """The choices by name, each sequence by the rules of its kind."""
         if len(self.kinds) == 1:
             return self._of_kind(self.kinds[0], u, pool)
         shares = np.cumsum([kind.weight for kind in self.kinds])
@@ -309,8 +320,8 @@ class FewShot(Task):
             other = (slot + 1 + below(u["flip_to"], k - 1)) % k
             named = np.where(u["flip"] < kind.label_flip, other, slot)
         if kind.no_support or kind.random_query:
-            told = supported & (u["random_query"][0] >= kind.random_query)
-            target = np.where(told, answers, below(u["random_label"][0], self.n_outputs))
+            informed = supported & (u["random_query"][0] >= kind.random_query)
+            target = np.where(informed, answers, below(u["random_label"][0], self.n_outputs))
         return {
             "classes": np.concatenate([np.take_along_axis(shown, slot, 0), drawn[:1]]),
             "exemplars": self._exemplars(kind, u["exemplars"], slots, order, supported, pool),
@@ -342,7 +353,7 @@ class FewShot(Task):
         noise = np.empty((*shape, self.context + 1, features), np.float32)
         for step in range(shape[0]):
             for member, key in enumerate(keys):
-                normals(key, _NOISE, first + step, out=noise[step, member])
+                fill_normals(key, _NOISE_STREAM, first + step, out=noise[step, member])
         return noise * np.float32(self.noise)
 
     def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:
@@ -375,17 +386,17 @@ def _truth(tokens: Int[Tensor, "M B C"], answers: Int[Tensor, "M B"]) -> Truth:
     return Truth((position - 1).clamp(min=0), labels, query, rows & right, rows & labels & ~right)
 
 
-def _split(what: str, train: int, heldout: int | None, there: int, needed: int) -> int:
-    """How many classes or exemplars are held out; both splits are empty or hold the ``needed`` number."""
-    field = f"FewShot.train_{what}"
-    _require(train >= needed, field, train, f"at least {needed} (different {what} in one sequence)")
-    where = "classes in the exemplars" if what == "classes" else "exemplars of a class"
-    _require(train <= there, field, train, f"at most {there} ({where})")
-    left = there - train
+def _heldout_count(items: str, train: int, heldout: int | None, present: int, needed: int) -> int:
+    """How many classes or exemplars are held out; a split is empty or holds the ``needed`` number."""
+    field = f"FewShot.train_{items}"
+    _require(train >= needed, field, train, f"at least {needed} (different {items} in one sequence)")
+    where = "classes in the exemplars" if items == "classes" else "exemplars of a class"
+    _require(train <= present, field, train, f"at most {present} ({where})")
+    left = present - train
     count = left if heldout is None else heldout
     fits = count == 0 or needed <= count <= left
     room = f"0 or {needed} .. {left}" if left >= needed else "0"
-    _require(fits, f"FewShot.heldout_{what}", heldout, f"{room} ({left} of {there} {what} are not trained on)")
+    _require(fits, f"FewShot.heldout_{items}", heldout, f"{room} ({left} of {present} {items} are not trained on)")
     return count
 
 

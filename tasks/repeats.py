@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from opsin.tasks.shared.copying import Segments, predict_next
-from opsin.tasks.shared.next_token import REPEATED, NextToken, entropy, repeat_first_half
+from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, entropy, repeat_first_half
+from opsin.tasks.shared.ngrams import NGRAM_ORDER, NGrams, ngram_baselines
+from opsin.tasks.shared.segment_posterior import Segments, predict_next
 from opsin.tasks.shared.streams import below, by_mass, uniforms, zipf_masses
-from opsin.tasks.shared.text import ORDER, NGrams, read_text, text_baselines, windows
+from opsin.tasks.shared.text import read_text, windows
 
-_TOKENS, _SEGMENTS, _NOISE = range(3)
+_FRESH_STREAM, _SEGMENT_STREAM, _REPLACEMENT_STREAM = range(3)
 """Separate streams, so that other segments or other noise leave every other choice as it was."""
 
 
@@ -40,14 +41,16 @@ class Repeats(NextToken):
     sets: ``train``; ``repeated``: the second half repeats the first, without noise and with no other segment.
 
     Args:
-        vocabulary: V; of a text its so many commonest characters, others are left out of it.
-        zipf: of tokens drawn one by one, token v (from 0) has probability proportional to 1 / (v + 1) ** zipf.
-        positions: L, tokens the model sees.
-        batch_size: B.
-        segments: how many segments there can be in a sequence.
-        segment_probability: of each of them.
-        shortest, longest: tokens of a segment.
-        noise: share of copied tokens that are replaced.
+        vocabulary: V, number of different tokens; for a text, how many of its commonest characters are tokens, the
+            rest being left out.
+        zipf: exponent of the frequencies of tokens drawn one by one: token v (from 0) has probability proportional to
+            1 / (v + 1) ** zipf.
+        positions: L, tokens that the model sees.
+        batch_size: B, sequences in a batch of one member.
+        segments: greatest number of segments in a sequence.
+        segment_probability: probability that a segment is there, for every segment alone.
+        shortest, longest: least and greatest number of tokens of a segment.
+        noise: probability that a copied token is replaced.
         text: path of a UTF-8 text whose windows are used in place of tokens drawn one by one; its end is followed by
             its beginning, so that every position has the characters' frequencies in the text.
 
@@ -91,13 +94,13 @@ class Repeats(NextToken):
         span = (first, count, size)
         length = self.positions + 1
         position = np.arange(length)[:, None]
-        if split == REPEATED:
+        if split == REPEATED_SPLIT:
             half = self.positions // 2
             tokens = repeat_first_half(self._fresh(keys, span, half), length)
             return {"tokens": tokens, "source": np.where(position < half, -1, position - half + 0 * tokens)}
         fresh, source = self._fresh(keys, span, length), self._sources(keys, span)
         if self.process.noise:
-            u = uniforms(keys, _NOISE, *span, {"replaced": length, "by": length})
+            u = uniforms(keys, _REPLACEMENT_STREAM, *span, {"replaced": length, "by": length})
             replaced = (source >= 0) & (u["replaced"] < self.process.noise)
             fresh[replaced] = by_mass(u["by"][replaced], self._masses)
             source[replaced] = -1
@@ -110,18 +113,18 @@ class Repeats(NextToken):
     def _fresh(self, keys: list[np.ndarray], span: tuple[int, int, int], length: int) -> Int64[np.ndarray, "_ R"]:
         """Tokens before anything is copied."""
         if self._text is None:
-            return by_mass(uniforms(keys, _TOKENS, *span, {"tokens": length})["tokens"], self._masses)
-        return windows(self._text, uniforms(keys, _TOKENS, *span, {"start": 1})["start"][0], length)
+            return by_mass(uniforms(keys, _FRESH_STREAM, *span, {"tokens": length})["tokens"], self._masses)
+        return windows(self._text, uniforms(keys, _FRESH_STREAM, *span, {"start": 1})["start"][0], length)
 
     def _sources(self, keys: list[np.ndarray], span: tuple[int, int, int]) -> Int64[np.ndarray, "T R"]:
         """Which position each token is to be copied from, before noise; -1 for none."""
         process, end = self.process, self.positions + 1
-        parts = dict.fromkeys(("there", "start", "length", "from"), process.count)
-        u = uniforms(keys, _SEGMENTS, *span, parts)
+        parts = dict.fromkeys(("presence", "start", "length", "original"), process.count)
+        u = uniforms(keys, _SEGMENT_STREAM, *span, parts)
         length = process.shortest + below(u["length"], process.longest - process.shortest + 1)
         start = process.longest + below(u["start"], end - process.longest)
-        back = start - (u["from"] * (start - length + 1)).astype(np.int64)
-        start = np.where(u["there"] < process.probability, start, end)
+        back = start - (u["original"] * (start - length + 1)).astype(np.int64)
+        start = np.where(u["presence"] < process.probability, start, end)
         order = start.argsort(0, kind="stable")
         start, length, back = (np.take_along_axis(array, order, 0) for array in (start, length, back))
         position = np.arange(end)[:, None]
@@ -133,8 +136,8 @@ class Repeats(NextToken):
 
     def copied(self, draw: Mapping[str, Tensor]) -> Bool[Tensor, "M B L"]:
         """Rows where this token and the next are copies of neighbours."""
-        here, following = draw["source"][..., :-1], draw["source"][..., 1:]
-        return (here >= 0) & (following == here + 1)
+        source, next_source = draw["source"][..., :-1], draw["source"][..., 1:]
+        return (source >= 0) & (next_source == source + 1)
 
     def unigram(self) -> Float[Tensor, " V"]:
         """How often each token occurs: at every position exactly, as what is copied is drawn without looking at it."""
@@ -143,15 +146,15 @@ class Repeats(NextToken):
     def baselines(self) -> dict[str, float]:
         """Losses (nats) of equal probabilities and of the unigram; of a text also of its bigrams."""
         if self._text is not None:
-            return text_baselines(self._text, self.n_outputs)
+            return ngram_baselines(self._text, self.n_outputs)
         return {"uniform": math.log(self.n_outputs), "unigram": entropy(self.unigram().numpy())}
 
     def predict(self, tokens: Int[Tensor, "n L"]) -> Float[Tensor, "n L V"]:
-        """Bayes' rule over all places, lengths and originals of segments, given the tokens up to each row.
+        """Bayes' rule over all starts, lengths and originals of segments, given the tokens up to each row.
 
         For tokens drawn one by one this is the best possible prediction in the training stream; evaluation sets are
         predicted as if they came from it. Of a text, tokens that are not copied are taken to follow its 4-grams
-        (``opsin.tasks.text.NGrams``), whatever is copied before them.
+        (``opsin.tasks.shared.ngrams.NGrams``), whatever is copied before them.
         """
         unigram = self.unigram()
         fresh = unigram.expand(*tokens.shape, -1) if self._ngrams is None else self._ngrams.predict(tokens)
@@ -159,4 +162,4 @@ class Repeats(NextToken):
 
     @cached_property
     def _ngrams(self) -> NGrams | None:
-        return None if self._text is None else NGrams(self._text, self.n_tokens, ORDER)
+        return None if self._text is None else NGrams(self._text, self.n_tokens, NGRAM_ORDER)

@@ -1,7 +1,7 @@
 """Bigrams with triggers: most tokens are followed as the whole language has it, a few as only this sequence has it.
 
 The process of Bietti et al. (2023, "Birth of a Transformer: a memory viewpoint", section 2): a sequence has K trigger
-tokens, each with a successor of its own that is drawn anew; all other tokens are followed by a global bigram
+tokens, each with a successor that is drawn anew; all other tokens are followed by a global bigram
 distribution. Global bigrams can be learned as facts, successors of triggers only be looked up. Here the global
 distributions are made from a seed and not counted from a text.
 
@@ -19,19 +19,28 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from opsin.tasks.shared.next_token import REPEATED, NextToken, entropy, repeat_first_half
-from opsin.tasks.shared.streams import WORD, below, by_mass, stream_key, uniforms, without_replacement, zipf_masses
+from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, entropy, repeat_first_half
+from opsin.tasks.shared.streams import (
+    UINT64_MAX,
+    below,
+    by_mass,
+    stream_key,
+    uniforms,
+    without_replacement,
+    zipf_masses,
+)
 
-_TOKENS, _TRIGGERS = range(2)
+_CHAIN_STREAM, _TRIGGER_STREAM = range(2)
+"""Separate streams, so that other triggers leave the uniform numbers behind the tokens as they were."""
 
-RESOLUTION = 2.0**40
+ROW_MASS = 2.0**40
 """Masses of a bigram row sum to about this, so that those of all rows stay whole numbers."""
 
-COUNTED = 4096
-"""Sequences over which what no formula gives is measured."""
+MEASURED_SEQUENCES = 4096
+"""Sequences over which the unigram and the bigram loss are measured, which no formula gives."""
 
-SLIP = 1e-6
-"""Probability that a trigger is taken not to be one: sequences from elsewhere stay possible."""
+NO_TRIGGER = 1e-6
+"""Least probability that a token is no trigger: sequences of another process stay possible."""
 
 
 class TriggerBigrams(NextToken):
@@ -46,15 +55,15 @@ class TriggerBigrams(NextToken):
     of it can be copied (there tokens that are no triggers have ``other``, too).
 
     Args:
-        vocabulary: V.
-        triggers: K.
+        vocabulary: V, number of different tokens.
+        triggers: K, trigger tokens of a sequence, less than V.
         fixed: the K likeliest tokens of the unigram are the triggers of every sequence; otherwise any K different
             ones, each choice equally likely.
-        zipf: of the unigram, token v (from 0) has mass 1 / (v + 1) ** zipf.
-        spread: how much bigrams differ from the unigram; 0 for not at all.
-        positions: L, tokens the model sees.
-        batch_size: B.
-        table_seed: which bigrams.
+        zipf: exponent of the unigram: token v (from 0) has mass 1 / (v + 1) ** zipf.
+        spread: standard deviation of the log-ratio of bigrams to the unigram, nats; 0 for no difference.
+        positions: L, tokens that the model sees.
+        batch_size: B, sequences in a batch of one member.
+        table_seed: seed of the bigram table, 0 .. 2**64 - 1.
 
     Raises:
         ConfigError: a value out of its range.
@@ -75,7 +84,7 @@ class TriggerBigrams(NextToken):
         self.require("triggers", triggers, 1 <= triggers < vocabulary, f"1 .. {vocabulary - 1}")
         for name, value in (("zipf", zipf), ("spread", spread)):
             self.require(name, value, 0 <= value < math.inf, "a finite number, at least 0")
-        self.require("table_seed", table_seed, 0 <= table_seed <= WORD, "0 .. 2**64 - 1")
+        self.require("table_seed", table_seed, 0 <= table_seed <= UINT64_MAX, "0 .. 2**64 - 1")
         self.triggers, self.fixed = triggers, fixed
         self._masses = zipf_masses(vocabulary, zipf)
         normal = np.random.Generator(np.random.Philox(table_seed)).standard_normal((vocabulary, vocabulary))
@@ -83,7 +92,7 @@ class TriggerBigrams(NextToken):
         tilt = np.exp(spread * (normal - normal.max(1, keepdims=True)))
         shares = self._masses * tilt
         shares /= shares.sum(1, keepdims=True)
-        self._bigrams = np.maximum(1, np.round(RESOLUTION * shares)).astype(np.int64)
+        self._bigrams = np.maximum(1, np.round(ROW_MASS * shares)).astype(np.int64)
 
     @property
     def bigrams(self) -> Float[np.ndarray, "V V"]:
@@ -95,17 +104,19 @@ class TriggerBigrams(NextToken):
     ) -> dict[str, Int64[np.ndarray, "_ R"]]:
         """``tokens`` [T, R] and ``looked_up`` [L, R]: 1 where the successor is that of a trigger, or a repetition."""
         span, half = (first, count, size), self.positions // 2
-        u = uniforms(keys, _TRIGGERS, *span, {"which": self.triggers, "successor": self.triggers})
+        u = uniforms(keys, _TRIGGER_STREAM, *span, {"which": self.triggers, "successor": self.triggers})
         if self.fixed:
             triggers = np.broadcast_to(np.arange(self.triggers)[:, None], u["which"].shape)
         else:
             triggers = without_replacement(u["which"], zipf_masses(self.n_tokens, 0.0))
-        length = half if split == REPEATED else self.positions + 1
-        tokens = self._chain(uniforms(keys, _TOKENS, *span, {"tokens": length})["tokens"], triggers, u["successor"])
-        if split == REPEATED:
+        length = half if split == REPEATED_SPLIT else self.positions + 1
+        tokens = self._chain(
+            uniforms(keys, _CHAIN_STREAM, *span, {"tokens": length})["tokens"], triggers, u["successor"]
+        )
+        if split == REPEATED_SPLIT:
             tokens = repeat_first_half(tokens, self.positions + 1)
         looked_up = (tokens[:-1, None] == triggers).any(1)
-        if split == REPEATED:
+        if split == REPEATED_SPLIT:
             looked_up |= np.arange(self.positions)[:, None] >= half
         return {"tokens": tokens, "looked_up": looked_up.astype(np.int64)}
 
@@ -134,10 +145,10 @@ class TriggerBigrams(NextToken):
 
     @cached_property
     def _measured(self) -> Mapping[str, Int64[np.ndarray, "_ R"]]:
-        return self.sequences([stream_key(0, "measured", COUNTED)], 0, 1, COUNTED, "train")
+        return self.sequences([stream_key(0, "measured", MEASURED_SEQUENCES)], 0, 1, MEASURED_SEQUENCES, "train")
 
     def unigram(self) -> Float[Tensor, " V"]:
-        """How often each token is the next one, measured over 4,096 sequences of a stream of its own.
+        """How often each token is the next one, measured over 4,096 sequences of a stream that nothing else draws from.
 
         Of a row that is no trigger's its whole bigram distribution counts, so that no token is without.
         """
@@ -176,15 +187,15 @@ class TriggerBigrams(NextToken):
         certain = torch.nn.functional.one_hot(past.successor.clamp(min=0), self.n_tokens).double()
         known = (past.successor >= 0)[..., None]
         looked_up = torch.where(known, certain, torch.full_like(certain, 1 / self.n_tokens))
-        trigger = trigger[..., None].clamp(max=1 - SLIP)
+        trigger = trigger[..., None].clamp(max=1 - NO_TRIGGER)
         return trigger * looked_up + (1 - trigger) * bigrams[tokens]
 
 
 class _Past:
-    """What the tokens up to each row say of triggers.
+    """Which tokens are triggers, as far as the tokens up to each row say.
 
     Args:
-        tokens: of some sequences.
+        tokens: sequences of the task, on the CPU.
         bigrams: probability [v, x] of x after v, if v is no trigger.
     """
 
@@ -202,7 +213,7 @@ class _Past:
         # log-probability of what came after each position, were its token no trigger
         self.surprise = bigrams.log()[tokens[:, :-1], tokens[:, 1:]]
 
-    def _odds(self) -> Float[Tensor, "n L L"]:
+    def _log_odds(self) -> Float[Tensor, "n L L"]:
         """Logarithm [i, l] of how much likelier, at row l, what came after the token of i is of a trigger.
 
         Of a token that first occurs at i; minus infinity if it was not always followed by the same token.
@@ -217,18 +228,18 @@ class _Past:
 
         A choice weighs the product of its tokens' odds, so sums over choices are elementary symmetric polynomials.
         """
-        odds = self._odds()
-        told = self.is_first[:, :, None] & self.earlier.T  # n i l: the token of i has been followed by something
-        others = told & ~self.same
-        free = self.vocabulary - 1 - others.sum(1)  # tokens, other than the row's, of which nothing is known: odds of 1
+        odds = self._log_odds()
+        known = self.is_first[:, :, None] & self.earlier.T  # n i l: the token of i has been followed by something
+        rivals = known & ~self.same  # known tokens other than the row's
+        free = self.vocabulary - 1 - rivals.sum(1)  # tokens other than the row's that are not known: odds of 1
         size = torch.arange(triggers + 1)
         free = free[..., None].double()
         ways = torch.lgamma(free + 1) - torch.lgamma(size + 1) - torch.lgamma((free - size).clamp(min=0) + 1)
         weight = ways.masked_fill(size > free, -torch.inf)  # n l k: log of the sum over choices of k tokens
         for i in range(odds.shape[1]):
-            one = odds[:, i].masked_fill(~others[:, i], -torch.inf)[..., None]
-            weight = torch.cat([weight[..., :1], torch.logaddexp(weight[..., 1:], weight[..., :-1] + one)], -1)
-        own = torch.where(told & self.same, odds, -torch.inf).amax(1)
-        own = torch.where((told & self.same).any(1), own, torch.zeros_like(own))
-        # no number where no choice explains the past: the sequence is from elsewhere
-        return torch.sigmoid(own + weight[..., -2] - weight[..., -1]).nan_to_num(nan=0.0)
+            rival = odds[:, i].masked_fill(~rivals[:, i], -torch.inf)[..., None]
+            weight = torch.cat([weight[..., :1], torch.logaddexp(weight[..., 1:], weight[..., :-1] + rival)], -1)
+        row = torch.where(known & self.same, odds, -torch.inf).amax(1)
+        row = torch.where((known & self.same).any(1), row, torch.zeros_like(row))
+        # no number where no choice explains the past: the sequence is of another process
+        return torch.sigmoid(row + weight[..., -2] - weight[..., -1]).nan_to_num(nan=0.0)

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from opsin.model.transformer import Transformer
-from opsin.records.schema import COLUMNS
+from opsin.records.schema import METRICS_COLUMNS
 from tests.helpers.killers import EndAt, Killed, kill
 from tests.helpers.toys import few_shot
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_its_files_and_prints_where_they_are(fit, tmp_path):
 def test_one_line_of_pandas_reads_the_numbers(fit, tmp_path):
     fit("--run_folder", "run")
     table = pd.read_csv(tmp_path / "run" / "metrics.csv")
-    assert tuple(table.columns) == COLUMNS and (table.sequences == table.step * BATCH).all()
+    assert tuple(table.columns) == METRICS_COLUMNS and (table.sequences == table.step * BATCH).all()
     heads = table[table.metric == "induction_strength"]
     assert len(heads.groupby(["layer", "head"])) == 4 and heads.step.max() == STEPS and heads.value.between(-1, 1).all()
     assert table[table.metric == "train/loss"].layer.isna().all()

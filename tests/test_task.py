@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from opsin import task as tasks
-from tests.helpers.toys import batch_of, few_shot
+from tests.helpers.toys import ToyTokens, batch_of, few_shot
 
 
 def test_steps_are_the_same_however_many_are_drawn_at_once(monkeypatch):
@@ -28,3 +28,18 @@ def test_a_batch_that_members_share_is_each_member_s_and_takes_no_memory_of_its_
     for name in ("query", "match", "other"):
         assert torch.equal(getattr(shared.truth, name), getattr(several.truth, name))
     assert shared.layout == several.layout
+
+
+def test_a_function_is_mapped_over_every_tensor_that_has_a_batch_axis():
+    batch = batch_of(few_shot(), [5, 6])
+    part = batch.map(lambda x: x[:, 1:3])
+    for name in ("features", "tokens", "targets", "plausible"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[:, 1:3])
+    for name in ("query", "match", "other"):
+        assert torch.equal(getattr(part.truth, name), getattr(batch.truth, name)[:, 1:3])
+    assert part.layout == batch.layout and torch.equal(part.truth.previous, batch.truth.previous)
+
+
+def test_a_batch_of_tokens_is_mapped_without_features():
+    part = batch_of(ToyTokens()).map(lambda x: x[:, :1])
+    assert part.features is None and part.plausible is None and part.tokens.shape[:2] == (2, 1)

@@ -1,4 +1,4 @@
-"""Read-only callbacks: attention that rests on the first token, and neurons that are silent or fire for one reason.
+"""Neurons that are silent, always active, or active for one reason: a position or a token.
 
 Legend: M members, B batch, L positions, N neurons.
 """
@@ -9,20 +9,22 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from opsin.callbacks.readers.base import ProbeReader, Requirement, needs_neurons
 from opsin.errors import ConfigError
 from opsin.metrics.activity import always_on, by_position, by_tokens, dead
 from opsin.model.sites import SiteTable
 from opsin.task import Batch
-from opsin.training.module import opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation
 
-KINDS = ("dead", "always_on", "positional", "current_token", "previous_token", "bigram")
+NEURON_KINDS = ("dead", "always_on", "positional", "current_token", "previous_token", "bigram")
+TOKEN_KINDS = NEURON_KINDS[3:]
+"""Kinds that ask which token every position holds."""
 
 
-class ActivationSparsity(Callback):
+class ActivationSparsity(ProbeReader):
     """Counts, in every layer, neurons that are never or always active, and those that one thing explains.
 
     A neuron is active where its pre-activation is above 0. Recorded and logged on the probe, under the interventions in
@@ -39,7 +41,7 @@ class ActivationSparsity(Callback):
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
-        kinds: which are counted.
+        kinds: kinds of neurons that are counted, all six when None.
         explained: share of the variance above which one thing explains a neuron, from 0 to below 1.
 
     Raises:
@@ -54,47 +56,46 @@ class ActivationSparsity(Callback):
         | None = None,
         explained: float = 0.5,
     ) -> None:
-        if every < 1:
-            raise ConfigError("ActivationSparsity.every", every, "at least 1 optimizer step")
-        chosen = list(KINDS if kinds is None else kinds)
-        unknown = [kind for kind in chosen if kind not in KINDS]
+        super().__init__(every)
+        chosen = list(NEURON_KINDS if kinds is None else kinds)
+        unknown = [kind for kind in chosen if kind not in NEURON_KINDS]
         if unknown or not chosen:
-            raise ConfigError("ActivationSparsity.kinds", unknown[0] if unknown else [], f"any of {', '.join(KINDS)}")
+            expected = f"any of {', '.join(NEURON_KINDS)}"
+            raise ConfigError("ActivationSparsity.kinds", unknown[0] if unknown else [], expected)
         if not 0 <= explained < 1:
             raise ConfigError("ActivationSparsity.explained", explained, "a share from 0 to below 1")
-        self.every, self.kinds, self.explained = every, chosen, explained
+        self.kinds, self.explained = chosen, explained
+
+    def sites(self, table: SiteTable) -> list[str]:
+        return [f"blocks.{layer}.mlp.hook_pre" for layer in range(table.layers)]
+
+    def requirements(self) -> list[Requirement]:
+        by_token = [kind for kind in self.kinds if kind in TOKEN_KINDS]
+
+        def lacking(module: OpsinModule) -> list[str] | None:
+            return by_token if by_token and module.task.layout.features else None
+
+        without = ", ".join(kind for kind in NEURON_KINDS if kind not in TOKEN_KINDS)
+        tokens = f"any of {without}: not every position of this task holds a token"
+        return [
+            needs_neurons("ActivationSparsity", "neurons: model.transformer.mlp_ratio"),
+            Requirement("ActivationSparsity.kinds", lacking, tokens),
+        ]
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metrics, for schedules with feedback."""
         return {f"neurons/{layer}/{kind}": () for layer in range(sites.layers) for kind in self.kinds}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = opsin_module(pl_module)
-        if not module.sites.size("N"):
-            raise ConfigError("ActivationSparsity", "a model without MLPs", "neurons: model.transformer.mlp_ratio")
-        of_tokens = [kind for kind in self.kinds if kind in KINDS[3:]]
-        if of_tokens and module.task.layout.features:
-            expected = f"any of {', '.join(KINDS[:3])}: not every position of this task holds a token"
-            raise ConfigError("ActivationSparsity.kinds", of_tokens, expected)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module = opsin_module(pl_module)
-        self._sites = [f"blocks.{layer}.mlp.hook_pre" for layer in range(self._module.sites.layers)]
-        self._module.listen(self.every, self._record, self._sites)
-
-    def _record(self, seen: Observation) -> None:
-        found = {}
-        for layer, site in enumerate(self._sites):
+    def measure(self, seen: Observation) -> None:
+        counts = {}
+        for layer, site in enumerate(self.sites(self._module.sites)):
             activation = seen.activations[site]
             known, active = activation.isfinite().flatten(1).all(1), activation > 0
             for kind in self.kinds:
-                count = self._are(kind, active, seen.batch).sum(1)
-                found[f"neurons/{layer}/{kind}"] = count.float().where(known, torch.nan)
-        for metric, counts in found.items():
-            self._module.history.record(metric, seen.step, counts)
-        self._module.log_everywhere(found, seen.step)
+                count = self._of_kind(kind, active, seen.batch).sum(1)
+                counts[f"neurons/{layer}/{kind}"] = count.float().where(known, torch.nan)
+        self._module.record(seen.step, counts)
 
-    def _are(self, kind: str, active: Bool[Tensor, "M B L N"], batch: Batch) -> Bool[Tensor, "M N"]:
+    def _of_kind(self, kind: str, active: Bool[Tensor, "M B L N"], batch: Batch) -> Bool[Tensor, "M N"]:
         """Which neurons of a layer are of this kind."""
         match kind:
             case "dead":

@@ -1,4 +1,7 @@
-"""Attention that rests on the first token, and what it does to the last neurons."""
+"""Attention that rests on the first token, and what it does to the last neurons.
+
+Legend: M members, B batch, H heads, L positions (query side), K positions (key side), N neurons.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.heads import HeadTracker, record_heads
-from opsin.callbacks.readers.looking import constant_weights, tap_in_force
-from opsin.errors import ConfigError
-from opsin.metrics.activity import attention_sink, sunk
+from opsin.callbacks.readers.base import Requirement, check_count
+from opsin.callbacks.readers.heads import HeadTracker, pattern_sites
+from opsin.callbacks.readers.last_layer import last_layer_sites
+from opsin.metrics.heads import attention_sink, with_attention_sunk
 from opsin.model.sites import SiteTable
 from opsin.task import Batch, Truth
-from opsin.training.module import opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation
-from opsin.training.probe import observe
 
-EFFECT = "attention_sink_effect"
+SINK_EFFECT = "attention_sink_effect"
+"""Metric of what a head does to the last neurons by resting on the first position."""
 
 
 class AttentionSinks(HeadTracker):
@@ -32,7 +35,8 @@ class AttentionSinks(HeadTracker):
 
     Args:
         every: optimizer steps between measurements of attention; the first and the last state are always measured.
-        effect_every: the same of effects, which cost one forward pass a head; no effects when None.
+        effect_every: optimizer steps between measurements of effects, which cost one forward pass a head; no effects
+            when None.
 
     Raises:
         ConfigError: fewer than one step; when training starts, effects on a model without MLPs.
@@ -42,8 +46,8 @@ class AttentionSinks(HeadTracker):
 
     def __init__(self, every: int = 100, effect_every: int | None = 1000) -> None:
         super().__init__(every)
-        if effect_every is not None and effect_every < 1:
-            raise ConfigError("AttentionSinks.effect_every", effect_every, "at least 1 optimizer step, or null")
+        if effect_every is not None:
+            check_count("AttentionSinks.effect_every", effect_every, "optimizer step, or null")
         self.effect_every = effect_every
 
     @staticmethod
@@ -51,42 +55,45 @@ class AttentionSinks(HeadTracker):
         """Attention on the first position."""
         return attention_sink(pattern)
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metrics, for schedules with feedback."""
-        shape = (sites.layers, sites.size("H"))
-        return super().records(sites) | ({} if self.effect_every is None else {EFFECT: shape})
+    def sites(self, table: SiteTable) -> list[str]:
+        return pattern_sites(table) + ([] if self.effect_every is None else [last_layer_sites(table)[1]])
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.effect_every is not None and not opsin_module(pl_module).sites.size("N"):
-            raise ConfigError("AttentionSinks.effect_every", self.effect_every, "null: this model has no MLP")
+    def requirements(self) -> list[Requirement]:
+        if self.effect_every is None:
+            return []
+
+        def lacking(module: OpsinModule) -> int | None:
+            return None if module.sites.size("N") else self.effect_every
+
+        return [Requirement("AttentionSinks.effect_every", lacking, "null: this model has no MLP")]
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        shape = (sites.layers, sites.size("H"))
+        return super().records(sites) | ({} if self.effect_every is None else {SINK_EFFECT: shape})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+        table = self._module.sites
+        self._module.listen(self.every, self.measure, pattern_sites(table))
         if self.effect_every is not None:
-            self._module.listen(self.effect_every, self._record_effects, [self._last])
+            self._module.listen(self.effect_every, self._measure_effects, [last_layer_sites(table)[1]])
 
-    @property
-    def _last(self) -> str:
-        return f"blocks.{self._module.sites.layers - 1}.mlp.hook_post"
-
-    def _record_effects(self, seen: Observation) -> None:
-        before, heads = seen.activations[self._last], range(self._module.sites.size("H"))
+    def _measure_effects(self, seen: Observation) -> None:
+        table = self._module.sites
+        before = seen.activations[last_layer_sites(table)[1]]
         effects = [
-            torch.stack(
-                [(self._forced(seen.batch, site, head) - before)[:, :, 1:].abs().mean((1, 2, 3)) for head in heads]
-            )
-            for site in self._sites
+            torch.stack([self._effect(seen.batch, site, head, before) for head in range(table.size("H"))], dim=1)
+            for site in pattern_sites(table)
         ]
-        record_heads(self._module, EFFECT, seen.step, torch.stack(effects).movedim(2, 0))
+        self._module.record(seen.step, {SINK_EFFECT: torch.stack(effects, dim=1)})
 
-    def _forced(self, batch: Batch, site: str, head: int) -> Float[Tensor, "M B L N"]:
-        """The last neurons when one head looks at the first position alone."""
-        module = self._module
-        tap = tap_in_force(module, batch)
+    def _effect(self, batch: Batch, site: str, head: int, before: Float[Tensor, "M B L N"]) -> Float[Tensor, " M"]:
+        """Mean absolute change of the last neurons when one head looks at the first position alone."""
+        passes, last = self._module.forward_passes, last_layer_sites(self._module.sites)[1]
+        tap = passes.tap(batch)
 
         def forcing(name: str, activation: Tensor) -> Tensor:
             activation = tap(name, activation)
-            return sunk(activation, head) if name == site else activation
+            return with_attention_sunk(activation, head) if name == site else activation
 
-        weights, table = constant_weights(module), module.constants.table
-        return observe(module.transformer, weights, table, batch, forcing, [self._last])[self._last]
+        after = passes.activations(batch, [last], forcing)[last]
+        return (after - before)[:, :, 1:].abs().mean((1, 2, 3))

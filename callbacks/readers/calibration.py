@@ -1,4 +1,4 @@
-"""A read-only callback: is the model as sure as it should be, and what would calibrating it afterwards change.
+"""Calibration: is the model as sure as it should be, and what would calibrating it afterwards change.
 
 Legend: M members, B batch, Q scored positions, V outputs.
 """
@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.looking import constant_weights, sequences_of, tap_in_force
+from opsin.callbacks.readers.base import ProbeReader, Requirement, check_count
 from opsin.errors import ConfigError
 from opsin.metrics.calibration import (
     at_temperature,
@@ -26,18 +26,17 @@ from opsin.metrics.calibration import (
     mean_loss,
 )
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import forward
 from opsin.task import Batch
-from opsin.training.module import opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from opsin.training.observers import Observation
 
 FITS = ("temperature", "vector", "neural_clamping")
-KINDS = ("ece", "brier", "entropy")
-Metrics = dict[str, Float[Tensor, " M"]]
+PROBE_METRICS = ("ece", "brier", "entropy")
+MemberValues = dict[str, Float[Tensor, " M"]]
 
 
-class Calibration(Callback):
+class Calibration(ProbeReader):
     """Measures how far the model's confidence is from its accuracy, and what post-hoc calibrations make of it.
 
     Recorded and logged on the probe's scored positions, under the interventions in force, ``[M]`` each:
@@ -59,7 +58,7 @@ class Calibration(Callback):
         fit: post-hoc calibrations, any of ``temperature``, ``vector`` and ``neural_clamping``; none when None.
         fit_every: optimizer steps between fits; of the first and the last state there always is one.
         focus: exponent of Neural Clamping's focal loss, 0 (the negative log-likelihood) or at least 1.
-        penalty: of Neural Clamping, on the squared 2-norm of the perturbation.
+        penalty: weight of the perturbation's squared 2-norm in Neural Clamping's loss, at least 0.
         clamping_steps: forward and backward passes through the model of one fit of Neural Clamping.
 
     Raises:
@@ -75,9 +74,9 @@ class Calibration(Callback):
         penalty: float = 0.01,
         clamping_steps: int = 100,
     ) -> None:
-        for name, value in (("every", every), ("fit_every", fit_every), ("clamping_steps", clamping_steps)):
-            if value < 1:
-                raise ConfigError(f"Calibration.{name}", value, "at least 1")
+        super().__init__(every)
+        check_count("Calibration.fit_every", fit_every)
+        check_count("Calibration.clamping_steps", clamping_steps)
         unknown = [name for name in fit or () if name not in FITS]
         if unknown or fit == []:
             raise ConfigError("Calibration.fit", unknown[0] if unknown else [], f"any of {', '.join(FITS)}, or null")
@@ -85,13 +84,21 @@ class Calibration(Callback):
             raise ConfigError("Calibration.focus", focus, "0, or at least 1")
         if not penalty >= 0:
             raise ConfigError("Calibration.penalty", penalty, "0 or more")
-        self.every, self.fit, self.fit_every = every, tuple(fit or ()), fit_every
+        self.fit, self.fit_every = tuple(fit or ()), fit_every
         self.focus, self.penalty, self.clamping_steps = focus, penalty, clamping_steps
         self._knows_exact = False
 
+    def sites(self, table: SiteTable) -> list[str]:
+        return ["hook_logits"]
+
+    def requirements(self) -> list[Requirement]:
+        def lacking(module: OpsinModule) -> int | None:
+            return module.probe_size if self.fit and module.probe_size < 2 else None
+
+        return [Requirement("model.probe_size", lacking, "at least 2, to fit on one half and measure on one")]
+
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metrics, for schedules with feedback."""
-        names = [f"calibration/{kind}" for kind in KINDS]
+        names = [f"calibration/{name}" for name in PROBE_METRICS]
         names += ["calibration/exact_entropy"] if self._knows_exact else []
         for name in ("none", *self.fit) if self.fit else ():
             names += [f"calibration/{name}/ece", f"calibration/{name}/loss"]
@@ -100,21 +107,17 @@ class Calibration(Callback):
         return dict.fromkeys(names, ())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = opsin_module(pl_module)
-        if self.fit and module.probe_size < 2:
-            raise ConfigError(
-                "model.probe_size", module.probe_size, "at least 2, to fit on one half and measure on one"
-            )
-        self._knows_exact = module.task.exact(module.task.batch(0, 0, "eval/train", 1)) is not None
+        super().setup(trainer, pl_module, stage)
+        task = self._module.task
+        self._knows_exact = task.exact(task.batch(0, 0, "eval/train", 1)) is not None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module = opsin_module(pl_module)
         self._exact_entropy: Tensor | None = None
-        self._module.listen(self.every, self._measure, ["hook_logits"])
+        super().on_fit_start(trainer, pl_module)
         if self.fit:
             self._module.listen(self.fit_every, self._fit)
 
-    def _measure(self, seen: Observation) -> None:
+    def measure(self, seen: Observation) -> None:
         batch, logits = seen.batch, scored_logits(seen.activations["hook_logits"], seen.batch)
         found = {
             "ece": expected_calibration_error(logits, batch.targets),
@@ -126,7 +129,7 @@ class Calibration(Callback):
         self._record(found, seen.step)
 
     def _exact(self, batch: Batch) -> Float[Tensor, " M"]:
-        """The same at every step: the probe is fixed."""
+        """Entropy of the best predictor; equal at every step, as the probe is fixed."""
         if self._exact_entropy is None:
             known = self._module.task.exact(batch)
             assert known is not None
@@ -135,21 +138,23 @@ class Calibration(Callback):
 
     def _fit(self, seen: Observation) -> None:
         half = len(seen.batch.targets[0]) // 2
-        fitted, held = (sequences_of(seen.batch, which) for which in (slice(half), slice(half, None)))
+        fitted = seen.batch.map(lambda tensor: tensor[:, :half])
+        unseen = seen.batch.map(lambda tensor: tensor[:, half:])
         with torch.no_grad():
-            logits, unseen = self._logits(fitted), self._logits(held)
-        found = _quality("none", unseen, held)
+            logits, unseen_logits = self._logits(fitted), self._logits(unseen)
+        found = _quality("none", unseen_logits, unseen)
         if "temperature" in self.fit:
             heat = fit_temperature(logits, fitted.targets)
-            found |= _quality("temperature", at_temperature(unseen, heat), held) | {"temperature/temperature": heat}
+            found |= _quality("temperature", at_temperature(unseen_logits, heat), unseen)
+            found |= {"temperature/temperature": heat}
         if "vector" in self.fit:
-            found |= _quality("vector", fit_vector_scaling(logits, fitted.targets)(unseen), held)
+            found |= _quality("vector", fit_vector_scaling(logits, fitted.targets)(unseen_logits), unseen)
         if "neural_clamping" in self.fit:
-            found |= self._clamped(fitted, held)
+            found |= self._clamped(fitted, unseen)
         self._record(found, seen.step)
 
-    def _clamped(self, fitted: Batch, held: Batch) -> Metrics:
-        """What Neural Clamping, fitted on some sequences, makes of others."""
+    def _clamped(self, fitted: Batch, unseen: Batch) -> MemberValues:
+        """What Neural Clamping, fitted on one half of the probe, makes of the other half."""
         name, zeros = "neural_clamping", self._no_perturbation(fitted)
         found = fit_neural_clamping(
             lambda delta: self._logits(fitted, delta),
@@ -160,10 +165,10 @@ class Calibration(Callback):
             self.clamping_steps,
         )
         with torch.no_grad():
-            logits = at_temperature(self._logits(held, found.perturbation), found.temperature)
+            logits = at_temperature(self._logits(unseen, found.perturbation), found.temperature)
         size = found.perturbation.flatten(1).norm(dim=1)
         fits = {f"{name}/temperature": found.temperature, f"{name}/perturbation": size}
-        return _quality(name, logits, held) | fits
+        return _quality(name, logits, unseen) | fits
 
     def _no_perturbation(self, batch: Batch) -> Float[Tensor, "M 1 positions channels"]:
         table = self._module.constants.table
@@ -174,7 +179,8 @@ class Calibration(Callback):
 
     def _logits(self, batch: Batch, perturbation: Tensor | None = None) -> Float[Tensor, "M B Q V"]:
         """Scored logits under the interventions in force, of an input that something may be added to."""
-        module, tap, shown = self._module, tap_in_force(self._module, batch), batch
+        passes = self._module.forward_passes
+        tap, shown = passes.tap(batch), batch
         if perturbation is not None and batch.features is not None:
             shown = replace(batch, features=batch.features + perturbation)
 
@@ -183,16 +189,12 @@ class Calibration(Callback):
                 activation = activation + perturbation
             return tap(name, activation)
 
-        weights, table = constant_weights(module), module.constants.table
-        return scored_logits(forward(weights, table, shown, module.transformer, perturbing), shown)
+        return passes.logits(shown, perturbing)
 
-    def _record(self, found: Metrics, step: int) -> None:
-        named = {f"calibration/{name}": values.detach() for name, values in found.items()}
-        for name, values in named.items():
-            self._module.history.record(name, step, values)
-        self._module.log_everywhere(named, step)
+    def _record(self, found: MemberValues, step: int) -> None:
+        self._module.record(step, {f"calibration/{name}": values.detach() for name, values in found.items()})
 
 
-def _quality(name: str, logits: Float[Tensor, "M B Q V"], batch: Batch) -> Metrics:
+def _quality(name: str, logits: Float[Tensor, "M B Q V"], batch: Batch) -> MemberValues:
     error, loss = expected_calibration_error(logits, batch.targets), mean_loss(logits, batch.targets)
     return {f"{name}/ece": error, f"{name}/loss": loss}

@@ -11,30 +11,41 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.readers.last_layer import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
+from opsin.callbacks.readers.base import Reader, Requirement, check_count, needs_evaluation_set
+from opsin.callbacks.readers.last_layer import (
+    effects_and_control,
+    last_layer_sites,
+    needs_read_out,
+    read_out_and_outputs,
+)
 from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.confidence import Change, Compared, Study, change, strongest, token_entropy
-from opsin.metrics.neurons import Effect, ReadOut, candidates
+from opsin.metrics.mean_ablation import Effect, candidates
+from opsin.metrics.neuron_weights import ReadOut
+from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.task import Batch
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.objective import cross_entropy, scored_logits
 
-SET = "repeated"
+REPEATED_SET = "repeated"
 """The evaluation set whose second half repeats the first."""
 
-KINDS = ("total", "direct")
-Line = tuple[str, str, int | str, float]
+ABLATION_EFFECTS = ("total", "direct")
+"""Effects of an ablation: with the scale of the last LayerNorm recomputed, and with the scale as it is."""
+
+StudyLine = tuple[str, str, int | str, float]
+"""One line of the table without its member: what, neuron, position, value."""
 
 
-class ConfidenceStudy(Callback):
+class ConfidenceStudy(Reader):
     """Draws, at the end, how sure a model is along a sequence that repeats itself, and which neurons make it so.
 
     After Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", the case study of induction. On the
@@ -67,80 +78,77 @@ class ConfidenceStudy(Callback):
     name = "confidence"
 
     def __init__(self, top: int = 3, draws: int = 40) -> None:
-        if top < 1:
-            raise ConfigError("ConfidenceStudy.top", top, "at least 1 neuron")
-        if draws < 1:
-            raise ConfigError("ConfidenceStudy.draws", draws, "at least 1")
-        self.top, self.draws = top, draws
+        self.top = check_count("ConfidenceStudy.top", top, "neuron")
+        self.draws = check_count("ConfidenceStudy.draws", draws)
         self._studies: list[Study] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = opsin_module(pl_module)
-        require_neurons("ConfidenceStudy", module.transformer)
-        if SET not in module.task.evaluations:
-            own = f"{type(module.task).__name__} with {', '.join(module.task.evaluations)}"
-            raise ConfigError("ConfidenceStudy", own, f"a task with an evaluation set {SET!r}")
-        neurons = module.transformer.neurons
-        if neurons is not None and self.top > neurons:
+    def sites(self, table: SiteTable) -> list[str]:
+        return [*last_layer_sites(table), "hook_logits"]
+
+    def requirements(self) -> list[Requirement]:
+        return [*needs_read_out("ConfidenceStudy"), needs_evaluation_set("ConfidenceStudy", REPEATED_SET)]
+
+    def check(self, module: OpsinModule) -> None:
+        neurons = module.sites.size("N")
+        if self.top > neurons:
             raise ConfigError("ConfidenceStudy.top", self.top, f"at most the model's {neurons} neurons of a layer")
-        first, repeated = _parts(module.task.batch(0, 0, f"eval/{SET}"))
+        first, repeated = _halves(module.task.batch(0, 0, f"eval/{REPEATED_SET}"))
         if not (first.any() and repeated.any()):
-            own = f"{type(module.task).__name__} of {len(module.task.layout.scored)} positions"
-            expected = f"more of them: in {SET!r} none is foreseen from the first half in every sequence"
-            raise ConfigError("ConfidenceStudy", own, expected)
+            short = f"{type(module.task).__name__} of {len(module.task.layout.scored)} positions"
+            expected = f"more of them: in {REPEATED_SET!r} none is foreseen from the first half in every sequence"
+            raise ConfigError("ConfidenceStudy", short, expected)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module, self._folder, self._final = opsin_module(pl_module), run_folder(trainer), trainer.max_steps
+        self._folder, self._final = run_folder(trainer), trainer.max_steps
         self._layer, self._studies = self._module.sites.layers - 1, []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        studies = self._seen()
+        studies = self._measured()
         rows = [self._summary(study) for study in studies]
         self._module.summary[self.name] = rows[0] if len(rows) == 1 else rows
         lines = ["member,what,neuron,position,value"]
         for member, study in enumerate(studies):
             lines += [",".join([str(member), *map(str, line)]) for line in self._lines(study)]
         write_atomically(self._folder / f"{self.name}.csv", "\n".join(lines) + "\n")
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(range(min(len(studies), PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(range(min(len(studies), PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
     # ---- measuring ------------------------------------------------------------------------------
 
-    def _seen(self) -> list[Study]:
-        """Of every member; measured once, by whoever asks first when training has ended."""
+    def _measured(self) -> list[Study]:
+        """The study of every member; measured once, at the first call after training has ended."""
         if not self._studies:
             self._studies = _study(self._module, self._layer, self.top, self.draws)
         return self._studies
 
-    # ---- what is left behind --------------------------------------------------------------------
+    # ---- table and summary ---------------------------------------------------------------------
 
-    def _called(self, ablated: Change) -> str:
-        """As ``Ablate`` takes a neuron."""
+    def _neuron_name(self, ablated: Change) -> str:
+        """Name of the ablated neuron as ``Ablate`` takes it; ``all`` for several together."""
         return f"{self._layer}:{ablated.neurons[0]}" if len(ablated.neurons) == 1 else "all"
 
-    def _lines(self, study: Study) -> Iterator[Line]:
-        for what in ("loss", "entropy"):
-            for position, value in zip(study.positions, getattr(study, what).tolist(), strict=True):
-                yield what, "", position, value
+    def _lines(self, study: Study) -> Iterator[StudyLine]:
+        for name in ("loss", "entropy"):
+            for position, value in zip(study.positions, getattr(study, name).tolist(), strict=True):
+                yield name, "", position, value
         for neuron, values in zip(study.neurons, study.activation.tolist(), strict=True):
             yield "candidate", f"{self._layer}:{neuron}", "", float(study.candidate)
             for position, value in zip(study.positions, values, strict=True):
                 yield "activation", f"{self._layer}:{neuron}", position, value
         for ablated in study.changes:
-            for kind in KINDS:
-                for part, value in asdict(getattr(ablated, kind)).items():
-                    yield f"{kind}_{part}", self._called(ablated), "", value
+            for effect in ABLATION_EFFECTS:
+                for part, value in asdict(getattr(ablated, effect)).items():
+                    yield f"{effect}_{part}", self._neuron_name(ablated), "", value
 
     def _summary(self, study: Study) -> dict[str, Any]:
         def parts(compared: Compared) -> dict[str, float | None]:
             return {name: value if value == value else None for name, value in asdict(compared).items()}
 
-        changes = [
-            {"neurons": self._called(ablated), **{kind: parts(getattr(ablated, kind)) for kind in KINDS}}
-            for ablated in study.changes
-        ]
-        return {"candidates": study.candidate, "entropy_change": changes}
+        def row(ablated: Change) -> dict[str, Any]:
+            effects = {effect: parts(getattr(ablated, effect)) for effect in ABLATION_EFFECTS}
+            return {"neurons": self._neuron_name(ablated), **effects}
+
+        return {"candidates": study.candidate, "entropy_change": [row(ablated) for ablated in study.changes]}
 
     # ---- pictures -------------------------------------------------------------------------------
 
@@ -149,11 +157,11 @@ class ConfidenceStudy(Callback):
         ended = bool(self._studies) or self._module.steps_done >= self._final
         if not ended:
             return None
-        self._seen()
+        self._measured()
         return self._drawn([member])
 
     def _drawn(self, members: range | list[int]) -> Image.Image:
-        studies = self._seen()
+        studies = self._measured()
         several = self._module.n_members > 1
         figure = confidence_figure(
             [studies[member] for member in members],
@@ -166,39 +174,39 @@ class ConfidenceStudy(Callback):
 
 @torch.no_grad()
 def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]:
-    """Every member by its final weights."""
-    batch, sites = module.evaluation_set(SET), neuron_sites(module)
+    """The study of every member by its final weights."""
+    batch, sites = module.evaluation_set(REPEATED_SET), last_layer_sites(module.sites)
     scored = list(batch.layout.scored)
     seen = module.observe(batch, [*sites, "hook_logits"])
     resid, post = (seen[site][:, :, scored] for site in sites)
     logits = scored_logits(seen["hook_logits"], batch)
     loss, entropy = (x.mean(1).cpu() for x in (cross_entropy(logits, batch), token_entropy(logits)))
-    first, repeated = _parts(batch)
+    first, repeated = _halves(batch)
     means = post[:, :, first].mean((1, 2), keepdim=True)
     effect, candidate = _candidates(module)
     w_out = read_out_and_outputs(module)[1]
     studies = []
     for m in range(module.n_members):
-        neurons, one = strongest(effect, candidate, m, top), slice(m, m + 1)
-        own = {name: value[one].detach() for name, value in module.parameters_by_name().items()}
-        given = (ReadOut.of(own), resid[one][:, :, repeated], post[one][:, :, repeated], w_out[one])
+        neurons, member = strongest(effect, candidate, m, top), slice(m, m + 1)
+        weights = {name: value[member].detach() for name, value in module.parameters_by_name().items()}
+        last_layer = (ReadOut.of(weights), resid[member][:, :, repeated], post[member][:, :, repeated], w_out[member])
         groups = [[neuron] for neuron in neurons] + ([neurons] if len(neurons) > 1 else [])
-        changes = tuple(change(*given, group, means[one], draws) for group in groups)
+        changes = tuple(change(*last_layer, group, means[member], draws) for group in groups)
         activation = post[m][..., neurons].mean(0).T.cpu()
         shown = tuple(neurons), bool(candidate[m].any()), activation, changes
         studies.append(Study(tuple(scored), repeated.cpu(), loss[m], entropy[m], *shown))
     return studies
 
 
-def _parts(batch: Batch) -> tuple[Bool[Tensor, " Q"], Bool[Tensor, " Q"]]:
-    """Of the scored positions, those in the first half, and those whose output every sequence has shown before."""
+def _halves(batch: Batch) -> tuple[Bool[Tensor, " Q"], Bool[Tensor, " Q"]]:
+    """Which scored positions are in the first half, and at which every sequence has shown the output before."""
     scored = torch.tensor(batch.layout.scored, device=batch.tokens.device)
     return scored < batch.tokens.shape[-1] // 2, batch.truth.query[:, :, scored].all(1).all(0)
 
 
 def _candidates(module: OpsinModule) -> tuple[Effect, Bool[Tensor, "M N"]]:
     """Effects on the entropy and candidates, as ``EntropyNeurons`` has them."""
-    sites, scored = neuron_sites(module), list(module.probe.layout.scored)
+    sites, scored = last_layer_sites(module.sites), list(module.probe.layout.scored)
     seen = module.observe(module.probe, list(sites))
     effects, control = effects_and_control(module, *(seen[site][:, :, scored] for site in sites))
     return effects["entropy"], candidates(effects["entropy"], control["entropy"])

@@ -1,4 +1,7 @@
-"""Read-only callbacks: with or without them the weights are the same to the last bit."""
+"""Readers of attention patterns: how strongly each head does what an induction circuit needs.
+
+Legend: M members, B batch, H heads, L positions (query side), K positions (key side).
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from opsin.errors import ConfigError
+from opsin.callbacks.readers.base import ProbeReader
 from opsin.metrics.heads import induction_strength, previous_token_strength
 from opsin.model.sites import SiteTable
 from opsin.task import Truth
-from opsin.training.module import OpsinModule, opsin_module
 from opsin.training.observers import Observation
 
 
-class HeadTracker(Callback):
+def pattern_sites(table: SiteTable) -> list[str]:
+    """The attention pattern of every layer."""
+    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(table.layers)]
+
+
+class HeadTracker(ProbeReader):
     """Records one number per head on the probe, ``[M, layers, heads]`` under the metric's name.
 
     The probe is seen as the model sees its data at that step: under the interventions in force.
@@ -30,31 +36,18 @@ class HeadTracker(Callback):
     score: Callable[[Float[Tensor, "M B H L K"], Truth], Float[Tensor, "M H"]]
 
     def __init__(self, every: int = 100) -> None:
-        if every < 1:
-            raise ConfigError(f"{type(self).__name__}.every", every, "at least 1 optimizer step")
-        self.every = every
+        super().__init__(every)
+
+    def sites(self, table: SiteTable) -> list[str]:
+        return pattern_sites(table)
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metric, for schedules with feedback."""
         return {self.metric: (sites.layers, sites.size("H"))}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module = opsin_module(pl_module)
-        self._sites = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self._module.sites.layers)]
-        self._module.listen(self.every, self._record, self._sites)
-
-    def _record(self, seen: Observation) -> None:
-        patterns = [seen.activations[site] for site in self._sites]
-        strengths = torch.stack([type(self).score(p, seen.batch.truth) for p in patterns], dim=1)
-        record_heads(self._module, self.metric, seen.step, strengths)
-
-
-def record_heads(module: OpsinModule, metric: str, step: int, values: Float[Tensor, "M layers heads"]) -> None:
-    """Record one number per head, and log each under its layer and head."""
-    module.history.record(metric, step, values)
-    layers, heads = values.shape[1:]
-    flat = {f"{metric}/{layer}:{head}": values[:, layer, head] for layer in range(layers) for head in range(heads)}
-    module.log_everywhere(flat, step)
+    def measure(self, seen: Observation) -> None:
+        patterns = [seen.activations[site] for site in pattern_sites(self._module.sites)]
+        strengths = [type(self).score(pattern, seen.batch.truth) for pattern in patterns]
+        self._module.record(seen.step, {self.metric: torch.stack(strengths, dim=1)})
 
 
 class InductionHeads(HeadTracker):

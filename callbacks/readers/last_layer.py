@@ -1,4 +1,4 @@
-"""What the readers of the last layer's neurons share.
+"""Effects of the last layer's neurons on the output, by the weights as they are, and their random control.
 
 Legend: M members, B batch, Q scored positions, D model width, N neurons.
 """
@@ -10,38 +10,29 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.errors import ConfigError
-from opsin.metrics.neurons import Effect, ReadOut, mean_ablation_effects, random_outputs
-from opsin.model.transformer import Transformer
+from opsin.callbacks.readers.base import Requirement, needs_layer_norm, needs_neurons
+from opsin.metrics.mean_ablation import Effect, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, random_outputs
+from opsin.model.sites import SiteTable
 from opsin.training.module import OpsinModule
 
 CONTROL_SEED = 0
-"""Of the random output weights that neurons are compared with."""
+"""Seed of the random output weights that neurons are compared with."""
 
 
-def require_neurons(own: str, model: Transformer) -> None:
-    """A model has what decides on a neuron's effect through LayerNorm.
-
-    Args:
-        own: the callback that needs it.
-
-    Raises:
-        ConfigError: it has no MLPs or no LayerNorm.
-    """
-    if model.neurons is None:
-        raise ConfigError(own, "a model without MLPs", "one with them: transformer.mlp_ratio a number")
-    if not model.norm:
-        raise ConfigError(own, "a model without LayerNorm", "one with it: transformer.norm true")
+def needs_read_out(reader: str) -> list[Requirement]:
+    """What decides on a neuron's effect through LayerNorm: MLPs, and a LayerNorm before the read-out."""
+    return [needs_neurons(reader), needs_layer_norm(reader)]
 
 
-def neuron_sites(module: OpsinModule) -> tuple[str, str]:
-    """Of the last layer, the residual stream after it and its neurons' activations."""
-    layer = module.sites.layers - 1
+def last_layer_sites(table: SiteTable) -> tuple[str, str]:
+    """The residual stream after the last layer, and the activations of its neurons."""
+    layer = table.layers - 1
     return f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"
 
 
 def read_out_and_outputs(module: OpsinModule) -> tuple[ReadOut, Float[Tensor, "M N D"]]:
-    """By the weights as they are, what turns the last residual stream into logits, and what each last neuron writes."""
+    """What turns the last residual stream into logits, and what each neuron of the last layer writes."""
     parameters = module.parameters_by_name()
     return ReadOut.of(parameters), parameters[f"blocks.{module.sites.layers - 1}.mlp.W_out"].detach()
 
@@ -52,9 +43,9 @@ def effects_and_control(
     """Effects of the last layer's neurons, and of as many random output weights of the same norms.
 
     Args:
-        module: its weights decide.
-        resid, post: activations of ``neuron_sites``.
-        about: more arguments of ``mean_ablation_effects``.
+        module: module whose current weights decide.
+        resid, post: activations of ``last_layer_sites`` at the scored positions.
+        about: further arguments of ``mean_ablation_effects``, by name.
     """
     read_out, w_out = read_out_and_outputs(module)
     effects, control = (

@@ -1,4 +1,4 @@
-"""Readers of the last MLP: neurons that set the confidence of a model, watched while they form.
+"""Readers of the last MLP: neurons that set the confidence of a model, and when they form.
 
 Legend: M members, N neurons.
 """
@@ -12,65 +12,72 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.readers.last_layer import effects_and_control, neuron_sites, read_out_and_outputs, require_neurons
+from opsin.callbacks.readers.base import ProbeReader, Requirement, log_spaced
+from opsin.callbacks.readers.last_layer import (
+    effects_and_control,
+    last_layer_sites,
+    needs_read_out,
+    read_out_and_outputs,
+)
 from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
 from opsin.figures.neurons import neuron_figure
 from opsin.figures.style import PICTURED_MEMBERS, as_image
-from opsin.metrics.neurons import (
-    Effect,
-    Mediator,
-    NullShare,
-    candidates,
-    control_level,
-    finite_unigram,
-    logit_var,
-    null_share,
-    weight_norm,
-)
-from opsin.metrics.onset import Watch, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.mean_ablation import Effect, Mediator, candidates, control_level, finite_unigram
+from opsin.metrics.neuron_weights import NullShare, logit_var, null_share, weight_norm
 from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
-from opsin.records.history import log_spaced
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.observers import Event, Observation
 
-LASTING = 3.0
+LASTING_MEASUREMENTS = 3.0
 """Measurements with a candidate, less those without one, that make a lasting onset."""
 
-PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
-TOLD = ("weight_norm", "logit_var", "rho")
+EFFECT_PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
+SUMMARY_COLUMNS = ("weight_norm", "logit_var", "rho")
 
 
 @dataclass(frozen=True)
-class Measured:
+class NeuronMeasurement:
     """One measurement of all neurons of the last MLP.
 
     Args:
-        step: optimizer steps finished.
-        columns: of the table, by name.
-        numbers: recorded metrics, by name.
+        step: optimizer steps finished when it was made.
+        columns: columns of the table, by name.
+        numbers: recorded metrics, by name without that of the reader.
     """
 
     step: int
     columns: dict[str, Shaped[Tensor, "M N"]]
     numbers: dict[str, Float[Tensor, " M"]]
 
-    def of_member(self, member: int) -> Measured:
-        """That of a run which has this member alone."""
+    def of_member(self, member: int) -> NeuronMeasurement:
+        """The measurement of a run which has this member alone."""
         columns, numbers = (
-            {name: values[member : member + 1].clone() for name, values in which.items()}
-            for which in (self.columns, self.numbers)
+            {name: values[member : member + 1].clone() for name, values in table.items()}
+            for table in (self.columns, self.numbers)
         )
-        return Measured(self.step, columns, numbers)
+        return NeuronMeasurement(self.step, columns, numbers)
 
 
-class NeuronTracker(Callback):
-    """What both trackers share: a measurement at a cadence, its table, its candidates and when they formed.
+class NeuronTracker(ProbeReader):
+    """Measures the neurons of the last MLP at a cadence: their table, the candidates among them and when those formed.
+
+    A subclass says which effect of a neuron decides and through what it passes.
+
+    Attributes:
+        name: name of the metrics, the tables, the picture and the summary's entry.
+        kind: kind of the announced events.
+        effect: effect that decides on candidates: ``entropy``, ``loss`` or ``kl``.
+        mediator: what the mediated share of an effect passes through.
+        carrier: effect and mediator in words, for the figure.
+        numbers: names of the recorded metrics.
+        null_dimensions: directions that count as unseen by the unembedding; None for those of small singular values.
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
@@ -79,7 +86,7 @@ class NeuronTracker(Callback):
 
     name: str
     kind: str
-    measure: str
+    effect: str
     mediator: Mediator
     carrier: str
     numbers: tuple[str, ...] = (
@@ -89,17 +96,15 @@ class NeuronTracker(Callback):
     null_dimensions: int | None = None
 
     def __init__(self, every: int = 500, tables: int = 3) -> None:
-        own = type(self).__name__
-        if every < 1:
-            raise ConfigError(f"{own}.every", every, "at least 1 optimizer step")
+        super().__init__(every)
         if tables < 0:
-            raise ConfigError(f"{own}.tables", tables, "0 or more")
-        self.every, self.tables = every, tables
+            raise ConfigError(f"{type(self).__name__}.tables", tables, "0 or more")
+        self.tables = tables
         self._forget(0)
 
     def _forget(self, members: int) -> None:
         self._watches = [Watch()] * members
-        self._last: Measured | None = None
+        self._last: NeuronMeasurement | None = None
 
     @property
     def state_key(self) -> str:
@@ -111,43 +116,40 @@ class NeuronTracker(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._watches = [Watch(**state) for state in state_dict["watches"]]
-        self._last = None if state_dict["last"] is None else Measured(**state_dict["last"])
+        self._last = None if state_dict["last"] is None else NeuronMeasurement(**state_dict["last"])
 
     def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
         """The state of a run that has this member alone."""
-        last = state["last"] and dict(vars(Measured(**state["last"]).of_member(member)))
+        last = state["last"] and dict(vars(NeuronMeasurement(**state["last"]).of_member(member)))
         return {"watches": [state["watches"][member]], "last": last}
 
+    def sites(self, table: SiteTable) -> list[str]:
+        return [*last_layer_sites(table)]
+
+    def requirements(self) -> list[Requirement]:
+        return needs_read_out(type(self).__name__)
+
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metrics, for schedules with feedback."""
         return {f"{self.name}/{number}": () for number in self.numbers}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            module = opsin_module(pl_module)
-            self._check(module)
-            self._forget(module.n_members)
-
-    def _check(self, module: OpsinModule) -> None:
-        require_neurons(type(self).__name__, module.transformer)
+            self._forget(self._module.n_members)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module, self._folder = opsin_module(pl_module), run_folder(trainer)
+        self._folder = run_folder(trainer)
         self._table_times = log_spaced(trainer.max_steps, self.tables) if self.tables else set()
         self._layer = self._module.sites.layers - 1
-        self._resid, self._post = neuron_sites(self._module)
         unigram = self._module.task.unigram()
         self._unigram = None if unigram is None else finite_unigram(unigram)
-        self._module.listen(self.every, self._look, [self._resid, self._post])
+        super().on_fit_start(trainer, pl_module)
 
     # ---- while training -------------------------------------------------------------------------
 
-    def _look(self, seen: Observation) -> None:
+    def measure(self, seen: Observation) -> None:
         found = self._last = self._measured(seen)
-        named = {f"{self.name}/{number}": values for number, values in found.numbers.items()}
-        for metric, values in named.items():
-            self._module.history.record(metric, seen.step, values)
-        self._module.log_everywhere(named, seen.step)
+        self._module.record(seen.step, {f"{self.name}/{number}": values for number, values in found.numbers.items()})
         # a table's time may fall between two measurements: the one that reaches it writes
         reached = range(max(seen.step - self.every + 1, 0), seen.step + 1)
         if any(step in self._table_times for step in reached):
@@ -155,43 +157,43 @@ class NeuronTracker(Callback):
         for member, count in enumerate(found.numbers["candidates"].tolist()):
             self._update(member, seen.step, count)
 
-    def _measured(self, seen: Observation) -> Measured:
+    def _measured(self, seen: Observation) -> NeuronMeasurement:
         read_out, w_out = read_out_and_outputs(self._module)
         scored = list(seen.batch.layout.scored)
-        resid, post = (seen.activations[site][:, :, scored] for site in (self._resid, self._post))
+        resid, post = (seen.activations[site][:, :, scored] for site in last_layer_sites(self._module.sites))
         unigram = None if self._unigram is None else self._unigram.to(resid)
         effects, control = effects_and_control(
             self._module, resid, post, targets=seen.batch.targets, unigram=unigram, mediator=self.mediator
         )
         share = null_share(w_out, read_out, self.null_dimensions)
-        chosen = candidates(effects[self.measure], control[self.measure])
+        chosen = candidates(effects[self.effect], control[self.effect])
         columns = {"candidate": chosen, "weight_norm": weight_norm(w_out), "logit_var": logit_var(w_out, read_out)}
         columns["rho"] = share.rho
         for name, effect in effects.items():
-            columns |= {f"{name}_{part}": getattr(effect, part) for part in PARTS}
-        numbers = _counted(effects[self.measure], control[self.measure])
-        numbers |= _strongest(effects[self.measure], share) | _against(effects[self.measure], control[self.measure])
-        columns, numbers = ({name: x.cpu() for name, x in which.items()} for which in (columns, numbers))
-        return Measured(seen.step, columns, {name: numbers[name] for name in self.numbers})
+            columns |= {f"{name}_{part}": getattr(effect, part) for part in EFFECT_PARTS}
+        numbers = _counted(effects[self.effect], control[self.effect])
+        numbers |= _strongest(effects[self.effect], share) | _against(effects[self.effect], control[self.effect])
+        columns, numbers = ({name: x.cpu() for name, x in table.items()} for table in (columns, numbers))
+        return NeuronMeasurement(seen.step, columns, {name: numbers[name] for name in self.numbers})
 
-    def _write(self, found: Measured) -> None:
+    def _write(self, found: NeuronMeasurement) -> None:
         columns = {name: x.int() if x.dtype == torch.bool else x for name, x in found.columns.items()}
         members, neurons = found.columns["candidate"].shape
-        places = [range(members), range(neurons)]
+        indices = product(range(members), range(neurons))
         rows = zip(*(values.flatten().tolist() for values in columns.values()), strict=True)
         lines = [",".join(["member", "neuron", *columns])]
-        lines += [",".join(map(repr, (*place, *row))) for place, row in zip(product(*places), rows, strict=True)]
+        lines += [",".join(map(repr, (*index, *row))) for index, row in zip(indices, rows, strict=True)]
         write_atomically(self._folder / self.name / f"step_{found.step:07d}.csv", "\n".join(lines) + "\n")
 
     def _update(self, member: int, step: int, count: float) -> None:
         x = float(step * self._module.task.batch_size)
         state, fires = watch(
-            self._watches[member], x, float(count > 0), before=0.0, after=1.0, way=0.5, patience=LASTING
+            self._watches[member], x, float(count > 0), before=0.0, after=1.0, way=0.5, patience=LASTING_MEASUREMENTS
         )
         self._watches[member] = state
         if fires:
-            who = f" in member {member}" if self._module.n_members > 1 else ""
-            message = f"{self.kind}{who}: a candidate lasts since {state.announced:,.0f} sequences"
+            where = f" in member {member}" if self._module.n_members > 1 else ""
+            message = f"{self.kind}{where}: a candidate lasts since {state.announced:,.0f} sequences"
             self._module.announce(Event(self.kind, step, member, f"{message} (noticed at {x:,.0f})"))
 
     # ---- at the end -----------------------------------------------------------------------------
@@ -203,16 +205,15 @@ class NeuronTracker(Callback):
         self._write(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
         module.summary[self.name] = rows[0] if len(rows) == 1 else rows
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{self.name}.png.part"
-        self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS))).save(part, format="png")
-        part.replace(self._folder / f"{self.name}.png")
+        picture = self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS)))
+        write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
-    def _member_summary(self, found: Measured, member: int) -> dict[str, Any]:
+    def _member_summary(self, found: NeuronMeasurement, member: int) -> dict[str, Any]:
         columns = {name: values[member].tolist() for name, values in found.columns.items()}
-        told = {name: name for name in TOLD} | {part: f"{self.measure}_{part}" for part in PARTS[:3]}
+        effects = {part: f"{self.effect}_{part}" for part in EFFECT_PARTS[:3]}
+        shown = {name: name for name in SUMMARY_COLUMNS} | effects
         rows = [
-            {"neuron": f"{self._layer}:{neuron}", **{name: columns[column][neuron] for name, column in told.items()}}
+            {"neuron": f"{self._layer}:{neuron}", **{name: columns[column][neuron] for name, column in shown.items()}}
             for neuron, chosen in enumerate(columns["candidate"])
             if chosen
         ]
@@ -237,14 +238,14 @@ class NeuronTracker(Callback):
         """Norm against LogitVar at the newest measurement; None before the first."""
         return None if self._last is None else self._drawn(self._last, [member])
 
-    def _drawn(self, found: Measured, members: Sequence[int]) -> Image.Image:
+    def _drawn(self, found: NeuronMeasurement, members: Sequence[int]) -> Image.Image:
         chosen = list(members)
         columns = {name: values[chosen].numpy() for name, values in found.columns.items()}
         sequences = found.step * self._module.task.batch_size
         figure = neuron_figure(
             columns["weight_norm"],
             columns["logit_var"],
-            columns[f"{self.measure}_mediated"],
+            columns[f"{self.effect}_mediated"],
             columns["candidate"],
             [f"member {member}" if self._module.n_members > 1 else "" for member in chosen],
             f"Neurons of layer {self._layer} after step {found.step:,} ({sequences:,} sequences)",
@@ -257,9 +258,9 @@ class EntropyNeurons(NeuronTracker):
     """Neurons of the last MLP that set the entropy of the output through the scale of the last LayerNorm.
 
     Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", section 3; definitions in
-    ``opsin.metrics.neurons``. Measured at the probe's scored positions under the interventions in force; what an
-    ablation does is computed for the read-out of the weights alone, as if nothing were clamped between ``hook_post``
-    and the last ``hook_resid_post``. Read-only.
+    ``opsin.metrics.neuron_weights`` and ``opsin.metrics.mean_ablation``. Measured at the probe's scored positions under
+    the interventions in force; what an ablation does is computed for the read-out of the weights alone, as if nothing
+    were clamped between ``hook_post`` and the last ``hook_resid_post``. Read-only.
 
     A *candidate* is a neuron more than half of whose effect on the entropy passes through the scale, and whose effect
     is above the 99th percentile of those of its member's control: as many random output weights, of the same norms
@@ -276,8 +277,8 @@ class EntropyNeurons(NeuronTracker):
     mediated share; ``entropy_neurons.png``, norm against LogitVar at the end, which W&B receives while training. The
     module's summary receives under ``entropy_neurons``, for several members as a list, the final ``candidates``
     (strongest first), the control's three numbers, and ``onset``: ``{"value", "low", "high"}`` in sequences, the
-    first measurement from which on a candidate lasts (``LASTING``) and the one before it; None without one. The onset
-    is announced as an ``Event`` when it is noticed.
+    first measurement from which on a candidate lasts (``LASTING_MEASUREMENTS``) and the measurement before; None where
+    none lasts. The onset is announced as an ``Event`` when it is noticed.
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
@@ -290,15 +291,14 @@ class EntropyNeurons(NeuronTracker):
     """
 
     name, kind = "entropy_neurons", "entropy neurons"
-    measure, mediator, carrier = "entropy", "scale", "entropy through LayerNorm"
+    effect, mediator, carrier = "entropy", "scale", "entropy through LayerNorm"
     numbers = (*NeuronTracker.numbers, "rho", "rho_chance")
 
     def __init__(self, every: int = 500, tables: int = 3, null_dimensions: int | None = None) -> None:
         self.null_dimensions = null_dimensions
         super().__init__(every, tables)
 
-    def _check(self, module: OpsinModule) -> None:
-        super()._check(module)
+    def check(self, module: OpsinModule) -> None:
         most = module.transformer.width - 1
         if self.null_dimensions is not None and not 0 <= self.null_dimensions <= most:
             raise ConfigError("EntropyNeurons.null_dimensions", self.null_dimensions, f"0 to {most}, or null")
@@ -321,23 +321,23 @@ class TokenFrequencyNeurons(NeuronTracker):
     """
 
     name, kind = "token_frequency_neurons", "token-frequency neurons"
-    measure, mediator, carrier = "kl", "frequency", "KL through the log-unigram"
+    effect, mediator, carrier = "kl", "frequency", "KL through the log-unigram"
 
-    def _check(self, module: OpsinModule) -> None:
-        super()._check(module)
-        unigram = module.task.unigram()
-        if unigram is None or torch.allclose(unigram, unigram.mean()):
-            own = f"{type(module.task).__name__}, all of whose outputs are as frequent"
-            raise ConfigError("TokenFrequencyNeurons", own, "a task with a unigram")
+    def requirements(self) -> list[Requirement]:
+        def lacking(module: OpsinModule) -> str | None:
+            unigram = module.task.unigram()
+            known = unigram is not None and not torch.allclose(unigram, unigram.mean())
+            return None if known else f"{type(module.task).__name__}, all of whose outputs are as frequent"
+
+        return [*super().requirements(), Requirement("TokenFrequencyNeurons", lacking, "a task with a unigram")]
 
 
 def _counted(effect: Effect, control: Effect) -> dict[str, Float[Tensor, " M"]]:
     """Candidates, and those of the control; nan for a member whose effects are no numbers."""
     known = (effect.total.sum(-1) + control.total.sum(-1)).isfinite()
-    both = {"candidates": effect, "control_candidates": control}
     return {
-        name: candidates(each, control).sum(-1).to(each.total.dtype).where(known, torch.nan)
-        for name, each in both.items()
+        name: candidates(neurons, control).sum(-1).to(neurons.total.dtype).where(known, torch.nan)
+        for name, neurons in {"candidates": effect, "control_candidates": control}.items()
     }
 
 

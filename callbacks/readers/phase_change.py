@@ -10,24 +10,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from opsin.callbacks.readers.base import Reader
 from opsin.callbacks.readers.heads import InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions.selection import check_share
-from opsin.metrics.onset import Transition, Watch, find_transition, watch
+from opsin.metrics.cusum import Watch, watch
+from opsin.metrics.onset import Transition, find_transition
+from opsin.records.schema import TRAIN_LOSS
 from opsin.task import Task
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
 
-KIND = "phase change"
-LEFT = 0.1  # share of the way from the plateau to the best loss where the loss has left the plateau
-CHANGED = 0.25  # share that makes it a phase change and not a drift, online and at the end
-BEST_SEQUENCES = 128  # sequences over which the best loss is measured
-FINAL = 0.05  # share of the record whose mean is the final loss
+PHASE_CHANGE = "phase change"
+"""Kind of the announced events."""
+
+LEAVING_SHARE = 0.1
+"""Share of the way from the plateau to the best loss at which the loss has left the plateau."""
+
+CHANGE_SHARE = 0.25
+"""Share of that way which makes a fall a phase change and not a drift, while training and at the end."""
+
+FINAL_SHARE = 0.05
+"""Share of the record whose mean is the final loss."""
+
+BEST_LOSS_SEQUENCES = 128
+"""Sequences over which the best loss is measured."""
 
 
-class PhaseChange(Callback):
+class PhaseChange(Reader):
     """Onset, midpoint and end of the loss drop and of each head's rise, each with an uncertainty.
 
     While training, the first lasting fall of a member's loss by a quarter of the way from the plateau to the best loss
@@ -44,7 +56,7 @@ class PhaseChange(Callback):
     - ``evaluations``: last value of every metric of each evaluation set.
 
     Args:
-        metric: the loss that is watched: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
+        metric: loss in which the change is looked for: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
         plateau: loss (nats) before the change; None takes the task's best strategy without look-up.
         head_threshold: final induction strength from which a head counts as formed.
 
@@ -52,7 +64,7 @@ class PhaseChange(Callback):
         ConfigError: a value out of its range or, when training starts, a metric that is no loss of the run.
     """
 
-    def __init__(self, metric: str = "train/loss", plateau: float | None = None, head_threshold: float = 0.3) -> None:
+    def __init__(self, metric: str = TRAIN_LOSS, plateau: float | None = None, head_threshold: float = 0.3) -> None:
         if plateau is not None and not 0 < plateau < math.inf:
             raise ConfigError("PhaseChange.plateau", plateau, "a loss above 0, or null")
         check_share("PhaseChange.head_threshold", head_threshold)
@@ -62,7 +74,7 @@ class PhaseChange(Callback):
         self._forget(0)
 
     def _forget(self, members: int) -> None:
-        self._taken = 0
+        self._records_read = 0
         # two tests of each member: when it left the plateau, and whether that grew into a change
         self._leaving, self._passing = [Watch()] * members, [Watch()] * members
 
@@ -72,13 +84,13 @@ class PhaseChange(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "taken": self._taken,
+            "taken": self._records_read,
             "leaving": [state.to_dict() for state in self._leaving],
             "passing": [state.to_dict() for state in self._passing],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._taken = state_dict["taken"]
+        self._records_read = state_dict["taken"]
         self._leaving = [Watch(**state) for state in state_dict["leaving"]]
         self._passing = [Watch(**state) for state in state_dict["passing"]]
 
@@ -86,35 +98,37 @@ class PhaseChange(Callback):
         """The state of a run that has this member alone."""
         return {**state, **{name: [state[name][member]] for name in ("leaving", "passing")}}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        module = opsin_module(pl_module)
-        losses = ["train/loss", *(f"val/{name}/loss" for name in module.task.evaluations)]
+    def check(self, module: OpsinModule) -> None:
+        losses = [TRAIN_LOSS, *(f"val/{name}/loss" for name in module.task.evaluations)]
         if self.metric not in losses:
             raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
-        self._level = list(module.task.baselines().values())[-1] if self.plateau is None else self.plateau
-        self._best = best_loss(module.task, self.metric, self._level)
-        self._forget(module.n_members)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            task = self._module.task
+            self._level = list(task.baselines().values())[-1] if self.plateau is None else self.plateau
+            self._best = best_loss(task, self.metric, self._level)
+            self._forget(self._module.n_members)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._take_new_records(opsin_module(pl_module))
+        self._read_new_records(self._module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = opsin_module(pl_module)
-        self._take_new_records(module)
+        module = self._module
+        self._read_new_records(module)
         rows = [self._member_summary(module, member) for member in range(module.n_members)]
         module.summary.update(rows[0] if module.n_members == 1 else {"members": rows})
 
     # ---- while training -------------------------------------------------------------------------
 
-    def _take_new_records(self, module: OpsinModule) -> None:
+    def _read_new_records(self, module: OpsinModule) -> None:
         if self.metric not in module.history:
             return
         series = module.history[self.metric]
-        for index in range(self._taken, len(series.steps)):
-            # taken before it is announced: a handler may save a checkpoint
-            self._taken = index + 1
+        for index in range(self._records_read, len(series.steps)):
+            # counted as read before it is announced: a handler may save a checkpoint
+            self._records_read = index + 1
             for member, loss in enumerate(series.values[index].tolist()):
                 if math.isfinite(loss):
                     self._update(module, member, series.steps[index], loss)
@@ -122,26 +136,27 @@ class PhaseChange(Callback):
     def _update(self, module: OpsinModule, member: int, step: int, loss: float) -> None:
         x = float(step * module.history.batch_size)
         levels = {"before": self._level, "after": self._best}
-        self._leaving[member], _ = watch(self._leaving[member], x, loss, way=LEFT, **levels)
-        self._passing[member], fires = watch(self._passing[member], x, loss, way=CHANGED, **levels)
+        self._leaving[member], _ = watch(self._leaving[member], x, loss, way=LEAVING_SHARE, **levels)
+        self._passing[member], fires = watch(self._passing[member], x, loss, way=CHANGE_SHARE, **levels)
         if fires:
             # a sample beyond the further way is beyond the nearer one, so that test is in excess, too
-            who = f" in member {member}" if module.n_members > 1 else ""
-            message = f"{KIND}{who}: the loss left its plateau at about {self._leaving[member].since:,.0f} sequences"
-            module.announce(Event(KIND, step, member, f"{message} (noticed at {x:,.0f})"))
+            where = f" in member {member}" if module.n_members > 1 else ""
+            left = f"the loss left its plateau at about {self._leaving[member].since:,.0f} sequences"
+            message = f"{PHASE_CHANGE}{where}: {left}"
+            module.announce(Event(PHASE_CHANGE, step, member, f"{message} (noticed at {x:,.0f})"))
 
     # ---- at the end -------------------------------------------------------------------------------
 
     def _member_summary(self, module: OpsinModule, member: int) -> dict[str, Any]:
         x, loss = _curve(module, self.metric, (member,))
-        least = CHANGED * (self._level - self._best)
+        least = CHANGE_SHARE * (self._level - self._best)
         change = find_transition(x, loss, before=self._level, minimum_change=least, direction="fall")
         heads = self._heads(module, member)
         formed = [name for name, head in heads.items() if head["strength"] >= self.head_threshold]
-        last = max(1, math.ceil(FINAL * len(loss)))
+        last = max(1, math.ceil(FINAL_SHARE * len(loss)))
         return {
             **module.ended.get(member, {}),
-            **_crossings(change),
+            **_transition_times(change),
             "plateau": float(self._level),
             "final_loss": float(loss[-last:].mean()) if len(loss) else None,
             "heads": heads,
@@ -164,16 +179,21 @@ class PhaseChange(Callback):
         least = 0.5 * self.head_threshold
         formed = strength[-1] >= self.head_threshold
         rise = find_transition(x, strength, minimum_change=least, direction="rise") if formed else None
-        return {"strength": float(strength[-1]), **_crossings(rise)}
+        return {"strength": float(strength[-1]), **_transition_times(rise)}
 
 
 def best_loss(task: Task, metric: str, plateau: float) -> float:
-    """Loss (nats) of the best predictor the task knows, on the sequences of that metric; 0 where it knows none.
+    """Loss (nats) of the best predictor the task knows, on the sequences of a metric; 0 where it knows none.
 
-    Also 0 where the best is not below the plateau, for example of a set that the predictor was not made for.
+    Also 0 where the best is not below the plateau, for example on a set that the predictor was not made for.
+
+    Args:
+        task: task whose exact predictor is asked.
+        metric: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
+        plateau: loss (nats) before the phase change.
     """
     name = metric.split("/")[1] if metric.startswith("val/") else "train"
-    batch = task.batch(0, 0, f"eval/{name}", BEST_SEQUENCES)
+    batch = task.batch(0, 0, f"eval/{name}", BEST_LOSS_SEQUENCES)
     exact = task.exact(batch)
     if exact is None:
         return 0.0
@@ -186,13 +206,13 @@ def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np
     if metric not in module.history:
         return np.zeros(0), np.zeros(0)
     steps, values = module.history[metric].arrays()
-    at: tuple[Any, ...] = (slice(None), *index)
-    # a member that has ended has no numbers from there on
-    known = np.isfinite(values[at])
-    return module.history.sequences(steps)[known], values[at][known]
+    curve = np.moveaxis(values, 0, -1)[index]
+    # a member that has ended has no numbers after its end
+    known = np.isfinite(curve)
+    return module.history.sequences(steps)[known], curve[known]
 
 
-def _crossings(change: Transition | None) -> dict[str, Mapping[str, float] | None]:
+def _transition_times(change: Transition | None) -> dict[str, Mapping[str, float] | None]:
     names = ("onset", "midpoint", "end")
     return {name: None if change is None else getattr(change, name).to_dict() for name in names}
 

@@ -9,13 +9,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.callbacks.readers.base import Reader
+from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
 
-LINES = 20
+PLAIN_LINES = 20
+"""Lines that a whole run prints where there is no terminal."""
 
 
-class Progress(ProgressBar):
+class Progress(Reader, ProgressBar):
     """Live in a terminal; about twenty plain lines where there is none (a log file, a cluster job)."""
 
     def __init__(self) -> None:
@@ -24,19 +26,21 @@ class Progress(ProgressBar):
         self._bar: tqdm | None = None
 
     def disable(self) -> None:
+        """Print and draw nothing from now on, as in processes that are not the first."""
         self._enabled = False
 
     def enable(self) -> None:
+        """Print and draw again."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        opsin_module(pl_module).on_event(self._tell)
-        self._lines_printed = trainer.global_step * LINES // trainer.max_steps
+        self._module.on_event(self._print_event)
+        self._lines_printed = trainer.global_step * PLAIN_LINES // trainer.max_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._enabled:
             return
-        text = status(opsin_module(pl_module))
+        text = status(self._module)
         if not sys.stderr.isatty():
             return self._print_line(trainer, text)
         # not before: while the step is compiled there is nothing to draw, and other lines would mix with it
@@ -46,7 +50,7 @@ class Progress(ProgressBar):
         self._bar.update(trainer.global_step - self._bar.n)
 
     def _print_line(self, trainer: Trainer, text: str) -> None:
-        line = trainer.global_step * LINES // trainer.max_steps
+        line = trainer.global_step * PLAIN_LINES // trainer.max_steps
         if line > self._lines_printed:
             self._lines_printed = line
             print(f"step {trainer.global_step:,}/{trainer.max_steps:,}  {text}", flush=True)
@@ -62,7 +66,7 @@ class Progress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def _tell(self, event: Event) -> None:
+    def _print_event(self, event: Event) -> None:
         if self._bar is not None:
             self._bar.write(event.message)
         elif self._enabled:

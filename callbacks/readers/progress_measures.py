@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opsin.callbacks.readers.phase_change import CHANGED, best_loss
+from opsin.callbacks.readers.base import ProbeReader
+from opsin.callbacks.readers.phase_change import CHANGE_SHARE, best_loss
 from opsin.errors import ConfigError, log
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
-from opsin.records.schema import BASE_LINE
-from opsin.training.module import callbacks_of, opsin_module
+from opsin.records.schema import BASE_LINE, TRAIN_LOSS
+from opsin.training.module import callbacks_of
 from opsin.training.observers import Observation
-from opsin.training.progress_measures import Measured, build_measures, evaluate, measure_constants
+from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
 
-FIELD = "ProgressMeasures.measures"
+SETS_FIELD = "ProgressMeasures.measures"
 
 
-class ProgressMeasures(Callback):
+class ProgressMeasures(ProbeReader):
     """Evaluates the current weights on the probe under sets of interventions that training does not have.
 
     A measure is the loss of the model with some of its parts made perfect, or taken away: it falls when the
@@ -47,7 +48,7 @@ class ProgressMeasures(Callback):
 
     Args:
         measures: writers of each set by its name, every one always in force. A set that changes no activation of the
-            probe is told of by a warning at the first measurement.
+            probe is named in a warning at the first measurement.
         every: optimizer steps between measurements; the first and the last state are always measured.
 
     Raises:
@@ -57,30 +58,30 @@ class ProgressMeasures(Callback):
     """
 
     def __init__(self, measures: dict[str, list[Callback]], every: int = 100) -> None:
-        if every < 1:
-            raise ConfigError("ProgressMeasures.every", every, "at least 1 optimizer step")
+        super().__init__(every)
         if not measures:
-            raise ConfigError(FIELD, measures, "at least one name with a list of writers")
-        self.every = every
-        self.measures = {name: _checked(name, callbacks) for name, callbacks in measures.items()}
+            raise ConfigError(SETS_FIELD, measures, "at least one name with a list of writers")
+        self.measures = {name: _writers_of_set(name, callbacks) for name, callbacks in measures.items()}
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Its metrics, for schedules with feedback."""
         return {metric: () for name in (BASE_LINE, *self.measures) for metric in _metrics(name)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if sum(isinstance(callback, ProgressMeasures) for callback in callbacks_of(trainer)) > 1:
             raise ConfigError("ProgressMeasures", "two of them", "one a run, with every set in its measures")
-        module = self._module = opsin_module(pl_module)
-        self._planned = build_measures(self.measures, module.sites, module.n_members, module.task.batch_size, FIELD)
+        module = self._module
+        self._planned = build_measures(
+            self.measures, module.sites, module.n_members, module.task.batch_size, SETS_FIELD
+        )
         for donor in self._planned.plan.donors:
             donor.check(module.task)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._told = False
-        self._module.listen(self.every, self._measure)
+        self._idle_checked = False
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the module's own constants are made between its two hooks
@@ -90,31 +91,31 @@ class ProgressMeasures(Callback):
         rows = [self._member_summary(member) for member in range(self._module.n_members)]
         self._module.summary["progress"] = rows[0] if len(rows) == 1 else rows
 
-    def _measure(self, seen: Observation) -> None:
+    def measure(self, seen: Observation) -> None:
         module = self._module
-        clock = module.control.moment(max(seen.step - 1, 0)).clock
+        clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        found = evaluate(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        found = measure(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
         values: dict[str, torch.Tensor] = {}
         for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
             values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
-        for metric, each in values.items():
-            module.history.record(metric, seen.step, each)
-        module.log_everywhere(values, seen.step)
-        if not self._told:
-            self._tell_idle(found, seen.step)
+        module.record(seen.step, values)
+        if not self._idle_checked:
+            self._warn_of_idle_sets(found, seen.step)
 
-    def _tell_idle(self, found: Measured, step: int) -> None:
+    def _warn_of_idle_sets(self, found: MeasuredSets, step: int) -> None:
         idle = self._planned.covers() & ~found.changed.cpu()
         for name, members in zip(self._planned.names, idle, strict=True):
             if members.any():
-                of = f" of member {int(members.int().argmax())}" if len(members) > 1 else ""
-                log.warning(f"opsin: {FIELD}.{name}: changed no activation{of} on the probe after {step:,} steps")
-        self._told = True
+                where = f" of member {int(members.int().argmax())}" if len(members) > 1 else ""
+                log.warning(
+                    f"opsin: {SETS_FIELD}.{name}: changed no activation{where} on the probe after {step:,} steps"
+                )
+        self._idle_checked = True
 
     def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
         history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
-        least = CHANGED * (plateau - best_loss(self._module.task, "train/loss", plateau))
+        least = CHANGE_SHARE * (plateau - best_loss(self._module.task, TRAIN_LOSS, plateau))
         rows = {}
         for name in self._planned.names:
             steps, values = history[_metrics(name)[0]].arrays()
@@ -128,16 +129,16 @@ def _metrics(name: str) -> tuple[str, str]:
     return f"progress/{name}/loss", f"progress/{name}/accuracy"
 
 
-def _checked(name: str, callbacks: list[Callback]) -> list[Writer]:
+def _writers_of_set(name: str, callbacks: list[Callback]) -> list[Writer]:
     """The writers of one set."""
     if name == BASE_LINE or not re.fullmatch(r"[\w.+-]+", name):
         expected = f"a name of letters, digits, '_', '.', '+' and '-', other than {BASE_LINE}, the base line"
-        raise ConfigError(FIELD, name, expected)
+        raise ConfigError(SETS_FIELD, name, expected)
     if not callbacks:
-        raise ConfigError(f"{FIELD}.{name}", callbacks, "at least one writer")
+        raise ConfigError(f"{SETS_FIELD}.{name}", callbacks, "at least one writer")
     writers: list[Writer] = []
     for callback in callbacks:
         if not isinstance(callback, Writer):
-            raise ConfigError(f"{FIELD}.{name}", type(callback).__name__, "callbacks that overwrite activations")
+            raise ConfigError(f"{SETS_FIELD}.{name}", type(callback).__name__, "callbacks that overwrite activations")
         writers.append(callback)
     return writers

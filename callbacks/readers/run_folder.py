@@ -8,47 +8,49 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from opsin.errors import ConfigError
-from opsin.figures.run import save_summary
+from opsin.callbacks.readers.base import Reader, check_count
+from opsin.figures.run import summary_figure
+from opsin.figures.style import save_figure
 from opsin.records.folder import RunFolder, write_atomically
-from opsin.training.module import callbacks_of, opsin_module
+from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
+from opsin.training.module import callbacks_of
 
 
-class KeepRun(Callback):
+class KeepRun(Reader):
     """Writes everything a run leaves behind into one folder.
 
     What was logged is on disk before the checkpoint that counts on it, so a run killed at any
     moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder.
 
     Args:
-        folder: of this run; made when training starts.
-        config: the resolved configuration as YAML.
+        folder: folder that this run writes into; made when training starts.
+        config: the resolved configuration as YAML, which the folder keeps; none when None.
         checkpoint_every: optimizer steps between checkpoints.
     """
 
     def __init__(self, folder: str | Path, config: str | None = None, checkpoint_every: int = 1_000) -> None:
-        if checkpoint_every < 1:
-            raise ConfigError("KeepRun.checkpoint_every", checkpoint_every, "at least 1 optimizer step")
+        check_count("KeepRun.checkpoint_every", checkpoint_every, "optimizer step")
         self.folder, self.config, self.checkpoint_every = Path(folder), config, checkpoint_every
         self._seconds_before, self._last_saved, self._finished = 0.0, 0, False
+        self._started: float | None = None
 
     @cached_property
     def files(self) -> RunFolder:
-        """The folder, made when first asked for, so that a run whose settings are refused leaves none."""
+        """The folder, made when it is first used, so that a run whose settings are refused leaves none."""
         return RunFolder(self.folder)
 
     @property
     def checkpoint(self) -> Path:
         """What a resume starts from."""
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / LAST_CHECKPOINT
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module, self._started, self._finished = opsin_module(pl_module), time.monotonic(), False
+        self._started, self._finished = time.monotonic(), False
         if self.config is not None:
-            write_atomically(self.files.path / "config.yaml", self.config)
+            write_atomically(self.files.path / CONFIG_FILE, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.files.start_metrics()
@@ -70,12 +72,12 @@ class KeepRun(Callback):
         self._write()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_module"):
+        if self._started is not None:
             self._write()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = self._module
-        # who ended early is known without a PhaseChange, too
+        # members that ended early are known without a PhaseChange, too
         ended = [dict(module.ended.get(member, {})) for member in range(module.n_members)]
         if "members" not in module.summary:
             module.summary.update(ended[0] if len(ended) == 1 else {"members": ended})
@@ -83,10 +85,10 @@ class KeepRun(Callback):
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
         module.summary["plan"] = module.plan.describe()
-        module.summary["interventions"] = module.control.counts()
+        module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
-        self.files.write_json("summary.json", module.summary)
-        save_summary(module.history, module.summary, self.files.path / "summary.png")
+        self.files.write_json(SUMMARY_FILE, module.summary)
+        save_figure(summary_figure(module.history, module.summary), self.files.path / SUMMARY_PICTURE)
         # last, so that a run killed before its summary was written goes back and writes it
         self._finished = True
         self._save(trainer)
@@ -98,6 +100,7 @@ class KeepRun(Callback):
         self._seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:
+        assert self._started is not None
         return self._seconds_before + time.monotonic() - self._started
 
     def _write(self) -> None:

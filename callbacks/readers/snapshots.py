@@ -5,27 +5,23 @@ Legend: M members.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.phase_change import KIND
+from opsin.callbacks.readers.base import Reader, check_count, log_spaced
+from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import run_folder
-from opsin.errors import ConfigError
-from opsin.records.history import log_spaced
-from opsin.training.module import opsin_module
+from opsin.records.folder import PART_SUFFIX, write_atomically
 from opsin.training.observers import Event, Observation
 
-PART = ".part"
 
-
-class Snapshots(Callback):
+class Snapshots(Reader):
     """Writes weights to ``snapshots/step_0001234.pt`` in the run folder.
 
     Written are the first and the last state, log-spaced steps in between, and around each announced
@@ -39,7 +35,7 @@ class Snapshots(Callback):
     Args:
         per_decade: snapshots in each tenfold of steps, from step 1 on.
         ring: states kept in memory, as large as the weights each; checkpoints carry them.
-        every: optimizer steps between them.
+        every: optimizer steps between the states of the ring.
 
     Raises:
         ConfigError: a number below 1.
@@ -47,8 +43,7 @@ class Snapshots(Callback):
 
     def __init__(self, per_decade: int = 8, ring: int = 32, every: int = 100) -> None:
         for name, value in {"per_decade": per_decade, "ring": ring, "every": every}.items():
-            if value < 1:
-                raise ConfigError(f"Snapshots.{name}", value, "at least 1")
+            check_count(f"Snapshots.{name}", value)
         self.per_decade, self.ring, self.every = per_decade, ring, every
         self._forget()
 
@@ -77,19 +72,19 @@ class Snapshots(Callback):
         return {**state, "recent": recent}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module = opsin_module(pl_module)
         self._folder = run_folder(trainer) / "snapshots"
         self._folder.mkdir(parents=True, exist_ok=True)
-        for half_written in self._folder.glob("*" + PART):
+        for half_written in self._folder.glob("*" + PART_SUFFIX):
             half_written.unlink()
         self._last = trainer.max_steps
         self._spaced = log_spaced(self._last, self.per_decade)
         # log-spaced steps have no common cadence, and between snapshots the handler only compares numbers
-        self._module.listen(1, self._look)
+        self._module.listen(1, self._keep)
         self._module.on_event(self._on_event)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +93,7 @@ class Snapshots(Callback):
             values = self._module.parameters_by_name()
             self._write(self._module.steps_done, {name: _copy(tensor) for name, tensor in values.items()})
 
-    def _look(self, seen: Observation) -> None:
+    def _keep(self, seen: Observation) -> None:
         step, recent = seen.step, seen.step % self.every == 0
         write = step in self._spaced or step == self._last or (recent and step <= self._dense_until)
         if not (write or recent):
@@ -110,7 +105,7 @@ class Snapshots(Callback):
             self._recent.append((step, parameters))
 
     def _on_event(self, event: Event) -> None:
-        if event.kind != KIND:
+        if event.kind != PHASE_CHANGE:
             return
         # counted from the event's own step, which a resume does not move
         self._dense_until = max(self._dense_until, event.step + self.ring * self.every)
@@ -121,16 +116,11 @@ class Snapshots(Callback):
         return self._folder / f"step_{step:07d}.pt"
 
     def _write(self, step: int, parameters: dict[str, Tensor]) -> None:
-        path = self._path(step)
-        part = path.with_name(path.name + PART)
-        sequences = step * self._module.task.batch_size
-        with part.open("wb") as file:
-            shape = asdict(self._module.transformer)
-            content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
-            torch.save(content, file)
-        os.replace(part, path)
+        sequences, shape = step * self._module.task.batch_size, asdict(self._module.transformer)
+        content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
+        write_atomically(self._path(step), lambda file: torch.save(content, file))
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, so that a ring takes no accelerator memory and looks the same after a resume."""
+    """A copy on the CPU, so that a ring takes no accelerator memory and looks the same after a resume."""
     return tensor.detach().to("cpu", copy=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opsin.callbacks.wandb.start import Ledger, unharmed
 from opsin.records.schema import DIVERGED
@@ -18,9 +17,9 @@ class MemberRun:
     """Sends one member to one W&B run; after a failure it sends nothing more, and the training goes on.
 
     Args:
-        run: that was started; sequences seen become its x-axis.
-        ledger: of this run.
-        batch_size: sequences a step.
+        run: W&B run that was started; sequences seen become its x-axis.
+        ledger: what a resumed process must know of this run.
+        batch_size: sequences that one training step sees.
     """
 
     def __init__(self, run: wandb.Run, ledger: Ledger, batch_size: int) -> None:

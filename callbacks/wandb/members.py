@@ -1,22 +1,21 @@
-"""What Weights & Biases is told of each member: its name, its group and tags, its own settings, its own summary.
+"""What Weights & Biases receives of each member: its name, its group and tags, its own settings, its own summary.
 
 Legend: I interventions and changes of weights, M members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from inspect import signature
-from jaxtyping import Bool
 from typing import Any
-import json
+
 import numpy as np
 import yaml
+from jaxtyping import Bool
 
 from opsin.callbacks.readers.run_folder import KeepRun
-from opsin.interventions.plan import covered_members
 from opsin.population.chunks import recipe_of_member
 from opsin.population.folder import rows_of_chunk
 from opsin.training.module import OpsinModule
@@ -25,7 +24,7 @@ LONGEST_TAG = 64
 """Characters; W&B refuses a run with a longer one."""
 
 OF_THE_PLAN = ("plan", "interventions")
-"""What the summary has a list of that is not one entry a member."""
+"""Keys of the summary whose lists have one entry an intervention and not one a member."""
 
 
 def about_members(
@@ -38,8 +37,9 @@ def about_members(
     one model has only what the user gave it, and its folder's name.
 
     Args:
-        keeper: of the run, which may be a population's chunk.
-        name, group, tags: what the user gave; they come before what is found here.
+        module: module whose members are described.
+        keeper: callback that keeps the run, which may be a population's chunk; None where nothing keeps it.
+        name, group, tags: settings that the user gave, which come before what the population adds.
     """
     config = resolved_config(module, keeper.config if keeper else None)
     folder = keeper.folder.absolute() if keeper else None
@@ -53,17 +53,17 @@ def about_members(
         if rows:
             settings |= {name: rows[slot][name] for name in ("condition", "member")}
             words = [rows[slot]["condition"], *words]
-        own = {
+        about = {
             "name": " ".join(filter(None, (title, *words))) or None,
             "group": group or (population.name if apart and population else None),
             "tags": [*dict.fromkeys([*tags, *(word[:LONGEST_TAG] for word in words)])],
         }
-        found.append({**own, "config": settings})
+        found.append({**about, "config": settings})
     return found
 
 
 def resolved_config(module: OpsinModule, text: str | None) -> dict[str, Any]:
-    """The resolved configuration (YAML), or what the module says of itself; and the digest of the plan."""
+    """The resolved configuration (YAML) or, without one, the module's settings; with the digest of the plan."""
     config = yaml.safe_load(text) if text else None
     if not isinstance(config, dict):
         settings = {name: getattr(module, name, None) for name in signature(type(module)).parameters}
@@ -91,13 +91,11 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def plan_of(module: OpsinModule, slot: int) -> list[dict[str, str]]:
     """What is done to one member, as ``opsin sites`` prints it."""
     plan, covers = module.plan, _covers(module)
-    order = [index for planned in plan.passes for index in planned.items]
-    order += range(len(plan.interventions), len(plan.places))
-    return [row for index, row in zip(order, plan.describe(), strict=True) if covers[index, slot]]
+    return [line for row, line in zip(plan.rows, plan.describe(), strict=True) if covers[row.gate, slot]]
 
 
 def _covers(module: OpsinModule) -> Bool[np.ndarray, "I M"]:
-    return covered_members(module.plan, module.n_members)
+    return module.plan.covered_members(module.n_members)
 
 
 def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:
@@ -117,5 +115,5 @@ def summary_of(module: OpsinModule, slot: int) -> dict[str, Any]:
 
 
 def _cut(row: Mapping[str, Any], slot: int) -> dict[str, Any]:
-    """A row of counts with one member's numbers in the place of everybody's."""
+    """A row of counts with the numbers of one member alone."""
     return {name: value[slot] if isinstance(value, list) else value for name, value in row.items()}

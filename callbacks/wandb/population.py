@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from opsin.callbacks.wandb.callback import WeightsAndBiases
-from opsin.callbacks.wandb.start import Ledger, Mode, default_mode, open_ledgers, start, unharmed
+from opsin.callbacks.wandb.start import Ledger, WandbMode, default_mode, open_ledgers, start, unharmed
 from opsin.errors import log
 from opsin.population.chunks import listed
 from opsin.population.tables import Row, with_intervals
+from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
-Summary = Mapping[str, Sequence[Row]]
+SummaryTables = Mapping[str, Sequence[Row]]
 
 FIGURES = ("population", "critical_period")
 LEDGER = "wandb_summary.json"
 
 
-def send_population(folder: Path, summary: Summary) -> None:
+def send_population(folder: Path, summary: SummaryTables) -> None:
     """Send what a population found as one run of job type ``summary``; nothing if its recipe has no WeightsAndBiases.
 
     The run holds the tables ``members`` (with every onset), ``conditions`` (means with 95 % intervals) and
@@ -30,19 +31,21 @@ def send_population(folder: Path, summary: Summary) -> None:
     Sent again, after a resume, it is the same run, one step on; the same summary is not sent twice.
 
     Args:
-        folder: of the population, which ``finish_population`` has written.
-        summary: what that returned.
+        folder: folder of the population, which ``finish_population`` has written.
+        summary: tables that ``finish_population`` has returned, rows by the name of the table.
     """
-    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    recipe = yaml.safe_load((folder / CONFIG_FILE).read_text())
     settings = callback_settings(recipe)
     callback = None if settings is None else WeightsAndBiases(**settings)
     mode = "disabled" if callback is None else callback.mode or default_mode()
     if callback is not None and mode != "disabled":
-        with unharmed(what="the population is whole"):
+        with unharmed(unharmed_part="the population is whole"):
             _send(folder.absolute(), summary, callback, mode, recipe)
 
 
-def _send(folder: Path, summary: Summary, callback: WeightsAndBiases, mode: Mode, recipe: Mapping[str, Any]) -> None:
+def _send(
+    folder: Path, summary: SummaryTables, callback: WeightsAndBiases, mode: WandbMode, recipe: Mapping[str, Any]
+) -> None:
     content, path = hashlib.sha256(json.dumps(summary).encode()).hexdigest()[:16], folder / LEDGER
     if path.exists() and (old := Ledger.read(path)).finished and old.fingerprint == content:
         return
@@ -66,7 +69,7 @@ def _send(folder: Path, summary: Summary, callback: WeightsAndBiases, mode: Mode
         ledger.finished = True
         ledger.save()
         if run.offline:
-            members = (files if callback.folder else folder / "chunks" / "*") / "wandb" / "offline-run-*"
+            members = (files if callback.folder else folder / CHUNKS_FOLDER / "*") / "wandb" / "offline-run-*"
             log.info(f"opsin: W&B runs of the members: offline, `wandb sync {members}` uploads them")
 
 
@@ -78,7 +81,7 @@ def callback_settings(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def tables(summary: Summary) -> dict[str, Any]:
+def tables(summary: SummaryTables) -> dict[str, Any]:
     """The tables that have rows, as W&B's."""
     from wandb import Table
 
@@ -97,7 +100,7 @@ def pictures(folder: Path) -> dict[str, Any]:
     return {name: Image(str(path)) for name, path in paths.items() if path.exists()}
 
 
-def numbers(summary: Summary) -> dict[str, float]:
+def numbers(summary: SummaryTables) -> dict[str, float]:
     """Means and differences that exist: ``none/onset``, ``none/onset_low``, ``clamped - none/onset``, ..."""
     found: dict[str, float | None] = {}
     for row in summary["conditions"]:

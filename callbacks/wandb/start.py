@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any
-from typing import Literal
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 import json
 import netrc
 import os
@@ -22,6 +9,13 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from opsin.errors import log
 from opsin.records.folder import write_atomically
@@ -29,9 +23,9 @@ from opsin.records.folder import write_atomically
 if TYPE_CHECKING:
     import wandb
 
-Mode = Literal["online", "offline", "disabled"]
+WandbMode = Literal["online", "offline", "disabled"]
 
-MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+MODES: dict[str, WandbMode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
 UPSTREAM_HOST = "api.wandb.ai"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 300
@@ -40,7 +34,7 @@ SETTLED_SECONDS = 2.0
 
 SEPARATOR = "\x1e"
 
-READ = f"""
+READ_SUMMARIES = f"""
 import sys
 from wandb.cli.cli import cli
 for path in sys.argv[1:]:
@@ -51,7 +45,7 @@ for path in sys.argv[1:]:
 """
 """Prints the summary of each file, and a separator after it; one process, as wandb takes a second to import."""
 
-SETTINGS: dict[str, Any] = {
+WANDB_SETTINGS: dict[str, Any] = {
     # nothing on the terminal but what this file prints
     "silent": True,
     "quiet": True,
@@ -75,12 +69,12 @@ class Ledger:
     """What a resumed process must know of the killed one: ``wandb_run.json``, of each member ``wandb_run_SLOT.json``.
 
     Args:
-        path: of the file.
-        id: of the W&B run.
-        fingerprint: of the configuration.
-        logged_until: no step up to this one is logged again.
-        told: events that were alerts.
-        finished: it came to its end.
+        path: file that keeps the ledger.
+        id: name under which the W&B run is uploaded and continued.
+        fingerprint: hash of the configuration, as ``fingerprint`` makes it.
+        logged_until: last optimizer step that was logged; no step up to it is logged again.
+        told: events that were sent as alerts, each with its step and member.
+        finished: whether the run came to its end.
     """
 
     path: Path
@@ -92,15 +86,20 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """What the file holds."""
+        """The ledger that a file holds."""
         return cls(path, **json.loads(path.read_text()))
 
     @classmethod
     def open(cls, path: Path, fingerprint: str, from_checkpoint: bool) -> Ledger:
-        """Continue what the file holds if this is the same run, else begin anew.
+        """Continue what a file holds if it is the ledger of this run, else begin anew.
 
-        It is the same run if it starts from a checkpoint, or if one with the same configuration was
-        killed before its first: equal configurations give equal numbers.
+        It is if the run starts from a checkpoint, or if a run with an equal configuration was killed before its first
+        checkpoint: equal configurations give equal numbers.
+
+        Args:
+            path: file that keeps the ledger.
+            fingerprint: hash of the configuration.
+            from_checkpoint: whether the run starts from a checkpoint.
         """
         if path.exists():
             old = cls.read(path)
@@ -120,9 +119,12 @@ def open_ledgers(
     """The ledgers of runs that start together, each continued or begun anew as ``Ledger.open`` says.
 
     Args:
-        files: where W&B keeps its own.
+        paths: file of every ledger.
+        files: folder in which W&B keeps the runs' files.
+        fingerprints: hash of every run's configuration.
+        from_checkpoint: whether the runs start from a checkpoint.
     """
-    ledgers = [Ledger.open(*each, from_checkpoint) for each in zip(paths, fingerprints, strict=True)]
+    ledgers = [Ledger.open(*entry, from_checkpoint) for entry in zip(paths, fingerprints, strict=True)]
     # what a killed process handed over last may not have reached its file
     written = written_until(files, [ledger.id for ledger in ledgers if ledger.logged_until >= 0])
     for ledger in ledgers:
@@ -134,20 +136,24 @@ def open_ledgers(
 def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
     """Last step that the files of offline runs hold, as wandb's own reader sees them; -1 where they hold none.
 
+    Args:
+        folder: folder that holds ``wandb/offline-run-*``.
+        ids: ids of the runs that are looked for.
+
     Returns:
-        By id, without those that have no files here (online runs) or one that cannot be read.
+        Steps by id, without runs that have no files in the folder (online runs) or one that cannot be read.
     """
     paths = [(run_id, path) for run_id in ids for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")]
     if not paths:
         return {}
     for _, path in paths:
         _wait_until_settled(path)
-    command = [sys.executable, "-c", READ, *(str(path) for _, path in paths)]
+    command = [sys.executable, "-c", READ_SUMMARIES, *(str(path) for _, path in paths)]
     read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    told = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
-    unread = {run_id for run_id, text in told if not text}
+    texts = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
+    unread = {run_id for run_id, text in texts if not text}
     until: dict[str, int] = {}
-    for run_id, text in told:
+    for run_id, text in texts:
         if run_id not in unread:
             step = json.loads(text)["step"]
             until[run_id] = max(until.get(run_id, -1), -1 if step is None else step)
@@ -163,7 +169,7 @@ def _wait_until_settled(path: Path) -> None:
         time.sleep(min(1.0, SETTLED_SECONDS - age))
 
 
-def default_mode() -> Mode:
+def default_mode() -> WandbMode:
     """What ``WANDB_MODE`` says; without it, online where an API key is configured."""
     wanted = os.environ.get("WANDB_MODE", "")
     if wanted == "disabled":
@@ -188,18 +194,19 @@ def has_key() -> bool:
     return logins is not None and any(logins.authenticators(name) for name in (host, UPSTREAM_HOST))
 
 
-def start(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]]) -> list[wandb.Run]:
+def start(mode: WandbMode, folder: Path, settings: Sequence[Mapping[str, Any]]) -> list[wandb.Run]:
     """W&B runs, all online or all offline; offline where online cannot be had; none where nothing can.
 
     Args:
-        folder: where their files go.
-        abouts: what ``wandb.init`` is told of each.
+        mode: ``online`` or ``offline``, as it is wanted.
+        folder: folder that receives the files of W&B.
+        settings: arguments of ``wandb.init``, by name, for each run.
     """
     if mode == "online" and not has_key():
         log.info("opsin: no W&B API key is configured (`wandb login` sets one); the run is kept offline")
         mode = "offline"
-    runs = _attempt(mode, folder, abouts, otherwise="is kept offline") or _attempt(
-        "offline", folder, abouts, otherwise="goes on without it"
+    runs = _attempt(mode, folder, settings, otherwise="is kept offline") or _attempt(
+        "offline", folder, settings, otherwise="goes on without it"
     )
     if runs:
         names = ", ".join(run.id for run in runs)
@@ -215,11 +222,11 @@ def _where(runs: Sequence[wandb.Run], folder: Path) -> str:
     return f"offline, `wandb sync {files}` uploads {'it' if len(runs) == 1 else 'them'}"
 
 
-def _attempt(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]], otherwise: str) -> list[wandb.Run]:
+def _attempt(mode: WandbMode, folder: Path, settings: Sequence[Mapping[str, Any]], otherwise: str) -> list[wandb.Run]:
     import wandb
 
     try:
-        return [_init(mode, folder, about) for about in abouts]
+        return [_init(mode, folder, arguments) for arguments in settings]
     except Exception as error:
         log.info(f"opsin: W&B did not start {mode} ({one_line(error)}); the run {otherwise}")
         # or else the service holds the failed attempts' ids in use
@@ -227,30 +234,29 @@ def _attempt(mode: Mode, folder: Path, abouts: Sequence[Mapping[str, Any]], othe
         return []
 
 
-def _init(mode: Mode, folder: Path, about: Mapping[str, Any]) -> wandb.Run:
+def _init(mode: WandbMode, folder: Path, arguments: Mapping[str, Any]) -> wandb.Run:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
     # settings that this version of wandb does not know are no reason to fail
-    known = {name: value for name, value in SETTINGS.items() if name in wandb.Settings.model_fields}
+    known = {name: value for name, value in WANDB_SETTINGS.items() if name in wandb.Settings.model_fields}
     settings = wandb.Settings(init_timeout=CONNECT_SECONDS, **known)
-    return wandb.init(
-        **about, mode=mode, dir=folder, resume="allow", reinit="create_new", allow_val_change=True, settings=settings
-    )
+    resuming: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "allow_val_change": True}
+    return wandb.init(**arguments, **resuming, mode=mode, dir=folder, settings=settings)
 
 
 @contextmanager
-def unharmed(give_up: Callable[[], None] = lambda: None, what: str = "the run goes on") -> Iterator[None]:
-    """Nothing ends because its observer did.
+def unharmed(give_up: Callable[[], None] = lambda: None, unharmed_part: str = "the run goes on") -> Iterator[None]:
+    """A failure of W&B is one line on the terminal and ends nothing else.
 
     Args:
-        give_up: called after a failure.
-        what: is unharmed by it.
+        give_up: function that is called after a failure.
+        unharmed_part: what goes on without W&B, for the message.
     """
     try:
         yield
     except Exception as error:
-        log.info(f"opsin: W&B failed ({one_line(error)}); {what} without it")
+        log.info(f"opsin: W&B failed ({one_line(error)}); {unharmed_part} without it")
         give_up()
 
 

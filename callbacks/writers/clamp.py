@@ -1,26 +1,39 @@
-"""The only writers: callbacks that overwrite activations while the model learns."""
+"""Clamp: hold attention patterns at what the task knows, and any activation at a number."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-from lightning.pytorch import Callback
-
-from opsin.callbacks.writers.base import _neuron_site, _neurons
+from opsin.callbacks.writers.base import (
+    ActivationWriter,
+    heads_by_layer,
+    heads_of_site,
+    neuron_site,
+    neurons_by_layer,
+)
 from opsin.errors import ConfigError
 from opsin.interventions.intervention import Intervention, Value
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.selection import Selection, check_share, entries, parse_pairs
+from opsin.interventions.selection import check_share
 from opsin.interventions.values.patterns import Induction, Match, PreviousToken
 from opsin.interventions.values.plain import Constant
 from opsin.model.sites import SiteTable
 
 # beyond it the way from an activation to the value overflows
-LARGEST = 1e38
+LARGEST_NUMBER = 1e38
+
+SETTINGS_OF = {
+    "previous_token": ("heads", "strength", "labels_only"),
+    "induction": ("heads", "strength"),
+    "match": ("heads", "temperature"),
+    "site": ("heads", "value"),
+    "neurons": ("value", "at"),
+}
+"""The settings that have an effect beside each pattern, a site and neurons."""
 
 
-class Clamp(Callback):
+class Clamp(ActivationWriter):
     """Hold the attention pattern of heads to one the task knows, or neurons or any site to a number.
 
     Gradient: stopped; every value is a constant of the batch.
@@ -28,19 +41,24 @@ class Clamp(Callback):
     Args:
         heads: ``"layer:head"``; with ``pattern`` their attention is clamped, with ``site`` it narrows
             that site down to heads of its layer.
-        pattern: ``previous_token``, ``induction`` or ``match``.
+        pattern: attention that the task knows: ``previous_token``, ``induction`` or ``match``.
         strength: previous-token and induction patterns: attention on the previous token (rest on
             oneself), or on the matching label (rest on each other label); 1 when None.
-        temperature: match pattern: of the softmax; the hard maximum when None or 0.
-        labels_only: previous-token pattern: only in rows that hold a label.
-        site: a site to hold at ``value``.
+        temperature: match pattern: temperature of the softmax over cosine similarities; the hard maximum when None
+            or 0.
+        labels_only: previous-token pattern: whether it is clamped only in rows that hold a label.
+        site: name of a site to hold at ``value``.
         neurons: ``"layer:neuron"``, neurons to hold at ``value``.
-        value: the number.
+        value: the number that a site or neurons are held at.
         at: neurons ``pre`` (``mlp.hook_pre``) or ``post`` (``mlp.hook_post``) their nonlinearity; post when None.
         positions: positions (rows of a pattern) it acts at; all when None.
         members: members it acts in; all when None.
-        schedule: when, and how strongly.
+        schedule: strength at every step, in [0, 1]; 1 throughout by default.
         order: rank among writers that touch the same entries; the later wins.
+
+    Raises:
+        ConfigError: nothing or several things to clamp, or a setting without effect; when the run is built, something
+            that the model does not have.
     """
 
     def __init__(
@@ -59,18 +77,17 @@ class Clamp(Callback):
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        held = {"pattern": pattern, "site": site, "neurons": neurons}
-        if sum(what is not None for what in held.values()) != 1:
-            raise ConfigError("Clamp", held, "one of pattern, site and neurons, and no more")
+        super().__init__(members, schedule, order, positions)
+        clamped = {"pattern": pattern, "site": site, "neurons": neurons}
+        if sum(setting is not None for setting in clamped.values()) != 1:
+            raise ConfigError("Clamp", clamped, "one of pattern, site and neurons, and no more")
         if pattern is not None and not heads:
             raise ConfigError("Clamp.heads", heads, "the heads whose attention is clamped, as layer:head")
-        given: dict[str, object] = {"heads": heads, "strength": strength, "temperature": temperature}
-        given |= {"labels_only": labels_only or None, "value": value, "at": at}
-        _refuse_idle(pattern or ("site" if neurons is None else "neurons"), given)
+        settings: dict[str, object] = {"heads": heads, "strength": strength, "temperature": temperature}
+        settings |= {"labels_only": labels_only or None, "value": value, "at": at}
+        _refuse_idle(pattern or ("site" if neurons is None else "neurons"), settings)
         self.heads, self.site, self.neurons = heads, site, neurons
-        self.neuron_site = _neuron_site("Clamp.at", at)
-        self.positions, self.members = entries(positions), entries(members)
-        self.schedule, self.order = schedule, order
+        self.neuron_site = neuron_site("Clamp.at", at)
         if pattern is None:
             self.value = _constant(site or "neurons", value)
         else:
@@ -79,47 +96,37 @@ class Clamp(Callback):
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it holds on a model with these sites."""
         if self.neurons is not None:
-            pairs = _neurons("Clamp.neurons", self.neurons, sites)
-            return [self._at(f"blocks.{layer}.{self.neuron_site}", neurons=tuple(n)) for layer, n in pairs.items()]
-        if self.site is not None and self.heads is None:
-            return [self._at(sites.find(self.site, "Clamp.site").name)]
-        return self._at_heads(sites)
-
-    def _at_heads(self, sites: SiteTable) -> list[Intervention]:
-        pairs = parse_pairs("Clamp.heads", self.heads or [], sites.layers, sites.size("H"), "head")
+            layers = neurons_by_layer("Clamp.neurons", self.neurons, sites)
+            return [
+                self.intervention_at(f"blocks.{layer}.{self.neuron_site}", self.value, neurons=neurons)
+                for layer, neurons in layers.items()
+            ]
         if self.site is None:
-            return [self._at(f"blocks.{layer}.attn.hook_pattern", heads=tuple(h)) for layer, h in pairs.items()]
+            layers = heads_by_layer("Clamp.heads", self.heads or [], sites)
+            return [
+                self.intervention_at(f"blocks.{layer}.attn.hook_pattern", self.value, heads)
+                for layer, heads in layers.items()
+            ]
         site = sites.find(self.site, "Clamp.site")
-        if list(pairs) != [site.layer]:
-            raise ConfigError("Clamp.heads", self.heads, f"heads of the layer of {site.name}")
-        return [self._at(site.name, heads=tuple(h)) for h in pairs.values()]
-
-    def _at(self, site: str, **selected: tuple[int, ...]) -> Intervention:
-        selection = Selection(positions=self.positions, members=self.members, **selected)
-        return Intervention("Clamp", site, selection, self.value, self.schedule, self.order)
+        heads = None if self.heads is None else heads_of_site("Clamp.heads", self.heads, site, sites)
+        return [self.intervention_at(site.name, self.value, heads)]
 
 
-HAS = {
-    "previous_token": ("heads", "strength", "labels_only"),
-    "induction": ("heads", "strength"),
-    "match": ("heads", "temperature"),
-    "site": ("heads", "value"),
-    "neurons": ("value", "at"),
-}
+def _refuse_idle(clamped: str, settings: Mapping[str, object]) -> None:
+    """A setting that has no effect beside what is clamped is an error."""
+    if clamped not in SETTINGS_OF:
+        raise ConfigError("Clamp.pattern", clamped, "'previous_token', 'induction' or 'match'")
+    effective = SETTINGS_OF[clamped]
+    for name, value in settings.items():
+        if value is not None and name not in effective:
+            article = "a " if clamped == "site" else ""
+            subject = f"a clamp of {article}{clamped}" if "value" in effective else f"pattern {clamped}"
+            raise ConfigError(f"Clamp.{name}", value, f"nothing: {subject} has {' and '.join(effective)} only")
 
 
-def _refuse_idle(kind: str, given: Mapping[str, object]) -> None:
-    if kind not in HAS:
-        raise ConfigError("Clamp.pattern", kind, "'previous_token', 'induction' or 'match'")
-    for name, value in given.items():
-        if value is not None and name not in HAS[kind]:
-            what = f"a clamp of {'a ' if kind == 'site' else ''}{kind}" if "value" in HAS[kind] else f"pattern {kind}"
-            raise ConfigError(f"Clamp.{name}", value, f"nothing: {what} has {' and '.join(HAS[kind])} only")
-
-
-def _constant(what: str, value: float | None) -> Value:
-    if value is None or not abs(value) <= LARGEST:
-        raise ConfigError("Clamp.value", value, f"the number to hold {what} at, finite in single precision")
+def _constant(clamped: str, value: float | None) -> Value:
+    if value is None or not abs(value) <= LARGEST_NUMBER:
+        raise ConfigError("Clamp.value", value, f"the number to hold {clamped} at, finite in single precision")
     return Constant(float(value))
 
 

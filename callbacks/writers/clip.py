@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning.pytorch import Callback
-
-from opsin.callbacks.writers.base import _neuron_site, _neurons
+from opsin.callbacks.writers.base import ActivationWriter, neuron_site, neurons_by_layer
 from opsin.errors import ConfigError
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.selection import Selection, entries
 from opsin.interventions.values.plain import Clipped
 from opsin.model.sites import SiteTable
 
 
-class Clip(Callback):
+class Clip(ActivationWriter):
     """Keep neurons, where the sequence repeats, from passing the mean they have where it does not.
 
     Acts at queries, the rows whose answer stands in the context; the mean is over the batch and all other rows, per
@@ -24,15 +21,15 @@ class Clip(Callback):
     Gradient: stopped at the entries that are set, and at the mean.
 
     Args:
-        neurons: ``"layer:neuron"``.
+        neurons: neurons of the MLPs that are clipped, ``"layer:neuron"``.
         side: the entries that are set: those ``above`` the mean, or ``below`` it.
         at: neurons ``pre`` (``mlp.hook_pre``) or ``post`` (``mlp.hook_post``) their nonlinearity; post when None.
         members: members it acts in; all when None.
-        schedule: when, and how strongly.
+        schedule: strength at every step, in [0, 1]; 1 throughout by default.
         order: rank among writers that touch the same entries; the later wins.
 
     Raises:
-        ConfigError: a side or a place that is none; when the run is built, a neuron that does not exist.
+        ConfigError: an unknown ``side`` or ``at``; when the run is built, a neuron that does not exist.
     """
 
     def __init__(
@@ -44,23 +41,16 @@ class Clip(Callback):
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
+        super().__init__(members, schedule, order)
         if side not in ("above", "below"):
             raise ConfigError("Clip.side", side, "'above' or 'below'")
-        self.neurons, self.value, self.members = neurons, Clipped(side), entries(members)
-        self.neuron_site = _neuron_site("Clip.at", at)
-        self.schedule, self.order = schedule, order
+        self.neurons, self.value = neurons, Clipped(side)
+        self.neuron_site = neuron_site("Clip.at", at)
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it clips on a model with these sites."""
-        pairs = _neurons("Clip.neurons", self.neurons, sites)
+        layers = neurons_by_layer("Clip.neurons", self.neurons, sites)
         return [
-            Intervention(
-                "Clip",
-                f"blocks.{layer}.{self.neuron_site}",
-                Selection(neurons=tuple(chosen), members=self.members),
-                self.value,
-                self.schedule,
-                self.order,
-            )
-            for layer, chosen in pairs.items()
+            self.intervention_at(f"blocks.{layer}.{self.neuron_site}", self.value, neurons=neurons)
+            for layer, neurons in layers.items()
         ]

@@ -1,4 +1,4 @@
-"""The writer that silences directions instead of neurons: projection onto or away from a subspace.
+"""Project: silence directions instead of neurons, by projection onto or away from a subspace.
 
 Legend: M members, B batch, H heads, R labelled rows, W width of a site's last axis, C columns of a basis.
 """
@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from opsin.callbacks.writers.base import ActivationWriter, heads_of_site
 from opsin.errors import ConfigError
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.selection import Selection, entries, parse_pairs
-from opsin.interventions.values.nullspace import Learned, labelled_rows, learn_directions
-from opsin.interventions.values.subspaces import (
-    Basis,
+from opsin.interventions.values.directions import (
     GivenDirections,
     LearnedDirections,
-    Projected,
     WeightDirections,
     read_directions,
     renewal,
     singular_directions,
     weight_matrix,
 )
+from opsin.interventions.values.nullspace import Learned, labelled_rows, learn_directions
+from opsin.interventions.values.subspaces import Basis, Projected
 from opsin.model.sites import AXES, Site, SiteTable
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
@@ -34,22 +33,22 @@ PROJECTED = "DNEV"
 """Last axes that have directions."""
 
 
-class Project(Callback):
+class Project(ActivationWriter):
     """Remove from a site its part along some directions, or keep nothing but that part.
 
     Gradient: flows through the part that is left; exactly none along what is removed, and none into the directions.
 
     The directions are given, or they are singular vectors of a weight, or those along which a linear
-    classifier reads a label off the probe (Ravfogel et al. 2020), with this writer switched off and others
-    as they stand. The latter two are taken before their step and kept in checkpoints. Learning records,
+    classifier reads a label off the probe (Ravfogel et al. 2020), with this writer switched off and all other
+    writers as they stand. The latter two are taken before their step and kept in checkpoints. Learning records,
     per member, ``subspace/SITE/LABEL/accuracy_after_T`` of the classifier after T = 0, 1, ... rounds, and
     ``subspace/SITE/LABEL/chance``; SITE ends in ``:HEAD`` at sites with heads.
 
     Args:
         site: the activation, for example ``blocks.0.hook_resid_post``; its last axis holds the directions.
-        directions: one a row, or a path of a ``.npy`` file of such rows; linearly independent, of any length.
-        weight: singular vectors of a weight instead.
-        learn: directions of a linear classifier instead.
+        directions: one direction a row, or a path of a ``.npy`` file of such rows; linearly independent, of any length.
+        weight: the weight whose singular vectors are the directions, and which of them.
+        learn: the label whose linear classifiers read the directions, and when they are fitted.
         mode: ``remove`` the part along the directions, or ``keep`` it alone.
         about: the point that stays where it is: ``zero`` or the ``mean`` over the batch (at each position and
             member), which is then preserved.
@@ -57,7 +56,7 @@ class Project(Callback):
             where they are given.
         positions: positions it acts at, and learns from; all when None.
         members: members it acts in; all when None.
-        schedule: when, and how strongly.
+        schedule: strength at every step, in [0, 1]; 1 throughout by default.
         order: rank among writers that touch the same entries; the later wins.
 
     Raises:
@@ -79,34 +78,31 @@ class Project(Callback):
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         order: int | None = None,
     ) -> None:
-        kinds = {"directions": directions, "weight": weight, "learn": learn}
-        named = [name for name, kind in kinds.items() if kind is not None]
+        super().__init__(members, schedule, order, positions)
+        origins = {"directions": directions, "weight": weight, "learn": learn}
+        named = [setting for setting, origin in origins.items() if origin is not None]
         if len(named) != 1:
             raise ConfigError("Project", named, "one of directions, weight and learn")
         if mode not in ("remove", "keep"):
             raise ConfigError("Project.mode", mode, "'remove' or 'keep'")
         if about not in ("zero", "mean"):
             raise ConfigError("Project.about", about, "'zero' or 'mean'")
-        given = None if directions is None else read_directions("Project.directions", directions)
-        origin = given or weight or learn
+        fixed = None if directions is None else read_directions("Project.directions", directions)
+        origin = fixed or weight or learn
         assert origin is not None
         self.origin: GivenDirections | WeightDirections | LearnedDirections = origin
-        timed = None if isinstance(origin, GivenDirections) else origin
-        self.renewal = None if timed is None else renewal(timed, schedule, f"Project.{named[0]}")
+        renewed = None if isinstance(origin, GivenDirections) else origin
+        self.renewal = None if renewed is None else renewal(renewed, schedule, f"Project.{named[0]}")
         self.site, self.heads, self.mode, self.about = site, heads, mode, about
-        self.positions = entries(positions)
-        self.members = entries(members)
-        self.schedule, self.order = schedule, order
 
     # ---- the plan -------------------------------------------------------------------------------
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
         """What it projects on a model with these sites."""
-        basis = self._basis(sites)
-        value = Projected(basis, self.mode, self.about)
-        return [Intervention("Project", basis.site, basis.selection, value, self.schedule, self.order)]
+        basis = self._basis_on(sites)
+        return [self.intervention_at(basis.site, Projected(basis, self.mode, self.about), basis.selection.heads)]
 
-    def _basis(self, sites: SiteTable) -> Basis:
+    def _basis_on(self, sites: SiteTable) -> Basis:
         site = sites.find(self.site, "Project.site")
         if site.axes[-1] not in PROJECTED:
             expected = f"a site whose last axis is one of {', '.join(AXES[axis] for axis in PROJECTED)}"
@@ -114,18 +110,14 @@ class Project(Callback):
         if "B" not in site.axes and (self.about == "mean" or isinstance(self.origin, LearnedDirections)):
             raise ConfigError("Project.site", site.name, "a site that differs within the batch, for mean and learn")
         width = site.sizes[site.axes[-1]]
-        selection = Selection(heads=self._chosen_heads(site, sites), positions=self.positions, members=self.members)
+        selection = self.selection(self._chosen_heads(site, sites))
         columns = self._columns(width, sites.size("V"))
         return Basis(site.name, width, columns, site.sizes.get("H"), selection, self.origin, self.renewal)
 
     def _chosen_heads(self, site: Site, sites: SiteTable) -> tuple[int, ...] | None:
         if self.heads is None:
             return None
-        pairs = parse_pairs("Project.heads", self.heads, sites.layers, sites.size("H"), "head")
-        if list(pairs) != [site.layer]:
-            raise ConfigError("Project.heads", self.heads, f"heads of the layer of {site.name}")
-        ((chosen),) = pairs.values()
-        return tuple(sorted(set(chosen)))
+        return tuple(sorted(set(heads_of_site("Project.heads", self.heads, site, sites))))
 
     def _columns(self, width: int, outputs: int) -> int:
         """Most directions that its origin can name in an axis of this width."""
@@ -144,16 +136,26 @@ class Project(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module = module = opsin_module(pl_module)
-        self._own = self._basis(module.sites)
+        self._basis = self._basis_on(module.sites)
         # between renewals the handler only compares numbers
-        module.listen(1, self._look)
+        module.listen(1, self._after_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.origin, WeightDirections):
+            self._check_weight(self.origin)
+        if isinstance(self.origin, LearnedDirections):
+            self._check_probe(self.origin)
+        # ahead of the readers, to whom the first state is shown as the first step will have it
+        steps_done, missing = self._module.steps_done, self._basis in self._module.gates.unsupplied
+        if steps_done == 0 or missing:
+            self._renew_if_due(steps_done, missing)
 
     def _check_weight(self, origin: WeightDirections) -> None:
-        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._own.heads)
-        size = weight.shape[-2 if origin.side == "input" else -1]
-        if size != self._own.width:
+        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._basis.heads)
+        size, width = weight.shape[-2 if origin.side == "input" else -1], self._basis.width
+        if size != width:
             found = f"{origin.name} with {origin.side} {size}"
-            raise ConfigError("Project.weight", found, f"{origin.side} {self._own.width}, the width of {self.site}")
+            raise ConfigError("Project.weight", found, f"{origin.side} {width}, the width of {self.site}")
         if origin.rank > min(weight.shape[-2:]):
             expected = f"at most {min(weight.shape[-2:])} singular vectors of {origin.name}"
             raise ConfigError("Project.weight.rank", origin.rank, expected)
@@ -163,65 +165,56 @@ class Project(Callback):
         if not rows:
             raise ConfigError("Project.positions", self.positions, f"a position that has a {origin.label}")
         # with no more rows than weights any labels can be told apart
-        needed = 2 * (self._own.width // len(rows) + 1)
+        needed = 2 * (self._basis.width // len(rows) + 1)
         if self._module.probe_size < needed:
-            expected = f"at least {needed}: half of the probe has to give more rows than the width {self._own.width}"
+            expected = f"at least {needed}: half of the probe has to give more rows than the width {self._basis.width}"
             raise ConfigError("model.probe_size", self._module.probe_size, expected)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(self.origin, WeightDirections):
-            self._check_weight(self.origin)
-        if isinstance(self.origin, LearnedDirections):
-            self._check_probe(self.origin)
-        # ahead of the readers, to whom the first state is shown as the first step will have it
-        now, late = self._module.steps_done, self._own in self._module.control.unsupplied
-        if now == 0 or late:
-            self._renew_if_due(now, late)
+    def _after_step(self, observation: Observation) -> None:
+        if observation.step > 0:
+            self._renew_if_due(observation.step)
 
-    def _look(self, seen: Observation) -> None:
-        if seen.step > 0:
-            self._renew_if_due(seen.step)
-
-    def _renew_if_due(self, step: int, late: bool = False) -> None:
-        """Take directions if it is time; where a branch begins after the first time, that is made up for."""
-        batch = self._module.task.batch_size
-        if self.renewal is None or not (self.renewal.due(step, batch) or (late and self.renewal.begun(step, batch))):
+    def _renew_if_due(self, step: int, missing: bool = False) -> None:
+        """Renew the directions at their steps, and where a branch begins after the first of them, at its beginning."""
+        batch_size = self._module.task.batch_size
+        if self.renewal is None:
+            return
+        if not (self.renewal.due(step, batch_size) or (missing and self.renewal.begun(step, batch_size))):
             return
         if isinstance(self.origin, WeightDirections):
-            self._take_from_weight(self.origin)
+            self._renew_from_weight(self.origin)
         elif isinstance(self.origin, LearnedDirections):
-            self._learn(self.origin, step)
+            self._renew_from_probe(self.origin, step)
 
-    def _take_from_weight(self, origin: WeightDirections) -> None:
-        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._own.heads)
+    def _renew_from_weight(self, origin: WeightDirections) -> None:
+        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._basis.heads)
         # a run that has diverged is about to be stopped by the module, which says so
         if weight.isfinite().all():
-            self._module.control.supply(self._own, singular_directions(weight, origin))
+            self._module.gates.supply(self._basis, singular_directions(weight, origin))
 
-    def _learn(self, origin: LearnedDirections, step: int) -> None:
-        module, own = self._module, self._own
+    def _renew_from_probe(self, origin: LearnedDirections, step: int) -> None:
+        module, planned = self._module, self._basis
         rows, labels = labelled_rows(module.probe, origin.label, self.positions)
-        users = [item for item in module.plan.interventions if own in item.value.needs]
-        x = module.observe(module.probe, [own.site], without=users)[own.site][:, :, rows].cpu()
+        items = [row.intervention for row in module.plan.interventions]
+        projections = [item for item in items if planned in item.value.needs]
+        x = module.observe(module.probe, [planned.site], without=projections)[planned.site][:, :, rows].cpu()
         if not x.isfinite().all():
             return
         classes = module.task.n_outputs if origin.label == "target" else module.task.n_tokens
 
-        def learned(part: Tensor, name: str) -> Tensor:
-            found = learn_directions(part, labels.cpu(), classes, origin.rounds, own.columns)
+        def learned(activation: Tensor, name: str) -> Tensor:
+            found = learn_directions(activation, labels.cpu(), classes, origin.rounds, planned.columns)
             self._record(f"subspace/{name}/{origin.label}", found, step)
             return found.basis
 
-        basis = own.initial(module.n_members)
-        if own.heads is None:
-            basis = learned(x, own.site)
-        for head in own.chosen_heads:
-            basis[:, head] = learned(x[:, :, :, head], f"{own.site}:{head}")
-        module.control.supply(own, basis)
+        tensor = planned.initial(module.n_members)
+        if planned.heads is None:
+            tensor = learned(x, planned.site)
+        for head in planned.chosen_heads:
+            tensor[:, head] = learned(x[:, :, :, head], f"{planned.site}:{head}")
+        module.gates.supply(planned, tensor)
 
     def _record(self, name: str, found: Learned, step: int) -> None:
         numbers = {f"{name}/accuracy_after_{t}": found.accuracy[:, t] for t in range(found.accuracy.shape[1])}
         numbers[f"{name}/chance"] = found.chance
-        for metric, values in numbers.items():
-            self._module.history.record(metric, step, values)
-        self._module.log_everywhere(numbers, step)
+        self._module.record(step, numbers)

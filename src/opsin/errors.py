@@ -13,13 +13,20 @@ class ConfigError(ValueError):
 
     Args:
         field: what the user wrote it under, for example ``Clamp.heads``.
-        value: what was given.
+        value: what the user gave, shown as Python writes it.
         expected: what would have been accepted.
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field}: got {value!r}, expected {expected}")
         self.field, self.value, self.expected = field, value, expected
+
+
+def config_error_behind(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError that caused an error, or is the error; None where no wrong setting did."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class DivergedError(RuntimeError):

@@ -7,8 +7,8 @@ continuous input, V outputs, Q scored positions, S steps drawn together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,16 +95,25 @@ class Batch:
     truth: Truth
     layout: Layout
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor that has a batch axis changed by one function.
+
+        Args:
+            change: function of a tensor ``[M, B, ...]``; what it does to the axes M and B is the same for all tensors.
+        """
+        truth = self.truth
+        return replace(
+            self,
+            features=None if self.features is None else change(self.features),
+            tokens=change(self.tokens),
+            targets=change(self.targets),
+            plausible=None if self.plausible is None else change(self.plausible),
+            truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
+        )
+
     def shared_by(self, members: int) -> Batch:
         """The batch of one member as that of several, without copies."""
-
-        def each(tensor: Tensor) -> Tensor:
-            return tensor.expand(members, *tensor.shape[1:])
-
-        query, match, other = (each(x) for x in (self.truth.query, self.truth.match, self.truth.other))
-        features, plausible = (None if x is None else each(x) for x in (self.features, self.plausible))
-        truth = Truth(self.truth.previous, self.truth.labels, query, match, other)
-        return Batch(features, each(self.tokens), each(self.targets), plausible, truth, self.layout)
+        return self.map(lambda tensor: tensor.expand(members, *tensor.shape[1:]))
 
     def similarity(self) -> Float[Tensor, "M B L K"]:
         """How alike are the input at row l and the input that precedes key k, for scored rows.
@@ -141,7 +150,7 @@ class Task(ABC):
 
     Attributes:
         layout: which position holds what.
-        batch_size: B.
+        batch_size: B, sequences of one training step.
         n_features: F, or None when the input is tokens only.
         n_tokens: size of the input vocabulary.
         n_outputs: V, number of classes predicted.
@@ -216,6 +225,6 @@ def drawn_steps(task: Task, seeds: Sequence[int], first: int, count: int) -> Ite
     together = max(1, DRAWN_TOGETHER // len(seeds))
     for begin in range(first, first + count, together):
         size = min(together, first + count - begin)
-        some = task.draw(seeds, begin, size)
+        drawn = task.draw(seeds, begin, size)
         for index in range(size):
-            yield {name: tensor[index] for name, tensor in some.items()}
+            yield {name: tensor[index] for name, tensor in drawn.items()}

@@ -31,11 +31,11 @@ _DRAWING = re.compile(r"images_[^/]+/([^/]+/character\d+)/[^/.]+\.png")
 
 
 class Exemplars(ABC):
-    """Where exemplars come from."""
+    """A source of exemplars."""
 
     @abstractmethod
     def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
-        """All exemplars, entries of about unit size; the same array at every call.
+        """All exemplars, entries of about unit size; an equal array at every call.
 
         Raises:
             ConfigError: a setting that cannot work, or a file that is missing or holds something else.
@@ -57,12 +57,12 @@ class GaussianClusters(Exemplars):
     common ** 2 + 1 + within ** 2.
 
     Args:
-        classes: number of classes.
-        exemplars: exemplars of each class.
-        features: F.
+        classes: number of different classes, at least 1.
+        exemplars: number of exemplars of a class, at least 1.
+        features: F, entries of a feature vector.
         within: standard deviation inside a class, in units of that between centres.
-        common: standard deviation of the shared vector's entries, in the same units.
-        seed: which classes.
+        common: standard deviation of the shared vector's entries, in units of that between centres.
+        seed: seed of all centres and exemplars, at least 0.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Omniglot(Exemplars):
         archives: paths of zip files (``images_background*.zip``, ``images_evaluation.zip``); a
             character that lies in several of them counts once, as in the first that has it.
         size: pixels along an edge, at most the drawing's own; few, so that two drawings of a character overlap.
-        features: F.
+        features: F, entries of a feature vector.
         paper: grey value of the paper, at least 0 and less than 1.
-        seed: of the projection.
+        seed: seed of the projection, at least 0.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Omniglot(Exemplars):
             if self.size > min(image.size):
                 raise ConfigError("Omniglot.size", self.size, f"at most {min(image.size)}, the drawings' own")
             ink = ImageOps.invert(image.convert("L"))
-            small = _centred(ink).resize((self.size, self.size), Image.Resampling.BOX)
+            small = _ink_in_the_middle(ink).resize((self.size, self.size), Image.Resampling.BOX)
         return np.asarray(small, np.float32).ravel() / 255
 
     def _project(self, ink: Float32[np.ndarray, "classes exemplars P"]) -> Float32[np.ndarray, "classes exemplars F"]:
@@ -172,14 +172,14 @@ class Omniglot(Exemplars):
         return ink / np.sqrt(np.mean(ink**2))
 
 
-def _centred(ink: Image.Image) -> Image.Image:
+def _ink_in_the_middle(ink: Image.Image) -> Image.Image:
     """The same drawing with the box around its ink in the middle; nothing of it is lost."""
     box = ink.getbbox()
     if box is None:
         return ink
     centred = Image.new("L", ink.size)
-    at = (ink.width - (box[2] - box[0])) // 2, (ink.height - (box[3] - box[1])) // 2
-    centred.paste(ink.crop(box), at)
+    corner = (ink.width - (box[2] - box[0])) // 2, (ink.height - (box[3] - box[1])) // 2
+    centred.paste(ink.crop(box), corner)
     return centred
 
 
@@ -187,7 +187,7 @@ class ArrayFile(Exemplars):
     """Features computed elsewhere: one array, classes x exemplars x features, of an ``.npz`` or ``.h5`` file.
 
     Args:
-        path: the file; its suffix says what it is.
+        path: path of the file, whose suffix says which kind it is.
         dataset: name of the array. None: in ``.npz`` the only array there is, in ``.h5``
             ``resnet18/224/feat``, where the reference system's feature file has it.
     """
@@ -227,11 +227,11 @@ class ArrayFile(Exemplars):
 
     def _h5(self) -> np.ndarray:
         with h5py.File(self.path, "r") as file:
-            there: list[str] = []
-            file.visititems(lambda name, item: there.append(name) if isinstance(item, h5py.Dataset) else None)
-            return file[self._named(self.dataset or REFERENCE_DATASET, there)][()]
+            names: list[str] = []
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            return file[self._named(self.dataset or REFERENCE_DATASET, names)][()]
 
-    def _named(self, name: str | None, there: list[str]) -> str:
-        if name not in there:
-            raise ConfigError("ArrayFile.dataset", name, f"one of {', '.join(sorted(there)) or '(the file is empty)'}")
+    def _named(self, name: str | None, names: list[str]) -> str:
+        if name not in names:
+            raise ConfigError("ArrayFile.dataset", name, f"one of {', '.join(sorted(names)) or '(the file is empty)'}")
         return name

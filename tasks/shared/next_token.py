@@ -1,7 +1,7 @@
 """What the tasks of plain tokens share: every position predicts the token that follows it.
 
 Legend: S steps drawn together, M members, B batch, L positions (query side), K positions (key side),
-T = L + 1 tokens drawn (the last is a target only), R = S M B sequences, V vocabulary.
+T = L + 1 tokens drawn (the last is a target only), H tokens of a first half, n or R = S M B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opsin.errors import ConfigError
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
 from opsin.tasks.shared.streams import check_draw, stream_key
 
-REPEATED = "eval/repeated"
+REPEATED_SPLIT = "eval/repeated"
 """The split whose second half repeats the first."""
 
 
@@ -32,10 +32,10 @@ class NextToken(Task):
     Every position but the first is a label.
 
     Args:
-        vocabulary: V, different tokens.
-        positions: L.
-        batch_size: B.
-        evaluations: names of the evaluation sets.
+        vocabulary: V, number of different tokens.
+        positions: L, tokens that the model sees.
+        batch_size: B, sequences in a batch of one member.
+        evaluations: names of the evaluation sets, ``"train"`` first.
 
     Raises:
         ConfigError: a value out of its range.
@@ -54,10 +54,16 @@ class NextToken(Task):
         self.layout = Layout(features=(), tokens=every, labels=every[1:], scored=every)
 
     def require(self, name: str, value: object, holds: bool, expected: str) -> None:
-        """A setting must hold.
+        """Refuse a setting that is out of its range.
+
+        Args:
+            name: name of the setting in the task's constructor.
+            value: value that the user gave.
+            holds: whether the value is in its range.
+            expected: words for the range, which end the message.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the value is out of its range.
         """
         if not holds:
             raise ConfigError(f"{type(self).__name__}.{name}", value, expected)
@@ -70,11 +76,23 @@ class NextToken(Task):
     def sequences(
         self, keys: list[np.ndarray], first: int, count: int, size: int, split: str
     ) -> dict[str, Int64[np.ndarray, "_ R"]]:
-        """The choices by name, ``tokens`` among them: Int64 [T, R]; arguments as of ``streams.uniforms``."""
+        """The choices by name, ``tokens`` among them: Int64 [T, R].
+
+        Args:
+            keys: Philox keys, as ``stream_key`` makes them, one a different seed.
+            first: index of the first step, at least 0.
+            count: S, number of steps.
+            size: B, sequences of each step and key.
+            split: ``"train"`` or ``"eval/NAME"`` with one of ``evaluations``.
+        """
 
     @abstractmethod
     def copied(self, draw: Mapping[str, Tensor]) -> Bool[Tensor, "M B L"]:
-        """Rows whose next token is a copy of an earlier one; they are queries where the truth finds it."""
+        """Rows whose next token is a copy of an earlier one; they are queries where the truth finds the original.
+
+        Args:
+            draw: choices of one step, as ``sequences`` names them.
+        """
 
     def draw(
         self, seeds: Sequence[int], first: int, count: int, split: str = "train", batch_size: int | None = None
@@ -82,11 +100,11 @@ class NextToken(Task):
         """The choices behind batches ``first .. first + count - 1``, one member per seed.
 
         Args:
-            seeds: one per member, 0 .. 2**64 - 1.
-            first: index of the first batch.
-            count: S, how many batches.
+            seeds: one seed a member, each 0 .. 2**64 - 1.
+            first: index of the first batch, at least 0.
+            count: S, number of batches to draw.
             split: ``"train"`` or ``"eval/NAME"`` with one of ``evaluations``.
-            batch_size: B, the task's own when None; another size is another stream.
+            batch_size: B, sequences in a batch, the task's setting when None; another size is another stream.
 
         Returns:
             ``tokens``: Int64 [S, M, B, T], and whatever else the task says.
@@ -117,31 +135,45 @@ class NextToken(Task):
 
     @abstractmethod
     def predict(self, tokens: Int[Tensor, "n L"]) -> Float[Tensor, "n L V"]:
-        """Probabilities of the token after each position of sequences on the CPU, given those up to it."""
+        """Probabilities of the token after each position, given the tokens up to it.
+
+        Args:
+            tokens: sequences on the CPU, whatever member they belong to.
+        """
 
     def exact(self, batch: Batch) -> Float[Tensor, "M B Q V"]:
         """Logarithms (nats, finite) of what ``predict`` gives, which says how good it is."""
         tokens = batch.tokens.cpu()
-        # of the probe, which all members share, one is enough
-        own = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
-        found = self.predict(own.flatten(0, 1))
-        found = found.clamp(min=torch.finfo(found.dtype).tiny).log().view(*own.shape, -1)
+        # all members share the probe, and one member of it is enough
+        different = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
+        found = self.predict(different.flatten(0, 1))
+        found = found.clamp(min=torch.finfo(found.dtype).tiny).log().view(*different.shape, -1)
         return found.expand(len(tokens), -1, -1, -1).to(batch.tokens.device)
 
 
 def follows_context(tokens: Int[Tensor, "M B L"], context: int) -> Bool[Tensor, "M B L K"]:
-    """Keys k <= l that an earlier occurrence of row l's context (its last ``context`` tokens) comes right before."""
+    """Keys k <= l right before which row l's context has stood.
+
+    Args:
+        tokens: tokens of the input at every position.
+        context: number of tokens up to and with row l that make its context, at least 1.
+    """
     length = tokens.shape[-1]
     position = torch.arange(length, device=tokens.device)
-    # of each key the context that ends just before it; what wraps around the start is cut off below
-    before = torch.stack([tokens.roll(1 + back, -1) for back in range(context)], -1)
-    own = torch.stack([tokens.roll(back, -1) for back in range(context)], -1)
-    same = (own[..., :, None, :] == before[..., None, :, :]).all(-1)
+    # the context up to each row, and that which ends just before each key; what wraps around the start is cut off below
+    up_to_row = torch.stack([tokens.roll(back, -1) for back in range(context)], -1)
+    before_key = torch.stack([tokens.roll(1 + back, -1) for back in range(context)], -1)
+    same = (up_to_row[..., :, None, :] == before_key[..., None, :, :]).all(-1)
     return same & (position >= context) & (position <= position[:, None])
 
 
 def repeat_first_half(array: Int64[np.ndarray, "H R"], length: int) -> Int64[np.ndarray, "T R"]:
-    """The first half over and over, up to so many tokens."""
+    """The first half of sequences, repeated until they are long enough.
+
+    Args:
+        array: tokens of the first half, H of them.
+        length: T, number of tokens of the whole sequences.
+    """
     return array[np.arange(length) % len(array)]
 
 

@@ -1,5 +1,7 @@
 """Counter-based random choices: numbers that are a function of (seed, split, step) and of nothing else.
 
+Here they are made, and turned into whole numbers, classes in proportion to their masses, and draws without replacement.
+
 Philox turns a key and a 256-bit counter into four 64-bit numbers. The key holds the seed and the
 split; the counter's words are, from the lowest, block (two words), step, stream, so that streams of
 one key never meet. Legend: R sequences.
@@ -15,42 +17,50 @@ from jaxtyping import Float, Float32, Int64, UInt64
 
 from opsin.errors import ConfigError
 
-WORD = 2**64 - 1
-"""The largest seed."""
+UINT64_MAX = 2**64 - 1
+"""The largest seed, and the largest word of a counter."""
 
 
 def stream_key(seed: int, split: str, batch_size: int) -> UInt64[np.ndarray, "2"]:
-    """Philox key of one seed's draws of one split at one batch size."""
+    """Philox key of one seed's draws of one split at one batch size.
+
+    Args:
+        seed: seed of the member, 0 .. 2**64 - 1.
+        split: name of the split, ``"train"`` or ``"eval/NAME"``.
+        batch_size: B, sequences of a step; another one is another stream.
+    """
     digest = hashlib.blake2b(f"{split} {batch_size}".encode(), digest_size=8).digest()
     return np.array([seed, int.from_bytes(digest, "little")], np.uint64)
 
 
-def check_draw(own: str, splits: Collection[str], split: str, seeds: Sequence[int], span: tuple[int, int, int]) -> None:
-    """What is asked of a task's ``draw`` can be drawn.
+def check_draw(
+    task: str, splits: Collection[str], split: str, seeds: Sequence[int], span: tuple[int, int, int]
+) -> None:
+    """Check the arguments of a task's ``draw``.
 
     Args:
-        own: the task, for messages.
-        splits: those that it has.
-        split: the one asked for.
-        seeds: one per member.
-        span: first step, how many, and sequences of each.
+        task: name of the task's class, for messages.
+        splits: names of the splits that the task has.
+        split: name of the split that is to be drawn.
+        seeds: one seed a member, each 0 .. 2**64 - 1.
+        span: first step, number of steps, and sequences of a step.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: an argument that nothing can be drawn from.
     """
     first, count, size = span
     for name, value, holds, expected in (
         ("split", split, split in splits, f"one of {', '.join(splits)}"),
-        ("seeds", list(seeds), all(0 <= seed <= WORD for seed in seeds), "numbers in 0 .. 2**64 - 1"),
+        ("seeds", list(seeds), all(0 <= seed <= UINT64_MAX for seed in seeds), "numbers in 0 .. 2**64 - 1"),
         ("steps", (first, count), first >= 0 and count >= 0, "a first step and a count of at least 0"),
         ("batch_size", size, size >= 1, "at least 1"),
     ):
         if not holds:
-            raise ConfigError(f"{own}.{name}", value, expected)
+            raise ConfigError(f"{task}.{name}", value, expected)
 
 
 def _generator(key: UInt64[np.ndarray, "2"], block: int, step: int, stream: int) -> np.random.Philox:
-    return np.random.Philox(key=key, counter=np.array([block & WORD, block >> 64, step, stream], np.uint64))
+    return np.random.Philox(key=key, counter=np.array([block & UINT64_MAX, block >> 64, step, stream], np.uint64))
 
 
 def uniforms(
@@ -59,7 +69,15 @@ def uniforms(
     """Uniform numbers in [0, 1) for ``size`` sequences of each step and key, ``parts[name]`` of them each.
 
     A step owns a fixed range of blocks, so consecutive steps come out of one call and each is still
-    a function of its own index alone. R = count * len(keys) * size, in this order.
+    a function of its index alone. R = count * len(keys) * size, in this order.
+
+    Args:
+        keys: Philox keys, as ``stream_key`` makes them, one a seed.
+        stream: number of the stream; streams of one key never meet.
+        first: index of the first step, at least 0.
+        count: number of steps, at least 0.
+        size: sequences of each step and key.
+        parts: how many numbers a sequence gets, by what they decide.
     """
     width = sum(parts.values())
     blocks = -(-width * size // 4)  # a block yields four numbers
@@ -70,8 +88,17 @@ def uniforms(
     return dict(zip(parts, np.split(found, edges), strict=True))
 
 
-def normals(key: UInt64[np.ndarray, "2"], stream: int, step: int, out: Float32[np.ndarray, "..."]) -> None:
-    """Fill ``out`` with N(0, 1); a step has a counter word of its own, as normals take a varying number of blocks."""
+def fill_normals(key: UInt64[np.ndarray, "2"], stream: int, step: int, out: Float32[np.ndarray, "..."]) -> None:
+    """Fill an array with numbers from N(0, 1).
+
+    A step is one word of the counter, because normal numbers take a varying number of blocks.
+
+    Args:
+        key: Philox key of the seed, as ``stream_key`` makes it.
+        stream: number of the stream; streams of one key never meet.
+        step: index of the step, at least 0.
+        out: array that is overwritten.
+    """
     np.random.Generator(_generator(key, 0, step, stream)).standard_normal(dtype=np.float32, out=out)
 
 
@@ -81,7 +108,12 @@ def below(u: Float[np.ndarray, "*shape"], n: int) -> Int64[np.ndarray, "*shape"]
 
 
 def zipf_masses(classes: int, exponent: float) -> Int64[np.ndarray, " classes"]:
-    """Probabilities proportional to 1 / rank ** exponent, as whole numbers up to a common factor."""
+    """Probabilities proportional to 1 / rank ** exponent, as whole numbers up to a common factor.
+
+    Args:
+        classes: number of classes, the likeliest first.
+        exponent: exponent of the rank, at least 0; 0 for equal probabilities.
+    """
     if exponent == 0:
         return np.ones(classes, np.int64)
     shares = np.arange(1, classes + 1) ** -float(exponent)
@@ -101,7 +133,7 @@ def without_replacement(
     """Different classes, drawn one after another, each in proportion to its mass among those left.
 
     Args:
-        u: uniform numbers in [0, 1), one a draw.
+        u: uniform numbers in [0, 1), one a draw and sequence.
         masses: relative probabilities; whole numbers, which makes the draws exact, and at least as
             many as there are draws.
     """
@@ -111,7 +143,7 @@ def without_replacement(
     for row in u:
         # a ticket among the mass not yet drawn, which then steps over each class already drawn
         ticket = (row * (ends[-1] - masses[drawn].sum(0))).astype(np.int64)
-        for past in np.sort(drawn, axis=0):
-            ticket += np.where(ticket >= starts[past], masses[past], 0)
+        for earlier in np.sort(drawn, axis=0):
+            ticket += np.where(ticket >= starts[earlier], masses[earlier], 0)
         drawn = np.concatenate([drawn, np.searchsorted(ends, ticket, side="right")[None]])
     return drawn

@@ -1,50 +1,46 @@
-"""Claims about the pictures of a population: every member, every window, in its condition's colour."""
+"""Claims about the figure of a population: every member stands in it, in its condition's colour."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from opsin.errors import ConfigError
-from opsin.figures import population as population_plots
-from opsin.figures.population import MARKS, colour, save_population
-from opsin.figures.windows import save_critical_period
+from opsin.figures.population import MARKS, _bin_means, colour, population_figure
+from opsin.figures.style import save_figure
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
-from tests.helpers.populations import fall, nan_after, record, write_population
+from tests.helpers.populations import axes_texts, fall, nan_after, record, seeds, write_population
 
 DIVERGED = record(None, float("nan"), status="diverged", stopped_at=900)
 
 
-@pytest.fixture
-def draw(monkeypatch, tmp_path):
-    """Conditions with their seeds' records -> the figure of ``population.png``, or of the map where a grid is given."""
-    figures = []
-    saved = population_plots.Figure.savefig
-    monkeypatch.setattr(
-        population_plots.Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), saved(figure, *a, **k))
-    )
+class DrawnPopulation:
+    """A population's tables and its figure, drawn to a file.
 
-    def drawn(conditions, losses=None, grid=None):
+    Args:
+        folder: where the population and the picture are written.
+        conditions: name of every condition to the records of its seeds.
+        losses: a curve of the training loss for every member; None for curves that fit the records.
+    """
+
+    def __init__(self, folder, conditions, losses=None) -> None:
         members = [(name, seed) for name, records in conditions.items() for seed in range(len(records))]
         records = [record for records in conditions.values() for record in records]
-        population = read_population(write_population(tmp_path / "run", members, records, losses, grid=grid))
-        found = merge_metrics(population)
-        drawn.summary = summarise(population, found)
-        drawn.path = tmp_path / "picture.png"
-        if grid:
-            save_critical_period(population.grid, drawn.summary, drawn.path)
-        else:
-            save_population(found, drawn.summary, drawn.path)
-        return figures[-1]
-
-    return drawn
+        population = read_population(write_population(folder / "run", members, records, losses))
+        merged = merge_metrics(population)
+        self.summary = summarise(population, merged)
+        self.figure = population_figure(merged, self.summary)
+        self.path = folder / "picture.png"
+        save_figure(self.figure, self.path)
 
 
-def seeds(*onsets, **changes):
-    return [record(onset, 0.01 if onset else 0.69, 0.9 if onset else 0.05, **changes) for onset in onsets]
+@pytest.fixture
+def draw(tmp_path):
+    return partial(DrawnPopulation, tmp_path)
 
 
 THREE = {"none": seeds(6000.0, 6500.0), "copy": seeds(4000.0, 4400.0), "match": seeds(None, 8000.0)}
@@ -56,21 +52,13 @@ def marks(figure, shape) -> list[tuple[float, float]]:
     return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in found]
 
 
-def texts(figure) -> list[str]:
-    return [text.get_text() for axes in figure.axes for text in (*axes.texts, axes.title, *axes.get_yticklabels())]
-
-
-# ---- population.png -------------------------------------------------------------------------------
-
-
 def test_it_is_1600_pixels_wide_and_leaves_no_other_file(draw, tmp_path):
-    draw(THREE)
-    assert Image.open(draw.path).size[0] == 1600
+    assert Image.open(draw(THREE).path).size[0] == 1600
     assert {file.name for file in tmp_path.iterdir()} == {"run", "picture.png"}
 
 
 def test_every_condition_has_a_panel_with_its_seeds_its_mean_and_a_band(draw):
-    figure = draw(THREE)
+    figure = draw(THREE).figure
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == list(THREE)
     for index, axes in enumerate(figure.axes[:3]):
         # the first condition's mean stands in the others' panels, too
@@ -79,7 +67,7 @@ def test_every_condition_has_a_panel_with_its_seeds_its_mean_and_a_band(draw):
 
 
 def test_a_condition_has_one_colour_in_both_halves(draw):
-    figure = draw(THREE)
+    figure = draw(THREE).figure
     for index, (axes, name) in enumerate(zip(figure.axes, figure.axes[-1].get_yticklabels(), strict=False)):
         shade = to_hex(colour(index))
         bold = max(axes.lines, key=lambda line: line.get_linewidth())
@@ -91,7 +79,7 @@ def test_the_first_twelve_conditions_have_twelve_colours():
 
 
 def test_every_seed_has_its_onset_in_its_conditions_row_with_its_own_interval(draw):
-    figure = draw({"none": seeds(6000.0, 6500.0), "copy": seeds(4000.0)})
+    figure = draw({"none": seeds(6000.0, 6500.0), "copy": seeds(4000.0)}).figure
     placed = [(x, round(y)) for x, y in marks(figure, "o")]
     assert placed == [(6000, 0), (6500, 0), (4000, 1)]
     intervals = [path.get_segments()[0][:, 0].tolist() for path in figure.axes[-1].collections[1:]]
@@ -99,7 +87,7 @@ def test_every_seed_has_its_onset_in_its_conditions_row_with_its_own_interval(dr
 
 
 def test_the_mean_stands_below_its_seeds_where_there_are_two(draw):
-    figure = draw({"none": seeds(6000.0, 6500.0), "copy": seeds(4000.0)})
+    figure = draw({"none": seeds(6000.0, 6500.0), "copy": seeds(4000.0)}).figure
     assert [(x, round(y)) for x, y in marks(figure, "D")] == [(6250, 0)]
 
 
@@ -110,30 +98,31 @@ def test_a_member_without_an_onset_has_a_mark_of_its_own(draw):
         lambda x: 0.01 + 0.69 * np.exp(-x / 3000),
         nan_after(fall(None, 0.7), 9000),
     ]
-    figure = draw({"none": seeds(6000.0, None), "copy": [record(None), DIVERGED]}, losses)
+    drawn = draw({"none": seeds(6000.0, None), "copy": [record(None), DIVERGED]}, losses)
+    figure = drawn.figure
     assert [x for x, _ in marks(figure, MARKS["not formed"][0])] == [20_000], "the end of the run"
     assert [x for x, _ in marks(figure, MARKS["diverged"][0])] == [8800], "the last sample that is a number"
-    (half,) = (row["below_half"] for row in draw.summary["members"] if row["outcome"] == "no plateau")
+    (half,) = (row["below_half"] for row in drawn.summary["members"] if row["outcome"] == "no plateau")
     assert [x for x, _ in marks(figure, MARKS["no plateau"][0])] == [6000, half]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [MARKS[kind][2] in legend for kind in MARKS] == [True, True, True, True, False]
-    assert {"1 of 2", "0 of 2"} <= set(texts(figure))
+    assert {"1 of 2", "0 of 2"} <= set(axes_texts(figure))
 
 
 def test_members_of_a_chunk_that_has_not_finished_stand_where_their_record_ends(draw):
-    figure = draw({"none": seeds(6000.0, 6500.0, 5500.0), "copy": [None]})
+    figure = draw({"none": seeds(6000.0, 6500.0, 5500.0), "copy": [None]}).figure
     assert marks(figure, MARKS["unfinished"][0]) == [(20_000, pytest.approx(0.87))]
 
 
 def test_where_nothing_formed_the_row_stays(draw):
-    figure = draw({"none": seeds(None, None), "copy": seeds(None, None)})
+    figure = draw({"none": seeds(None, None), "copy": seeds(None, None)}).figure
     assert len(marks(figure, MARKS["not formed"][0])) == 4
-    assert texts(figure).count("0 of 2") == 2
+    assert axes_texts(figure).count("0 of 2") == 2
 
 
 @pytest.mark.parametrize(("onset", "scale"), [(6000.0, "linear"), (400.0, "log")])
 def test_the_axis_is_logarithmic_where_an_onset_would_stick_to_its_edge(draw, onset, scale):
-    figure = draw({"none": seeds(6000.0), "copy": seeds(onset)})
+    figure = draw({"none": seeds(6000.0), "copy": seeds(onset)}).figure
     assert {axes.get_xscale() for axes in figure.axes} == {scale}
     for axes in figure.axes:
         assert axes.get_xlim()[0] < onset < axes.get_xlim()[1] == 20_000
@@ -143,18 +132,19 @@ def test_a_drawn_curve_keeps_its_mean_and_leaves_out_missing_seeds():
     x, y = np.arange(10, 10_010, 10), np.random.default_rng(0).random((1000, 2))
     y[:, 1] = np.nan
     for log in (False, True):
-        bins, values = population_plots._binned(x, y, log)
+        bins, values = _bin_means(x, y, log)
         assert len(bins) < 300 and (np.diff(bins) > 0).all() and bins[0] >= 10 and bins[-1] <= 10_000
         assert np.isnan(values[:, 1]).all() and np.isfinite(values[:, 0]).all()
-    linear = population_plots._binned(x, y, False)[1][:, 0]
+    linear = _bin_means(x, y, False)[1][:, 0]
     assert linear.mean() == pytest.approx(y[:, 0].mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("count", [1, 6, 12])
 def test_no_text_leaves_the_picture_or_meets_another(draw, count):
     names = [f"a much longer condition {i:02d}" for i in range(count)]
-    figure = draw({name: seeds(5000.0 + 500 * i, 6000.0, None) for i, name in enumerate(names)})
-    width, height = Image.open(draw.path).size
+    drawn = draw({name: seeds(5000.0 + 500 * i, 6000.0, None) for i, name in enumerate(names)})
+    figure = drawn.figure
+    width, height = Image.open(drawn.path).size
     boxes = []
     for axes in figure.axes:
         shown = [*axes.texts, axes._left_title, axes.xaxis.label, *axes.get_yticklabels()]
@@ -164,60 +154,3 @@ def test_no_text_leaves_the_picture_or_meets_another(draw, count):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
         for other, beside in boxes[:index]:
             assert not box.overlaps(beside), (text, other)
-
-
-# ---- critical_period.png --------------------------------------------------------------------------
-
-GRID = {
-    "none": None,
-    "early": {"start": 0, "length": 2000},
-    "long": {"start": 0, "length": 8000},
-    "late": {"start": 4000, "length": 2000},
-}
-WINDOWS = {
-    "none": seeds(6000.0, 6500.0, 5500.0),
-    "early": seeds(7900.0, 8500.0, 7600.0),
-    "long": seeds(None, None, None),
-    "late": seeds(9000.0, None, 8500.0),
-}
-
-
-def test_the_map_shows_the_paired_delay_of_every_window(draw):
-    figure = draw(WINDOWS, grid=GRID)
-    delays = figure.axes[0].images[0].get_array()
-    # rows are lengths 2,000 and 8,000 from below, columns starts 0 and 4,000
-    assert delays.filled(np.nan)[0].tolist() == pytest.approx([2000, 3000])
-    assert delays.mask[1].tolist() == [True, True]
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["0", "4k"]
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["2k", "8k"]
-
-
-def test_windows_that_did_not_form_are_hatched_and_counted(draw):
-    figure = draw(WINDOWS, grid=GRID)
-    (hatched,) = figure.axes[0].patches
-    assert (hatched.get_x(), hatched.get_y(), bool(hatched.get_hatch())) == (-0.5, 0.5, True)
-    cells = {text.get_text(): text.get_fontweight() for text in figure.axes[0].texts}
-    assert cells["0 of 3"] == "normal"
-    assert cells["+2k"] == "bold", "its interval excludes 0"
-    assert "+3k\n2 of 3" in cells
-
-
-def test_a_window_that_left_no_plateau_is_called_so(draw):
-    figure = draw({**WINDOWS, "long": [record(None)] * 3}, grid=GRID)
-    assert "no plateau" in texts(figure)
-
-
-def test_beside_the_delay_stands_the_final_strength_or_without_heads_the_final_loss(draw):
-    figure = draw(WINDOWS, grid=GRID)
-    assert figure.axes[2].get_title(loc="left") == "Final induction strength"
-    assert figure.axes[2].images[0].get_array().filled(np.nan)[1, 0] == pytest.approx(0.05)
-    bare = {name: [{**record, "heads": {}} for record in records] for name, records in WINDOWS.items()}
-    figure = draw(bare, grid=GRID)
-    assert figure.axes[2].get_title(loc="left") == "Final loss"
-    assert [axes.get_ylabel() for axes in figure.axes[1::2]] == ["sequences", "nats"]
-
-
-@pytest.mark.parametrize("grid", [{"none": None}, {"early": {"start": 0, "length": 1}}])
-def test_a_grid_without_a_window_or_without_a_comparison_is_refused(tmp_path, grid):
-    with pytest.raises(ConfigError, match=r"population\.grid"):
-        save_critical_period(grid, {"conditions": [], "differences": []}, tmp_path / "map.png")

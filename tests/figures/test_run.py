@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opsin.figures import run as plots
-from opsin.figures.run import save_summary
-from opsin.figures.style import short_count, spread
+from opsin.figures.run import MEASURE_COLOURS, summary_figure
+from opsin.figures.style import ACCENT, as_image, save_figure, short_count, spread
 from opsin.records.history import History
 
 ONSET = {"value": 32_000.0, "low": 30_000.0, "high": 34_000.0}
@@ -41,66 +40,55 @@ def summary(**changes):
     return {"onset": ONSET, "plateau": 0.693, "strongest_heads": ["1:1"], **changes}
 
 
-class Drawn:
-    """Figures as they were saved."""
-
-    def __init__(self, monkeypatch, path) -> None:
-        self.path, self.figures = path, []
-        saved = plots.Figure.savefig
-        monkeypatch.setattr(
-            plots.Figure, "savefig", lambda figure, *a, **k: (self.figures.append(figure), saved(figure, *a, **k))
-        )
-
-    def __call__(self, *recorded):
-        save_summary(*recorded, self.path)
-        return self.figures[-1].axes
-
-    def texts(self, axes) -> list[str]:
-        return [text.get_text() for text in axes.texts]
+def draw(recorded, outcome):
+    """The panels of the figure."""
+    return summary_figure(recorded, outcome).axes
 
 
-@pytest.fixture
-def draw(monkeypatch, tmp_path):
-    return Drawn(monkeypatch, tmp_path / "summary.png")
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
 
 
-def test_it_is_1600_by_700_pixels_and_leaves_no_other_file(draw):
-    draw(history(), summary())
-    assert Image.open(draw.path).size == (1600, 700)
-    assert list(draw.path.parent.iterdir()) == [draw.path]
+def test_it_is_1600_by_700_pixels_and_leaves_no_other_file(tmp_path):
+    path = tmp_path / "summary.png"
+    save_figure(summary_figure(history(), summary()), path)
+    assert Image.open(path).size == (1600, 700)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_onset_stands_in_both_panels_with_its_interval_as_a_band(draw):
-    for axes in draw(history(), summary()):
-        assert [line.get_xdata() for line in axes.lines if line.get_color() == plots.ACCENT] == [[32_000, 32_000]]
+def test_the_onset_stands_in_both_panels_with_its_interval_as_a_band():
+    figure = summary_figure(history(), summary())
+    for axes in figure.axes:
+        assert [line.get_xdata() for line in axes.lines if line.get_color() == ACCENT] == [[32_000, 32_000]]
         (band,) = axes.patches
         assert (band.get_x(), band.get_x() + band.get_width()) == (30_000, 34_000)
-    loss, heads = draw.figures[-1].axes
-    assert "onset at 32,000 sequences\n95 %: 30,000 to 34,000" in draw.texts(loss)
+    loss, heads = figure.axes
+    assert "onset at 32,000 sequences\n95 %: 30,000 to 34,000" in texts(loss)
     assert loss.get_xlabel() == heads.get_xlabel() == "training sequences"
 
 
-def test_every_line_is_named_at_its_end(draw):
+def test_every_line_is_named_at_its_end():
     loss, heads = draw(history(), summary())
-    assert {"training", "train, new draws", "new classes", "plateau 0.693"} <= set(draw.texts(loss))
-    assert set(draw.texts(heads)) == {"1:1  0.92", "5 others"}
+    assert {"training", "train, new draws", "new classes", "plateau 0.693"} <= set(texts(loss))
+    assert set(texts(heads)) == {"1:1  0.92", "5 others"}
 
 
 @pytest.mark.parametrize("measures", [{}, {"m" * 40: 50.0, "match": 0.0}])
-def test_no_label_leaves_the_picture(draw, measures):
+def test_no_label_leaves_the_picture(measures):
     for members in (1, 3):
-        draw(with_measures(members, **measures), summary() if members == 1 else {"members": [summary()] * 3})
-        figure = draw.figures[-1]
+        outcome = summary() if members == 1 else {"members": [summary()] * 3}
+        figure = summary_figure(with_measures(members, **measures), outcome)
+        as_image(figure)
         for axes in figure.axes:
             for text in (*axes.texts, axes.title, axes.xaxis.label):
                 box = text.get_window_extent()
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 1600 and box.y1 <= 700, text.get_text()
 
 
-def test_without_an_onset_nothing_is_marked(draw):
+def test_without_an_onset_nothing_is_marked():
     for axes in draw(history(), summary(onset=None, strongest_heads=[])):
         assert not axes.patches
-        assert not any("onset" in text for text in draw.texts(axes))
+        assert not any("onset" in text for text in texts(axes))
 
 
 def with_measures(members: int = 1, **ends: float) -> History:
@@ -112,34 +100,34 @@ def with_measures(members: int = 1, **ends: float) -> History:
     return recorded
 
 
-def test_progress_measures_are_dashed_lines_and_the_base_line_is_left_out(draw):
+def test_progress_measures_are_dashed_lines_and_the_base_line_is_left_out():
     loss, _ = draw(with_measures(none=0.04, match=0.2, no_layer_0=0.6), summary())
-    dashed = [line for line in loss.lines if line.get_color() in plots.MEASURES]
+    dashed = [line for line in loss.lines if line.get_color() in MEASURE_COLOURS]
     assert [line.get_ydata()[-1] for line in dashed] == pytest.approx([0.2, 0.6])
     assert all(line.is_dashed() for line in dashed)
-    assert {"match", "no layer 0"} <= set(draw.texts(loss)) and "none" not in draw.texts(loss)
+    assert {"match", "no layer 0"} <= set(texts(loss)) and "none" not in texts(loss)
     assert loss.get_title(loc="left") == "Loss (nats); dashed: progress measures"
 
 
-def test_a_measure_of_a_crippled_model_does_not_flatten_the_loss(draw):
+def test_a_measure_of_a_crippled_model_does_not_flatten_the_loss():
     height = {end: draw(with_measures(crippled=end), summary())[0].get_ylim()[1] for end in (0.1, 1.2, 50.0)}
     assert height[0.1] < height[1.2] < height[50.0] < 1.8
 
 
-def test_without_heads_the_loss_has_the_picture_to_itself(draw):
+def test_without_heads_the_loss_has_the_picture_to_itself():
     assert len(draw(history(heads=False), summary())) == 1
 
 
 @pytest.mark.parametrize("recorded", [History(32), history(held_out=False)])
-def test_an_empty_summary_and_a_short_record_are_drawn_all_the_same(draw, recorded):
+def test_an_empty_summary_and_a_short_record_are_drawn_all_the_same(recorded):
     assert draw(recorded, {})
 
 
-def test_members_are_thin_lines_their_mean_a_bold_one_and_each_onset_a_tick(draw):
+def test_members_are_thin_lines_their_mean_a_bold_one_and_each_onset_a_tick():
     loss, heads = draw(history(members=3), {"members": [summary(), summary(onset=None), summary()]})
     widths = sorted(line.get_linewidth() for line in heads.lines)
     assert len(widths) == 4 and widths[2] < widths[3]
-    assert "onset in 2 of 3 members" in draw.texts(loss)
+    assert "onset in 2 of 3 members" in texts(loss)
     assert len(loss.collections[0].get_segments()) == 2
 
 

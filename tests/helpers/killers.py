@@ -83,6 +83,16 @@ class KillAt(Callback):
             kill()
 
 
+class Begun(Callback):
+    """Notes whether a run was built and has begun, if it is the first of its callbacks."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = True
+
+
 def kill() -> None:
     """Ends the run without a chance to save anything but what is written already."""
     raise Killed

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from opsin.records.folder import RunFolder
 from opsin.records.history import History, tidy_rows
@@ -109,3 +110,13 @@ def write_population(
 def nan_after(loss: Callable[[np.ndarray], np.ndarray], stop: float) -> Callable[[np.ndarray], np.ndarray]:
     """The same loss, not a number from so many sequences on."""
     return lambda x: np.where(x < stop, loss(x), math.nan)
+
+
+def seeds(*onsets: float | None, **changes: Any) -> list[dict[str, Any]]:
+    """Summaries of one condition's members, by their onsets; None for a member that did not form."""
+    return [record(onset, 0.01 if onset else 0.69, 0.9 if onset else 0.05, **changes) for onset in onsets]
+
+
+def axes_texts(figure: Figure) -> list[str]:
+    """Everything that is written on the axes of a figure."""
+    return [text.get_text() for axes in figure.axes for text in (*axes.texts, axes.title, *axes.get_yticklabels())]

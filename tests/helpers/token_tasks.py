@@ -61,9 +61,9 @@ def check_other_draws(task):
     """Another seed, step or split gives other data, and no draw touches the global generators."""
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     base = task.draw([1], 5, 1)["tokens"]
-    others = [([2], 5, 1), ([1], 6, 1), ([2**64 - 1], 5, 1)]
-    others += [([1], 5, 1, f"eval/{name}") for name in task.evaluations]
-    assert all(not torch.equal(base, task.draw(*other)["tokens"]) for other in others)
+    different = [([2], 5, 1), ([1], 6, 1), ([2**64 - 1], 5, 1)]
+    different += [([1], 5, 1, f"eval/{name}") for name in task.evaluations]
+    assert all(not torch.equal(base, task.draw(*arguments)["tokens"]) for arguments in different)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 

@@ -7,17 +7,20 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import torch
 
-from opsin.interventions.apply import Moment, Scene, constants_of, run_passes
-from opsin.interventions.plan import build_plan
-from opsin.interventions.weights import fresh_values, missed_updates, weight_table
+from opsin.interventions.apply import PassInputs, constants_of, run_passes
+from opsin.interventions.build_plan import build_plan
+from opsin.interventions.weights import weight_table
 from opsin.model.transformer import Transformer, forward, init_parameters, position_table
 from opsin.records.history import History
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
+from opsin.training.adam import Adam
 from opsin.training.module import OpsinModule
 from opsin.training.objective import cross_entropy, scored_logits
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepCounts, StepGates
+from opsin.training.weight_updates import drawn_values, no_skipped_updates
 from tests.helpers.paths import ROOT
 
 SMALL = Transformer(layers=2, width=8, heads=2)
@@ -104,16 +107,16 @@ def plan_of(model, task, *writers, members=2, steps=10):
 def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
     """The tap of these writers, all at the same strength."""
     plan = plan_of(model, task, *writers, members=members)
-    return run_passes(plan, scene_of(plan, model, {}, batch, gate, dtype))
+    return run_passes(plan, inputs_of(plan, model, {}, batch, gate, dtype))
 
 
-def scene_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
-    """The scene of one batch, every intervention at the same strength, at step 0 of seeds 0, 1, ..."""
+def inputs_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
+    """The inputs of a pass on one batch, every intervention at the same strength, at step 0 of seeds 0, 1, ..."""
     members = len(batch.tokens)
     constants = constants_of(plan, {}, position_table(model, batch.layout.positions, dtype), members, dtype)
     clock = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.int64)], 1)
-    gates = torch.full((len(plan.masks), members), gate, dtype=dtype)
-    return Scene(model, values, constants, batch, gates, clock)
+    gates = torch.full((len(plan.rows), members), gate, dtype=dtype)
+    return PassInputs(model, values, constants, batch, gates, clock)
 
 
 def losses(model, parameters, batch, tap=None):
@@ -130,25 +133,24 @@ class Training:
         leaves = [(name, value.detach().clone().requires_grad_()) for name, value in values.items()]
         self.optimizer = MemberAdam(leaves, rate, decay, clip, BETAS)
         plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
-        self.step = self.call = Step(model, task, plan, BETAS, EPS)
+        self.step = self.call = Step(model, task, plan, Adam(BETAS, EPS))
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
         table = position_table(model, task.layout.positions, dtype)
-        fresh = fresh_values(plan.changes, model, task, self.seeds)
+        fresh = drawn_values(plan.changes, model, task, self.seeds)
         self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
-        self.alive = torch.ones(len(seeds), dtype=torch.bool)
-        self.fired = torch.zeros(len(plan.masks), len(seeds), dtype=torch.int64)
-        missed = missed_updates(plan.changes, plan.masks[len(plan.interventions) :], len(seeds))
-        self.missed = {name: zeros.to(dtype) for name, zeros in missed.items()}
+        skipped = {name: zeros.to(dtype) for name, zeros in no_skipped_updates(plan.changes, len(seeds)).items()}
+        fired = torch.zeros(len(plan.rows), len(seeds), dtype=torch.int64)
+        self.counts = StepCounts(fired, torch.ones(len(seeds), dtype=torch.bool), skipped)
 
     def update(self, k, **hyper):
         """Step k; hyper-parameters may be overridden."""
         draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
         state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
         clock = torch.tensor([[seed, k] for seed in self.seeds])
-        moment = Moment(self.gates[k], clock, self.fired, self.alive, self.missed)
-        return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, moment))
+        gates = StepGates(self.gates[k], clock)
+        return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, gates, self.counts))
 
     @property
     def values(self):

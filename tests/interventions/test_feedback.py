@@ -67,8 +67,8 @@ def gates_of(writer, records, members=1, steps=5):
     """Strengths by head of what the writer acts on."""
     plan = plan_of(SMALL, few_shot(), writer, members=members, steps=steps)
     gates = plan.gates(0, steps, members, history(induction_strength=records))
-    heads = [f"{item.site.split('.')[1]}:{item.selection.heads[0]}" for item in plan.interventions]
-    assert {item.writer for item in plan.interventions} == {type(writer).__name__}
+    heads = [f"{row.target.split('.')[1]}:{row.intervention.selection.heads[0]}" for row in plan.rows]
+    assert {row.writer for row in plan.rows} == {type(writer).__name__}
     return {head: gates[:, row].T.tolist() for row, head in enumerate(heads)}
 
 
@@ -116,9 +116,11 @@ def test_a_split_writer_keeps_its_order_its_members_and_its_number():
         Ablate(heads=["0:0", "0:1"], members=[0], order=2, schedule=schedule),
     ]
     plan = plan_of(SMALL, few_shot(), *writers)
-    assert plan.names == ("Ablate 1", "Ablate 2", "Ablate 2")
-    assert [item.order for item in plan.interventions] == [1, 2, 2]
-    assert [item.selection for item in plan.interventions[1:]] == [Selection(heads=(h,), members=(0,)) for h in (0, 1)]
+    assert [row.name for row in plan.rows] == ["Ablate 1", "Ablate 2", "Ablate 2"]
+    assert [row.intervention.order for row in plan.rows] == [1, 2, 2]
+    assert [row.intervention.selection for row in plan.rows[1:]] == [
+        Selection(heads=(h,), members=(0,)) for h in (0, 1)
+    ]
     assert list(plan.loops) == ["Ablate 2/0:0", "Ablate 2/0:1"]
 
 
@@ -127,14 +129,16 @@ def test_changes_of_weights_go_by_the_head_too():
     freeze = Freeze(heads=["1:0", "1:1"], parts=["W_Q", "W_K"], schedule=following(head="strongest"))
     plan = model.plan_for([freeze], 5)
     found = plan.gates(0, 3, 1, history(induction_strength={1: heads_record([0.9, 0.9, 0.4, 0.5])}))
-    acting = {(c.weight, c.selection.heads) for c, gate in zip(plan.changes, found[2, :, 0], strict=True) if gate}
+    acting = {
+        (row.target, row.change.selection.heads) for row, gate in zip(plan.changes, found[2, :, 0], strict=True) if gate
+    }
     assert acting == {("blocks.1.attn.W_Q", (1,)), ("blocks.1.attn.W_K", (1,))}
     assert list(plan.loops) == ["Freeze/1:0", "Freeze/1:1"]
 
 
 def test_a_schedule_without_feedback_leaves_the_intervention_whole():
-    (item,) = plan_of(SMALL, few_shot(), Ablate(heads=["1:0", "1:1"])).interventions
-    assert item.selection.heads == (0, 1)
+    (row,) = plan_of(SMALL, few_shot(), Ablate(heads=["1:0", "1:1"])).rows
+    assert row.intervention.selection.heads == (0, 1)
 
 
 # ---- what is refused ------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ def test_deeper_models_are_followed_head_by_head():
         values[0, place] = 0.4
         gates = plan.gates(1, 1, 1, history(induction_strength={1: values.reshape(1, 3, 3)}))[0, :, 0]
         assert [
-            f"{i.site.split('.')[1]}:{i.selection.heads[0]}"
-            for i, gate in zip(plan.interventions, gates, strict=True)
+            f"{row.target.split('.')[1]}:{row.intervention.selection.heads[0]}"
+            for row, gate in zip(plan.rows, gates, strict=True)
             if gate
         ] == [name]

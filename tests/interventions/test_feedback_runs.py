@@ -33,7 +33,7 @@ class Wave(pl.Callback):
         )
 
 
-class Acting(pl.Callback):
+class StepsWithEffect(pl.Callback):
     """Notes, for every step, in which members each intervention changed an activation in it."""
 
     def on_fit_start(self, trainer, pl_module):
@@ -41,7 +41,7 @@ class Acting(pl.Callback):
         self.module.listen(1, self.note)
 
     def note(self, seen):
-        fired = self.module.control.fired.clone()
+        fired = self.module.gates.counts.fired.clone()
         if seen.step:
             self.steps.append((fired - self.before).bool())
         self.before = fired
@@ -51,10 +51,10 @@ class Acting(pl.Callback):
 
 
 def test_the_strongest_head_is_ablated_in_just_the_steps_that_the_record_says():
-    model, acting = module(seeds=(3, 5), learning_rate=0.05), Acting()
+    model, watcher = module(seeds=(3, 5), learning_rate=0.05), StepsWithEffect()
     level = 0.3
     ablate = Ablate(heads=ALL_HEADS, schedule=following(head="strongest", above=level))
-    train(model, 120, ablate, InductionHeads(every=7), acting)
+    train(model, 120, ablate, InductionHeads(every=7), watcher)
     labels, strengths = model.history[STRENGTH].arrays()
     expected = np.zeros((120, 4, 2), dtype=bool)
     for step in range(120):
@@ -62,7 +62,7 @@ def test_the_strongest_head_is_ablated_in_just_the_steps_that_the_record_says():
         for member in range(2):
             if last[member].max() > level:
                 expected[step, last[member].argmax(), member] = True
-    assert np.array_equal(acting.table(), expected)
+    assert np.array_equal(watcher.table(), expected)
     # a fair test: it was now one head and now another, and none at times
     assert expected.any((0, 2)).sum() > 1 and expected.any(1).any() and not expected.any(1).all()
     recorded = np.zeros_like(expected)
@@ -134,25 +134,25 @@ def test_steps_in_which_the_loop_is_open_do_not_make_a_writer_idle():
     zero = {"site": "blocks.0.hook_attn_out", "value": 0.0}
     pair = [Ablate(sites=[zero["site"]], order=0), Clamp(**zero, order=1, schedule=following("wave", above=2.0))]
     model = train(module(), 20, *pair, Wave(10))
-    assert model.control.counts()[1]["active_steps"] == [0]
+    assert model.gates.activity()[1]["active_steps"] == [0]
 
 
 def test_validation_sees_a_loop_as_it_stood_at_the_last_step():
     # the first evaluation lies below the level and closes the loop for good from the step after it
     model = module()
     stop = following("val/train/loss", above=0.0, mode="stop")
-    acting = Acting()
+    watcher = StepsWithEffect()
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(
         max_steps=30,
-        callbacks=[Ablate(heads=["1:0"], schedule=stop), acting],
+        callbacks=[Ablate(heads=["1:0"], schedule=stop), watcher],
         accelerator="cpu",
         **settings,
         **dict.fromkeys(quiet, False),
     )
     trainer.fit(model)
-    assert acting.table()[:, 0, 0].tolist() == [True] * 10 + [False] * 20
+    assert watcher.table()[:, 0, 0].tolist() == [True] * 10 + [False] * 20
 
 
 def test_readers_that_listen_to_phase_changes_are_not_moved_by_a_switch(tmp_path):
@@ -168,4 +168,4 @@ def test_switching_by_feedback_compiles_once(graphs):
     train(model, 60, Ablate(heads=["1:0", "1:1"], schedule=following("wave", above=0.5)), Wave(3))
     assert len(model.events) == 19
     assert graphs() == 1
-    assert model.control.counts()[0]["changed_steps"] == [30]
+    assert model.gates.activity()[0]["changed_steps"] == [30]

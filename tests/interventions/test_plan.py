@@ -9,14 +9,14 @@ from opsin.callbacks.writers.ablate import Ablate
 from opsin.callbacks.writers.clamp import Clamp
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.intervention import Intervention
-from opsin.interventions.plan import Writer
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection, parse_pairs
 from opsin.interventions.values.plain import Constant
 from opsin.model.transformer import Transformer
 from opsin.records.history import History
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, tap_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, tap_of, weights
 
 MLP = Transformer(layers=1, width=8, heads=2, mlp_ratio=0.5)
 RESID = "blocks.0.hook_resid_post"
@@ -92,7 +92,7 @@ def test_the_later_of_two_ordered_writers_wins(tiny_task, orders):
     ],
 )
 def test_writers_of_disjoint_entries_do_not_contest(one, other):
-    assert len(build(Clamp(pattern="induction", **one), Clamp(pattern="previous_token", **other)).masks) == 2
+    assert len(build(Clamp(pattern="induction", **one), Clamp(pattern="previous_token", **other)).rows) == 2
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_writers_of_disjoint_entries_do_not_contest(one, other):
 def test_a_schedule_that_never_acts_is_refused(schedule):
     with pytest.raises(ConfigError, match=r"Ablate\.schedule.*to act within the run's 10 steps"):
         build(Ablate(heads=["0:0"], schedule=schedule), steps=10)
-    assert build(Ablate(heads=["0:0"], schedule=schedule), steps=12).masks
+    assert build(Ablate(heads=["0:0"], schedule=schedule), steps=12).rows
 
 
 def test_equal_plans_have_equal_digests_and_different_plans_different_ones():
@@ -125,13 +125,13 @@ def test_equal_plans_have_equal_digests_and_different_plans_different_ones():
 
 def test_equal_numbers_give_equal_digests():
     one, other = (build(Clamp(site=RESID, value=zero)) for zero in (0, 0.0))
-    assert one.interventions == other.interventions
+    assert one.row_identities() == other.row_identities()
     assert one.digest() == other.digest()
 
 
 def test_writers_are_ordered_by_computation_and_not_by_mention():
     late, early = Clamp(site="hook_logits", value=0.0), Clamp(site="hook_embed", value=0.0)
-    assert [item.site for item in build(late, early).interventions] == ["hook_embed", "hook_logits"]
+    assert [row.target for row in build(late, early).rows] == ["hook_embed", "hook_logits"]
     assert build(late, early).digest() == build(early, late).digest()
 
 
@@ -157,8 +157,8 @@ def test_a_closed_gate_leaves_the_logits_bitwise_alone(tiny_task):
 def test_a_gate_of_one_member_leaves_the_others_bitwise_alone(tiny_task):
     batch, values = batch_of(tiny_task), weights(MLP, tiny_task, dtype=torch.float32)
     plan = plan_of(MLP, tiny_task, Ablate(heads=["0:0"]), Ablate(neurons=["0:1", "0:3"]))
-    scene = replace(scene_of(plan, MLP, values, batch, dtype=torch.float32), gates=torch.tensor([[0.0, 1.0]] * 2))
-    tap = run_passes(plan, scene)
+    inputs = replace(inputs_of(plan, MLP, values, batch, dtype=torch.float32), gates=torch.tensor([[0.0, 1.0]] * 2))
+    tap = run_passes(plan, inputs)
     plain, clamped = run(MLP, values, batch)[0], run(MLP, values, batch, tap)[0]
     assert torch.equal(plain[0], clamped[0]) and (plain[1] != clamped[1]).any()
 
@@ -218,14 +218,14 @@ def test_one_value_on_different_heads_or_members_acts_at_once_and_as_one_after_t
         Clamp(["1:1"], "previous_token"),
     ]
     plan = plan_of(SMALL, tiny_task, *writers)
-    apart = replace(plan, passes=(replace(plan.passes[0], together=((0,), (1,), (2,))),))
-    assert plan.passes[0].together == ((0, 1, 2),)
+    apart = replace(plan, passes=(replace(plan.passes[0], groups=tuple((row,) for row in plan.rows)),))
+    assert plan.passes[0].groups == (plan.rows,) and len(plan.rows) == 3
     gates = torch.tensor([[0.3, 1.0], [1.0, 0.0], [1.0, 0.6]])
     seen, fired = [], []
     for each in (plan, apart):
         fired.append({})
-        scene = replace(scene_of(each, SMALL, values, batch, dtype=torch.float32), gates=gates)
-        seen.append(run(SMALL, values, batch, run_passes(each, scene, fired[-1]))[0])
+        inputs = replace(inputs_of(each, SMALL, values, batch, dtype=torch.float32), gates=gates)
+        seen.append(run(SMALL, values, batch, run_passes(each, inputs, fired[-1]))[0])
     assert torch.equal(*seen)
     assert fired[0].keys() == fired[1].keys() == {0, 1, 2}
     assert all(torch.equal(fired[0][index], fired[1][index]) for index in fired[0])
@@ -236,4 +236,4 @@ def test_different_values_and_common_entries_act_one_after_the_other(tiny_task):
     different = plan_of(SMALL, tiny_task, Clamp(["1:0"], "previous_token"), Clamp(["1:1"], "induction"))
     common = plan_of(SMALL, tiny_task, *(Clamp(["1:0"], "induction", order=order) for order in (0, 1)))
     for plan in (different, common):
-        assert plan.passes[0].together == ((0,), (1,))
+        assert [[row.gate for row in group] for group in plan.passes[0].groups] == [[0], [1]]

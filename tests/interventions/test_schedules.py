@@ -137,7 +137,7 @@ def planned(schedule, batch_size):
     """The plan of an ablation of some heads, in a run of so many sequences a step."""
     assume(schedule.strength(np.arange(STEPS), batch_size).any())
     plan = plan_of(SMALL, few_shot(batch_size=batch_size), Ablate(heads=HEADS, schedule=schedule), steps=STEPS)
-    owns = [f"{item.site.split('.')[1]}:{item.selection.heads[0]}" for item in plan.interventions]
+    owns = [f"{row.target.split('.')[1]}:{row.intervention.selection.heads[0]}" for row in plan.rows]
     return plan, owns
 
 

@@ -139,7 +139,8 @@ def with_doubled(values, *writers):
     """All activations with these weights, and with those that the writers select twice as large."""
     task = few_shot()
     plan, batch = plan_of(WITH_MLP, task, *writers), batch_of(task, dtype=torch.float64)
-    ((change,), (mask,)) = plan.changes, plan.masks
+    (row,) = plan.changes
+    change, mask = row.change, row.mask
     other = {**values, change.parameter: values[change.parameter] * (1 + mask)}
     return (run(WITH_MLP, each, batch)[1] for each in (values, other))
 
@@ -165,7 +166,7 @@ def test_what_a_head_writes_is_made_with_its_output_weights():
 def test_the_weights_of_a_neuron_are_its_input_its_bias_and_its_output():
     plan = plan_of(WITH_MLP, few_shot(), Freeze(neurons=["1:5"]))
     values = weights(WITH_MLP, few_shot())
-    chosen = {change.parameter: (mask > 0) for change, mask in zip(plan.changes, plan.masks, strict=True)}
+    chosen = {row.change.parameter: (row.mask > 0) for row in plan.changes}
     full = {name.removeprefix("blocks.1.mlp."): m.expand(values[name].shape) for name, m in chosen.items()}
     assert full["W_in"][:, :, 5].all() and full["b_in"][:, 5].all() and full["W_out"][:, 5].all()
     assert {name: mask.sum().item() for name, mask in full.items()} == {"W_in": 16, "b_in": 2, "W_out": 16}
@@ -173,7 +174,7 @@ def test_the_weights_of_a_neuron_are_its_input_its_bias_and_its_output():
 
 def test_a_whole_block_is_named_by_its_beginning():
     plan = plan_of(WITH_MLP, few_shot(), Freeze(weights=["blocks.1", "unembed.W_U", "blocks.0.attn.W_K"]))
-    named = {change.weight for change in plan.changes}
+    named = {row.target for row in plan.changes}
     inside = {name for name in init_parameters(WITH_MLP, few_shot(), [0]) if name.startswith("blocks.1.")}
     assert named == inside | {"unembed.W_U", "blocks.0.attn.W_K"}
 
@@ -265,7 +266,7 @@ def test_two_draws_of_the_same_weights_need_an_order_and_the_later_wins(tiny_tas
 def test_draws_of_different_weights_need_no_order(tiny_task):
     parts = [Reinitialise(at(0), heads=[head]) for head in ("1:0", "1:1")]
     plan = plan_of(SMALL, tiny_task, *parts)
-    assert plan.names == ("Reinitialise 1",) * 4 + ("Reinitialise 2",) * 4
+    assert [row.name for row in plan.rows] == ["Reinitialise 1"] * 4 + ["Reinitialise 2"] * 4
 
 
 @settings(max_examples=10)
@@ -279,7 +280,7 @@ def test_weights_stand_still_at_exactly_the_steps_at_which_the_schedule_is_on(st
         before = training.values[QKV].detach().clone()
         training.update(k)
         assert (training.values[QKV] == before)[mask].all() == (on[k] > 0)
-    assert training.fired.tolist() == [[int(on.sum())] * 2] * 2
+    assert training.counts.fired.tolist() == [[int(on.sum())] * 2] * 2
 
 
 def test_a_gradient_that_is_no_number_does_not_move_what_is_frozen(tiny_task):
@@ -310,9 +311,9 @@ def test_what_changes_weights_is_listed_and_belongs_to_the_digest(tiny_task):
 
 def test_gates_of_interventions_keep_their_rows_before_those_of_weights(tiny_task):
     plan = plan_of(SMALL, tiny_task, Freeze(**QK), Ablate(heads=["0:0"]), Reinitialise(at(2), heads=["0:1"]))
-    assert plan.places[0] == "blocks.0.attn.hook_v"
-    assert plan.names == ("Ablate", *["Reinitialise"] * 4, "Freeze", "Freeze")
-    assert len(plan.names) == len(plan.masks) == len(plan.schedules) == 7
+    assert plan.rows[0].target == "blocks.0.attn.hook_v"
+    assert [row.name for row in plan.rows] == ["Ablate", *["Reinitialise"] * 4, "Freeze", "Freeze"]
+    assert [row.gate for row in plan.rows] == list(range(7))
 
 
 def test_a_weight_is_found_by_the_names_it_has():
@@ -342,4 +343,4 @@ def test_the_compiled_step_freezes_and_draws_as_the_eager_one_and_switching_reco
         frozen = torch.equal(before, compiled.values["blocks.0.attn.W_QKV"][:, :, mask])
         assert frozen == bool(eager.gates[k, 4, 0]), "bit for bit when compiled too"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_once
-    assert torch.equal(eager.fired, compiled.fired) and (eager.fired > 0).all()
+    assert torch.equal(eager.counts.fired, compiled.counts.fired) and (eager.counts.fired > 0).all()

@@ -67,13 +67,13 @@ def forked(opsin, tmp_path, monkeypatch, trained):
     Branches train in this process, one after the other.
     """
 
-    def one_by_one(jobs, processes, ended, tick):
+    def one_by_one(jobs, processes, on_end, on_poll):
         codes = [main(list(job.arguments)) for job in jobs]
         return [job for job, code in zip(jobs, codes, strict=True) if code]
 
     monkeypatch.setattr("opsin.launch.population.run_jobs", one_by_one)
     # drawing takes longer than training, and has tests of its own
-    monkeypatch.setattr("opsin.callbacks.readers.run_folder.save_summary", lambda *_: None)
+    monkeypatch.setattr("opsin.callbacks.readers.run_folder.save_figure", lambda *_: None)
 
     def fork(settings, conditions=None, at=AT, *further):
         (tmp_path / "recipe.yaml").write_text(text := yaml.safe_dump(settings))
@@ -228,13 +228,13 @@ def test_records_of_a_closed_loop_go_on_when_its_writer_is_numbered(forked, tmp_
 
 
 def test_a_member_takes_no_records_of_another_members_closed_loop_for_its_own(forked, tmp_path):
-    own = [
+    writers = [
         writer(
             "Ablate", heads=["1:0"], members=[member], schedule={"feedback": {"metric": "train/loss", "below": level}}
         )
         for member, level in ((0, 9.0), (1, 1e-6))
     ]
-    (branch,) = forked(recipe(*own, seed=[3, 4]), None, AT, "--member", 1)
+    (branch,) = forked(recipe(*writers, seed=[3, 4]), None, AT, "--member", 1)
     assert any("feedback/Ablate 1/" in line for line in rows(tmp_path / "run"))
     assert not any("feedback" in line for line in rows(branch))
 
@@ -306,12 +306,12 @@ def test_a_branch_can_be_forked_from_its_own_beginning_on(forked, opsin, tmp_pat
 
 @pytest.mark.parametrize("member", [0, 1])
 def test_a_member_is_forked_with_its_own_settings_state_and_records(forked, tmp_path, member):
-    own = [
+    writers = [
         writer("Ablate", heads=["1:0"], members=[0], schedule={"start": 10}),
         writer("Ablate", heads=["1:0"], members=[1], schedule={"start": 10, "stop": 30}),
         writer("Freeze", heads=["0:0"], members=[1], schedule={"start": 5, "stop": 12}),
     ]
-    settings = recipe(*TRUNK[2:5], *own, seed=[3, 4], learning_rate=[0.01, 0.003], lr_scheduler=COSINE)
+    settings = recipe(*TRUNK[2:5], *writers, seed=[3, 4], learning_rate=[0.01, 0.003], lr_scheduler=COSINE)
     (branch,) = forked(settings, None, AT, "--member", member)
     run = pd.read_csv(tmp_path / "run" / "metrics.csv")
     run = run[run.member == member].assign(member=0).reset_index(drop=True)
@@ -338,19 +338,19 @@ def test_a_member_of_a_population_is_found_by_its_number(forked, opsin, tmp_path
 
 
 def test_the_recipe_of_a_member_has_what_acts_in_it_alone():
-    own = [
+    writers = [
         writer("Ablate", heads=["1:0"], members=[0]),
         writer("Clamp", heads=["1:0"], members=[0, 1]),
         writer("Reinitialise", seed=[8, 9], members=None),
     ]
     initial = [None, {"path": "donor", "place": 3}]
-    whole = recipe(*own, seed=[5, 6], learning_rate=[0.1, 0.2], weight_decay=0.5, initial=initial)
+    whole = recipe(*writers, seed=[5, 6], learning_rate=[0.1, 0.2], weight_decay=0.5, initial=initial)
     part = recipe_of_member(whole, 1)
     assert part["model"]["seed"] == 6 and part["model"]["learning_rate"] == 0.2 and part["model"]["weight_decay"] == 0.5
     assert part["model"]["initial"] == [{"path": "donor", "place": 3}]
     settings = [callback["init_args"] for callback in part["trainer"]["callbacks"]]
     assert settings == [{"heads": ["1:0"], "members": None}, {"seed": 9, "members": None}]
-    assert whole == recipe(*own, seed=[5, 6], learning_rate=[0.1, 0.2], weight_decay=0.5, initial=initial)
+    assert whole == recipe(*writers, seed=[5, 6], learning_rate=[0.1, 0.2], weight_decay=0.5, initial=initial)
 
 
 # ---- what is not as it was, and what it is for ----------------------------------------------------------

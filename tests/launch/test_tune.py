@@ -12,7 +12,6 @@ from opsin.errors import PopulationError
 from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
 from opsin.launch import tune as tune
-from opsin.launch.population import default_arrangement
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from tests.helpers.processes import opsin
@@ -49,9 +48,9 @@ def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
     one = tune.member_bytes(model.transformer, model.task)
     monkeypatch.setattr(tune, "memory", lambda: 2 * 3 * 5 * one)
     assert tune.members_that_fit(model, 3) == 5
-    assert default_arrangement({}, 5)["members_per_process"] == 5
-    assert default_arrangement({}, 10**6)["members_per_process"] == tune.LARGEST_CHUNK
-    assert default_arrangement({"members_per_process": 40}, 5)["members_per_process"] == 40
+    assert tune.default_chunking({}, 5).members_per_process == 5
+    assert tune.default_chunking({}, 10**6).members_per_process == tune.LARGEST_CHUNK
+    assert tune.default_chunking({"members_per_process": 40}, 5).members_per_process == 40
     monkeypatch.setattr(tune, "memory", lambda: 0)
     assert tune.members_that_fit(model, 3) == 1
 
@@ -64,17 +63,17 @@ def test_a_trial_that_fails_ends_the_tuning_in_one_line(monkeypatch):
 
 def test_a_schedule_may_follow_in_a_trial_what_only_the_run_measures():
     loop = Ablate(["0:1"], schedule=Schedule(feedback=Feedback("induction_strength", head="1:1", above=0.5)))
-    watch = tune.Stopwatch({"induction_strength": (2, 2)})
+    timer = tune.StepTimer({"induction_strength": (2, 2)})
     model = module(idle="warn")
-    fit(model, 20, [loop, watch])
-    assert watch.seconds > 0 and model.steps_done == 20
+    fit(model, 20, [loop, timer])
+    assert timer.seconds > 0 and model.steps_done == 20
 
 
 def test_a_trial_ends_after_some_batches_whatever_the_length_of_its_run():
-    late, watch = Ablate(["0:1"], schedule=Schedule(start=900)), tune.Stopwatch({})
+    late, timer = Ablate(["0:1"], schedule=Schedule(start=900)), tune.StepTimer({})
     model = module()
-    fit(model, 1000, [late, watch])
-    assert watch.seconds > 0 and model.steps_done == tune.BATCHES * model.steps_per_batch
+    fit(model, 1000, [late, timer])
+    assert timer.seconds > 0 and model.steps_done == tune.BATCHES * model.steps_per_batch
 
 
 def test_a_trial_finds_what_the_recipe_finds(tmp_path, monkeypatch):

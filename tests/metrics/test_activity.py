@@ -1,11 +1,11 @@
-"""Claims about kinds of neurons and attention on the first position: planted ones are found, loops agree."""
+"""Claims about kinds of neurons: planted ones are found, loops agree."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.metrics.activity import always_on, attention_sink, by_position, by_tokens, dead, explained_by, sunk
+from opsin.metrics.activity import always_on, by_position, by_tokens, dead, explained_by
 
 GENERATOR = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(6, (2, 40, 10), generator=GENERATOR)
@@ -28,14 +28,14 @@ def of(scores):
 
 
 def test_every_planted_neuron_is_told_by_what_it_was_planted_for_alone():
-    for found, own in (
+    for found, explained in (
         (by_position(ACTIVE), {"position"}),
         (by_tokens(ACTIVE, TOKENS, 0), {"token"}),
         (by_tokens(ACTIVE[:, :, 1:], TOKENS[..., :-1], 0), {"previous"}),
         (by_tokens(ACTIVE, TOKENS, 1), {"token", "previous", "pair"}),
     ):
         for name, share in of(found).items():
-            assert ((share - 1).abs() < 1e-12).all() if name in own else (share < 0.2).all(), name
+            assert ((share - 1).abs() < 1e-12).all() if name in explained else (share < 0.2).all(), name
 
 
 def test_dead_and_always_active_neurons_are_just_those():
@@ -73,18 +73,6 @@ def explained_by_loops(cases, labels):
         return 0.0
     within = 0.0
     for label in set(labels):
-        own = [x for x, other in zip(cases, labels, strict=True) if other == label]
-        within += sum((x - sum(own) / len(own)) ** 2 for x in own)
+        group = [x for x, name in zip(cases, labels, strict=True) if name == label]
+        within += sum((x - sum(group) / len(group)) ** 2 for x in group)
     return 1 - within / (len(cases) - len(set(labels))) / total
-
-
-def test_the_attention_sink_is_what_later_rows_pay_to_the_first_position():
-    pattern = torch.rand(2, 3, 2, 5, 5, generator=GENERATOR).tril()
-    pattern = pattern / pattern.sum(-1, keepdim=True)
-    for member in range(2):
-        for head in range(2):
-            paid = [float(pattern[member, b, head, row, 0]) for b in range(3) for row in range(1, 5)]
-            assert float(attention_sink(pattern)[member, head]) == pytest.approx(sum(paid) / 12, abs=1e-6)
-    forced = sunk(pattern, 1)
-    assert torch.equal(attention_sink(forced)[:, 1], torch.ones(2)) and torch.equal(forced[:, :, 0], pattern[:, :, 0])
-    assert torch.equal(forced.sum(-1)[:, :, 1], torch.ones(2, 3, 5))

@@ -50,12 +50,12 @@ def test_a_predictor_whose_confidence_is_its_accuracy_has_no_calibration_error()
 def test_the_calibration_error_is_that_of_a_loop_over_bins(seed, bins, sharpness):
     logits, targets = random_case(seed, sharpness=sharpness)
     for member, found in enumerate(expected_calibration_error(logits, targets, bins)):
-        inside = {place: [] for place in range(bins)}
+        inside = {index: [] for index in range(bins)}
         for row, answer in zip(logits[member].flatten(0, 1), targets[member].flatten(), strict=True):
             exponents = [math.exp(float(z)) for z in row]
             confidence = max(exponents) / sum(exponents)
-            (place,) = [p for p in range(bins) if p / bins < confidence <= (p + 1) / bins]
-            inside[place].append((confidence, int(row.argmax()) == int(answer)))
+            (index,) = [p for p in range(bins) if p / bins < confidence <= (p + 1) / bins]
+            inside[index].append((confidence, int(row.argmax()) == int(answer)))
         error = 0.0
         for cases in filter(None, inside.values()):
             gap = sum(right for _, right in cases) / len(cases) - sum(c for c, _ in cases) / len(cases)
@@ -160,8 +160,8 @@ def test_the_focal_loss_is_at_its_minimum_and_less_sure_than_the_answers_warrant
 
     def focal(heat):
         p = (logits / heat).softmax(-1).flatten(1, 2)[0]
-        own = [float(row[answer]) for row, answer in zip(p, answers.flatten(), strict=True)]
-        return sum(-(1 - share) * math.log(share) for share in own) / len(own)
+        right = [float(row[answer]) for row, answer in zip(p, answers.flatten(), strict=True)]
+        return sum(-(1 - share) * math.log(share) for share in right) / len(right)
 
     heat = found.temperature.item()
     assert heat > 1.2

@@ -8,10 +8,11 @@ from torch.nn.functional import layer_norm
 
 from opsin.callbacks import Ablate
 from opsin.metrics.confidence import Compared, change, joint_ablation, strongest
-from opsin.metrics.neurons import Effect, random_outputs
+from opsin.metrics.mean_ablation import Effect
+from opsin.metrics.neuron_weights import random_outputs
 from opsin.model.transformer import NORM_EPS
+from tests.helpers.planted_neurons import ENTROPY, ORDINARY, TASK, N, any_model, frozen, planted
 from tests.helpers.toys import tap_of
-from tests.metrics.test_neurons import ENTROPY, ORDINARY, TASK, N, any_model, frozen, planted
 
 
 def joint(model, neurons, w_out=None, means=None):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from opsin.metrics.heads import induction_strength, previous_token_strength
+from opsin.metrics.heads import attention_sink, induction_strength, previous_token_strength, with_attention_sunk
 from tests.helpers.toys import SMALL, ToyTokens, batch_of, hand_batch, run, weights
 
 TWO = hand_batch(classes=[[0, 1, 0], [0, 1, 1]], labels=[[2, 3]] * 2, answers=[2, 3])
-ONE_ABSENT = hand_batch(classes=[[0, 1, 0], [0, 1, 5]], labels=[[2, 3]] * 2, answers=[2, -1])
+SECOND_ABSENT = hand_batch(classes=[[0, 1, 0], [0, 1, 5]], labels=[[2, 3]] * 2, answers=[2, -1])
 NONE = hand_batch(classes=[[0, 1, 5]], labels=[[2, 3]], answers=[-1])
 
 
@@ -33,8 +33,8 @@ def test_induction_strength_is_right_minus_wrong_labels_at_the_query(rows, stren
 
 
 def test_a_query_without_an_answer_in_its_context_does_not_count():
-    pattern = at_query(ONE_ABSENT, [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]])
-    assert induction_strength(pattern, ONE_ABSENT.truth).tolist() == [[1.0]]
+    pattern = at_query(SECOND_ABSENT, [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]])
+    assert induction_strength(pattern, SECOND_ABSENT.truth).tolist() == [[1.0]]
 
 
 def test_without_any_answerable_query_the_strength_is_zero():
@@ -75,3 +75,15 @@ def test_each_head_of_each_member_is_measured_alone(tiny_task):
         muted[1, :, 0] = 0
         changed = measure(muted, batch.truth) != found
         assert changed.tolist() == [[False, False], [True, False]]
+
+
+def test_the_attention_sink_is_what_later_rows_pay_to_the_first_position():
+    pattern = torch.rand(2, 3, 2, 5, 5, generator=torch.Generator().manual_seed(0)).tril()
+    pattern = pattern / pattern.sum(-1, keepdim=True)
+    for member in range(2):
+        for head in range(2):
+            paid = [float(pattern[member, b, head, row, 0]) for b in range(3) for row in range(1, 5)]
+            assert float(attention_sink(pattern)[member, head]) == pytest.approx(sum(paid) / 12, abs=1e-6)
+    forced = with_attention_sunk(pattern, 1)
+    assert torch.equal(attention_sink(forced)[:, 1], torch.ones(2)) and torch.equal(forced[:, :, 0], pattern[:, :, 0])
+    assert torch.equal(forced.sum(-1)[:, :, 1], torch.ones(2, 3, 5))

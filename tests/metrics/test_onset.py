@@ -12,41 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.metrics import onset as onset
-from opsin.metrics.onset import Estimate, Transition, Watch, find_transition, watch
-
-LN2, LN5 = math.log(2), math.log(5)
-MIDDLE = 400_000.0
-
-
-def sigmoid(x: np.ndarray, middle: float, width: float) -> np.ndarray:
-    """0 to 1, from 10 to 90 % within ``width``."""
-    return 1 / (1 + np.exp(-np.clip((x - middle) / width * 2 * math.log(9), -60, 60)))
-
-
-def correlated(rng: np.random.Generator, n: int, memory: float) -> np.ndarray:
-    noise = rng.standard_normal(n)
-    for i in range(1, n):
-        noise[i] = memory * noise[i - 1] + math.sqrt(1 - memory**2) * noise[i]
-    return noise
-
-
-def loss_curve(
-    seed: int, *, n: int = 3000, spacing: float = 320, width: float = 20_000, sd: float = 0.15, memory: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """ln 5, soon the plateau at ln 2, at 400 000 sequences the drop; less noise after it."""
-    rng = np.random.default_rng(seed)
-    x = spacing * np.arange(1, n + 1.0)
-    left = 1 - sigmoid(x, MIDDLE, width)
-    clean = LN2 * left + (LN5 - LN2) * np.exp(-x / 2500)
-    return x, clean + sd * (0.15 + 0.85 * left) * correlated(rng, n, memory)
-
-
-def head_curve(seed: int, *, memory: float = 0.5, bump: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """A head's strength: 0.02, then 0.95, with a bump after the rise."""
-    rng = np.random.default_rng(seed)
-    x = 6400 * np.arange(1, 151.0)
-    y = 0.02 + 0.93 * sigmoid(x, MIDDLE, 60_000) + bump * np.exp(-(((x - 520_000) / 40_000) ** 2))
-    return x, y + 0.02 * correlated(rng, 150, memory)
+from opsin.metrics.onset import Estimate, Transition, find_transition
+from tests.helpers.curves import LN2, LN5, MIDDLE, correlated, head_curve, loss_curve, sigmoid
 
 
 def parts(found: Transition) -> tuple[Estimate, Estimate, Estimate]:
@@ -122,7 +89,7 @@ def test_a_noise_free_step_is_found_in_its_gap(n: int, m: int, size: float, rise
     found = find_transition(x, y, minimum_change=0.2, direction="rise" if rises else "fall")
     if min(n, m) >= 0.11 * (n + m):  # enough of either level to know it
         assert found is not None
-        spacing = 100 * math.ceil((n + m) / onset.BINS)
+        spacing = 100 * math.ceil((n + m) / onset.MOST_SAMPLES)
         for estimate in parts(found):
             assert estimate.low <= 100 * n + spacing and estimate.high >= 100 * n
             assert 100 * n - spacing <= estimate.value <= 100 * (n + 1) + spacing
@@ -158,7 +125,7 @@ def test_units_do_not_matter(scale: float, offset: float, stretch: float) -> Non
 def test_the_crossing_is_where_the_monotone_regression_passes(values: list[int]) -> None:
     z = np.array(values) / 64  # within h of one half, where Huber's loss is squares
     means, sizes = onset.monotone(z)
-    split = onset._split(z[None], 0.5, np.zeros((1, 1)), 0, len(z))
+    split = onset._samples_before(z[None], 0.5, np.zeros((1, 1)), 0, len(z))
     assert int(split[0]) == int(sizes[means <= 0.5 + 1e-9].sum())
 
 
@@ -307,67 +274,3 @@ def test_a_curve_of_thirty_thousand_steps_costs_milliseconds() -> None:
         find_transition(x, y, before=LN2, minimum_change=0.2, n_bootstrap=0)
         best = min(best, time.perf_counter() - start)
     assert best < 0.02
-
-
-def announce(x: np.ndarray, y: np.ndarray, **options: float) -> tuple[Watch, list[float]]:
-    state, alarms = Watch(), []
-    for a, b in zip(x.tolist(), y.tolist(), strict=True):
-        state, fired = watch(state, a, b, **{"before": LN2, "after": 0.0, **options})
-        alarms += [a] if fired else []
-    return state, alarms
-
-
-def test_a_plateau_raises_no_false_alarm() -> None:
-    x = 320 * np.arange(1, 3001.0)  # 30 000 steps of 32 sequences, every tenth
-    fall = (LN5 - LN2) * np.exp(-x / 2500)
-    for seed in range(200):
-        y = LN2 + fall - 0.05 * x / x[-1] + 0.15 * np.random.default_rng(seed).standard_normal(3000)
-        assert announce(x, y)[1] == []
-
-
-def test_the_change_is_announced_once_soon_and_where_it_was() -> None:
-    for seed in range(40):
-        state, alarms = announce(*loss_curve(seed))
-        assert len(alarms) == 1
-        assert MIDDLE <= alarms[0] <= MIDDLE + 60 * 320
-        assert state.announced is not None and abs(state.announced - MIDDLE) < 5_000
-
-
-def test_a_rising_head_is_announced() -> None:
-    x, y = head_curve(0)
-    _, alarms = announce(x, y, before=0.0, after=1.0, way=0.3, patience=3.0)
-    assert len(alarms) == 1 and 370_000 < alarms[0] < 430_000
-
-
-def test_a_spike_announces_nothing() -> None:
-    y = np.full(300, LN2)
-    y[50], y[100:105], y[200] = -1e9, 0.0, np.nan
-    assert announce(np.arange(300.0), y)[1] == []
-
-
-@given(st.integers(0, 3000))
-@settings(max_examples=15, deadline=None)
-def test_a_watch_goes_on_from_its_stored_state(cut: int) -> None:
-    x, y = loss_curve(2)
-    whole, alarms = announce(x, y)
-    state, before_cut = announce(x[:cut], y[:cut])
-    state = Watch(**json.loads(json.dumps(state.to_dict())))
-    after_cut = []
-    for a, b in zip(x[cut:].tolist(), y[cut:].tolist(), strict=True):
-        state, fired = watch(state, a, b, before=LN2, after=0.0)
-        after_cut += [a] if fired else []
-    assert state == whole and before_cut + after_cut == alarms
-
-
-def test_a_watch_holds_python_scalars_even_if_fed_arrays() -> None:
-    state, _ = watch(Watch(), np.float64(1), np.float64(0.1), before=LN2, after=0.0)
-    assert {type(v) for v in state.to_dict().values()} <= {float, type(None)}
-
-
-def test_a_watch_refuses_to_go_back_and_levels_that_say_nothing() -> None:
-    state, _ = watch(Watch(), 10.0, 0.7, before=0.7, after=0.0)
-    with pytest.raises(ValueError, match="ascend"):
-        watch(state, 10.0, 0.7, before=0.7, after=0.0)
-    for broken in (dict(after=0.7), dict(way=0.0), dict(patience=0.0)):
-        with pytest.raises(ValueError, match="expected"):
-            watch(state, 11.0, 0.7, **{"before": 0.7, "after": 0.0, **broken})

@@ -1,12 +1,19 @@
-"""Claims about who is who in a population, and who trains with whom."""
+"""Claims about the members of a population, and which of them train together."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.errors import ConfigError
-from opsin.launch.population import lay_out
-from opsin.population.chunks import arrange, chunk_recipe, expanded, members_of, merged
+from opsin.population.chunks import (
+    Chunking,
+    chunk_recipe,
+    cut_into_chunks,
+    expanded,
+    members_of,
+    merged,
+    population_document,
+)
 from opsin.population.settings import Population
 
 ABLATE = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:0"]}}
@@ -21,7 +28,7 @@ RECIPE = {
 
 def test_every_seed_is_in_every_condition_with_the_same_number():
     found = members_of(2, 5, ["a", "b"], paired=True)
-    assert [(m.member, m.condition, m.seed, m.place) for m in found] == [
+    assert [(m.member, m.condition, m.seed, m.seed_index) for m in found] == [
         (0, "a", 5, 0),
         (1, "a", 6, 1),
         (2, "b", 5, 0),
@@ -39,7 +46,7 @@ def test_without_pairing_no_two_members_share_a_seed(seeds, conditions):
 def test_chunks_hold_every_member_once_and_never_mix_graphs(graphs, seeds, processes, most):
     names = [str(index) for index in range(len(graphs))]
     members = members_of(seeds, 0, names, paired=True)
-    chunks = arrange(members, dict(zip(names, graphs, strict=True)), processes, most)
+    chunks = cut_into_chunks(members, dict(zip(names, graphs, strict=True)), Chunking(processes, most, "recipe"))
     assert sorted(m.member for chunk in chunks for m in chunk) == list(range(len(members)))
     assert all(1 <= len(chunk) <= most for chunk in chunks)
     assert all(len({graphs[int(member.condition)] for member in chunk}) == 1 for chunk in chunks)
@@ -115,7 +122,15 @@ def test_an_impossible_population_is_refused_by_name(settings, field):
     assert refused.value.field == f"population.{field}"
 
 
-def test_initial_weights_of_the_recipe_are_refused_beside_a_population(tmp_path):
-    recipe = {"population": {"seeds": 2}, "model": {"seed": 1, "initial": [{"path": "donor"}]}}
-    with pytest.raises(ConfigError, match=r"^model.initial: got .*, expected none beside a population"):
-        lay_out(recipe, tmp_path, lambda path: pytest.fail("was built"))
+def test_the_document_keeps_the_words_that_folders_on_disk_have():
+    members = members_of(2, 5, ["a"], paired=True)
+    content = population_document([members[1:], members[:1]], ["a"], arrangement=Chunking(2, 1, "rule").as_settings())
+    assert content == {
+        "members": [
+            {"member": 0, "condition": "a", "seed": 5, "place": 0, "chunk": 1, "slot": 0},
+            {"member": 1, "condition": "a", "seed": 6, "place": 1, "chunk": 0, "slot": 0},
+        ],
+        "conditions": ["a"],
+        "arrangement": {"processes": 2, "members_per_process": 1, "chosen_by": "rule"},
+    }
+    assert list(content["members"][0]) == ["member", "condition", "seed", "place", "chunk", "slot"]

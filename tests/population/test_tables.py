@@ -306,7 +306,7 @@ def test_the_last_value_of_a_metric_is_compared_where_the_recipe_asks_for_it(tmp
     values = [[9.0] * 6, [1.0, 2.0, 3.0, 1.5, 2.25, 5.0], [1.0, 2.0, 4.0, 1.5, 2.25, math.nan]]
     path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"calibration/ece": values})
     summary = finish_population(path)
-    assert [each["calibration/ece"] for each in summary["members"]] == [1.0, 2.0, 4.0, 1.5, 2.25, None]
+    assert [entry["calibration/ece"] for entry in summary["members"]] == [1.0, 2.0, 4.0, 1.5, 2.25, None]
     none, copy = summary["conditions"]
     assert none["calibration/ece"] == pytest.approx(7 / 3) and copy["calibration/ece"] == 1.875
     assert none["calibration/ece_low"] == mean_interval([1.0, 2.0, 4.0]).low
@@ -324,20 +324,20 @@ def test_of_a_member_that_ended_early_the_last_number_is_compared(tmp_path):
     summary = finish_population(
         write_population(tmp_path / "run", MEMBERS, records, compare={"train/accuracy": values})
     )
-    assert [each["train/accuracy"] for each in summary["members"]] == [2.0, *[3.0] * 5]
+    assert [entry["train/accuracy"] for entry in summary["members"]] == [2.0, *[3.0] * 5]
 
 
 def test_members_whose_records_are_at_other_sequences_have_a_mean_loss_of_their_own(tables):
     flat = [lambda x, level=level: np.where(x % 400 == 0, level, math.nan) for level in (1.0, 2.0)]
     every = [lambda x, level=level: np.full(len(x), level) for level in (3.0, 4.0, 5.0, 6.0)]
     members = tables(losses=[*flat, *every])["members"]
-    assert [each["mean_loss"] for each in members] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [entry["mean_loss"] for entry in members] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 def test_a_metric_that_no_member_recorded_is_compared_to_nothing(tmp_path):
     path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"val/train/loss": []})
     summary = finish_population(path)
-    assert {each["val/train/loss"] for each in summary["members"]} == {None}
+    assert {entry["val/train/loss"] for entry in summary["members"]} == {None}
     assert "none of 3 pairs" in population_report(summary, path)
 
 
@@ -349,8 +349,8 @@ def test_a_diverged_member_s_last_value_enters_no_mean(tmp_path):
 
 def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
     records = [*RECORDS[:4], record(None, 0.69), record(None, 0.69)]
-    some = population_report(finish_population(write_population(tmp_path / "a", MEMBERS, records)), tmp_path)
-    assert "-2,000 (1 of 3 pairs)" in some
+    report = population_report(finish_population(write_population(tmp_path / "a", MEMBERS, records)), tmp_path)
+    assert "-2,000 (1 of 3 pairs)" in report
     none = population_report(
         finish_population(write_population(tmp_path / "b", MEMBERS, [*RECORDS[:3], *[record(None)] * 3])), tmp_path
     )

@@ -10,7 +10,7 @@ import torch
 
 from opsin.records.folder import RunFolder, write_atomically
 from opsin.records.history import History, tidy_rows
-from opsin.records.schema import COLUMNS
+from opsin.records.schema import METRICS_COLUMNS
 
 
 def recorded(final=20):
@@ -58,7 +58,7 @@ def test_after_a_resume_the_same_bytes_are_written_again():
     assert table(through_a_checkpoint(history)) == table(history) != ""
 
 
-def test_after_a_resume_a_tracker_that_measured_step_zero_keeps_its_place():
+def test_after_a_resume_a_tracker_that_measured_step_zero_keeps_its_order():
     history = History(batch_size=32)
     history.record("heads/induction", 0, torch.zeros(1))  # before training; from then on after the loss
     for metric in ("train/loss", "heads/induction"):
@@ -97,7 +97,7 @@ def test_pandas_reads_the_table_in_one_line_with_exact_values(tmp_path):
     folder.start_metrics()
     folder.append_metrics(history.take_unwritten(), history.batch_size)
     frame = pd.read_csv(folder.metrics)
-    assert tuple(frame.columns) == COLUMNS and len(frame) == 2 * (2 + 12)
+    assert tuple(frame.columns) == METRICS_COLUMNS and len(frame) == 2 * (2 + 12)
     assert (frame.sequences == frame.step * 32).all()
     loss = frame[frame.metric == "train/loss"]
     assert loss.value.to_numpy(np.float32).tolist() == history["train/loss"].arrays()[1].ravel().tolist()
@@ -122,7 +122,7 @@ def test_appending_goes_on_where_the_table_ends_and_starting_begins_anew(tmp_pat
     for part in (rows[:1], [], rows[1:]):
         folder.append_metrics(part, 32)
     lines = folder.metrics.read_text().splitlines()
-    assert lines == [",".join(COLUMNS), *tidy_rows(rows, 32)]
+    assert lines == [",".join(METRICS_COLUMNS), *tidy_rows(rows, 32)]
     folder.start_metrics()
     assert folder.metrics.read_text() == "step,sequences,metric,member,layer,head,value\n"
 
@@ -134,8 +134,26 @@ def test_a_document_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_write_that_fails_keeps_the_old_text(tmp_path):
-    path = write_atomically(tmp_path / "deep" / "text", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \udc80")
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [("text ö", "text ö".encode()), (b"\x00bytes", b"\x00bytes"), (lambda file: file.write(b"rows"), b"rows")],
+    ids=["text", "bytes", "a function"],
+)
+def test_text_bytes_and_what_a_function_writes_replace_a_file_in_a_new_folder(tmp_path, content, written):
+    path = tmp_path / "deep" / "file"
+    for _ in range(2):
+        assert write_atomically(path, content) == path and path.read_bytes() == written
+    assert list(path.parent.iterdir()) == [path]
+
+
+def _fail_half_way(file):
+    file.write(b"half")
+    raise OSError("disk is full")
+
+
+@pytest.mark.parametrize(("content", "error"), [("new \udc80", UnicodeEncodeError), (_fail_half_way, OSError)])
+def test_a_write_that_fails_keeps_the_old_content(tmp_path, content, error):
+    path = write_atomically(tmp_path / "file", "old")
+    with pytest.raises(error):
+        write_atomically(path, content)
     assert path.read_text() == "old"

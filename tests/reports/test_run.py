@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from opsin.callbacks import Ablate, Clamp
-from opsin.interventions.plan import Plan, build_plan
+from opsin.interventions.build_plan import build_plan
+from opsin.interventions.plan import Plan
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer
 from opsin.reports.run import final_report

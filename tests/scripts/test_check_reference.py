@@ -390,3 +390,10 @@ def test_a_file_that_cannot_be_read_fails_and_the_others_are_checked(check_refer
     _, broken, lonely, last = capsys.readouterr().out.splitlines()
     assert "FAIL  unreadable" in broken and "FAIL  unreadable" in lonely and "nowhere" in lonely
     assert last.startswith("2 files, 2 covered, 2 failed, 0 uncovered")
+
+
+def test_a_config_that_cannot_be_a_model_fails_its_file_alone(checked, written):
+    odd = written["deep"] | {"config": json.dumps(json.loads(written["deep"]["config"]) | {"position_base": None})}
+    code, lines, last = checked({"deep": odd}, only=("base", "deep"))
+    assert code == 1 and "FAIL  unreadable: TypeError" in lines["deep"] and lines["base"].split()[1] == "ok"
+    assert last.startswith("2 files, 2 covered, 1 failed")

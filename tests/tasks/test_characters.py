@@ -14,7 +14,8 @@ from jsonargparse import ArgumentParser
 from opsin.errors import ConfigError
 from opsin.task import Task
 from opsin.tasks import Characters
-from opsin.tasks.shared.text import NGrams, read_text, windows
+from opsin.tasks.shared.ngrams import NGrams
+from opsin.tasks.shared.text import read_text, windows
 from tests.helpers.token_tasks import (
     agrees,
     check_exact_is_finite_and_normal,
@@ -59,8 +60,8 @@ def test_another_seed_step_or_split_gives_other_data(path):
 def test_a_text_is_read_to_the_last_character_whatever_its_alphabet(tmp_path):
     content = "añb€\n😀ß" * 30
     text = read_text(written(tmp_path, content), "field", None, 0.2, 2)
-    both = np.concatenate([text.train, text.heldout])
-    assert "".join(text.characters[t] for t in both) == content and len(text.train) == 168
+    whole = np.concatenate([text.train, text.heldout])
+    assert "".join(text.characters[t] for t in whole) == content and len(text.train) == 168
 
 
 def test_the_commonest_characters_of_the_training_part_are_the_vocabulary(tmp_path):

@@ -67,8 +67,8 @@ def test_a_member_sees_what_its_seed_sees_alone(seeds):
 def test_another_seed_step_or_split_gives_other_data():
     fewshot = task()
     base = fewshot.draw([1], 5, 1)["classes"]
-    others = [([2], 5, 1), ([1], 6, 1), ([1], 5, 1, "eval/train"), ([2**64 - 1], 5, 1)]
-    assert all(not torch.equal(base, fewshot.draw(*other)["classes"]) for other in others)
+    different = [([2], 5, 1), ([1], 6, 1), ([1], 5, 1, "eval/train"), ([2**64 - 1], 5, 1)]
+    assert all(not torch.equal(base, fewshot.draw(*arguments)["classes"]) for arguments in different)
 
 
 def test_a_draw_leaves_no_trace_on_global_random_numbers():
@@ -126,8 +126,8 @@ def test_the_references_own_draws_pass_the_same_check_with_the_same_label_split(
     drawn = np.load(path)
     heldout = [set(pair) for pair in drawn["relabel_pairs_val"].tolist()]
     check_main_run(drawn["class_idx"], drawn["exemplar_idx"], drawn["labels"], heldout)
-    ours = many(FewShot(), "eval/relabellings", 500)["labels"][:, :2]
-    assert {frozenset(pair) for pair in ours.tolist()} == {frozenset(pair) for pair in heldout}
+    found = many(FewShot(), "eval/relabellings", 500)["labels"][:, :2]
+    assert {frozenset(pair) for pair in found.tolist()} == {frozenset(pair) for pair in heldout}
     test_classes = many(FewShot(GaussianClusters(1623, 1, 2), heldout_classes=100), "eval/classes")["classes"]
     assert (test_classes.min(), test_classes.max()) == (1523, 1622)
     assert drawn["test_class_idx"].min() >= 1523 and drawn["val_exemplar_idx"].min() == 1
@@ -235,10 +235,10 @@ def copies_agree(drawn, of_query):
 
 
 def test_matched_exemplars_are_identical_and_others_are_independent():
-    two_each = dict(context=4, train_exemplars=4)
+    two_copies = dict(context=4, train_exemplars=4)
     kind = dict(matches=2, distractor_copies=2)
-    free = many(task(**two_each, kinds=[Kind(**kind)]))
-    matched = many(task(**two_each, kinds=[Kind(**kind, matched_query=True, matched_distractors=True)]))
+    free = many(task(**two_copies, kinds=[Kind(**kind)]))
+    matched = many(task(**two_copies, kinds=[Kind(**kind, matched_query=True, matched_distractors=True)]))
     assert abs(copies_agree(free, False)[0] - 0.25) < 0.02 and copies_agree(matched, False)[0] == 1
     for drawn, share in ((free, 7 / 16), (matched, 1)):  # the query repeats one of its two copies
         _, shown = copies_agree(drawn, True)

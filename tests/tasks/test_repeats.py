@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from opsin.errors import ConfigError
 from opsin.interventions.values.patterns import match_pattern
 from opsin.tasks import Repeats
-from opsin.tasks.shared.copying import Segments, predict_next
+from opsin.tasks.shared.segment_posterior import Segments, predict_next
 from opsin.tasks.shared.streams import stream_key, uniforms
 from tests.helpers.token_tasks import (
     agrees,
@@ -87,13 +87,13 @@ def test_a_copy_is_the_token_it_is_a_copy_of():
 def test_a_lone_segment_has_the_stated_place_length_and_original():
     drawn = rows(task(segments=1, segment_probability=0.7, noise=0.0), count=20_000)
     copied = drawn["source"] >= 0
-    there = copied.any(1)
-    assert near(np.bincount(there.astype(int)), [0.3, 0.7])
-    begin, length = copied[there].argmax(1), copied[there].sum(1)
+    present = copied.any(1)
+    assert near(np.bincount(present.astype(int)), [0.3, 0.7])
+    begin, length = copied[present].argmax(1), copied[present].sum(1)
     assert near(np.bincount(begin - 9), np.full(22, 1 / 22))  # 31 tokens, the first 9 never begin a copy
     whole = begin <= 31 - 9
     assert near(np.bincount(length[whole] - 4), np.full(6, 1 / 6))
-    original = drawn["source"][there][np.arange(there.sum()), begin]
+    original = drawn["source"][present][np.arange(present.sum()), begin]
     chosen = (begin == 15) & (length == 6)  # originals 0 .. 9
     assert near(np.bincount(original[chosen]), np.full(10, 0.1))
 
@@ -102,12 +102,12 @@ def test_segments_are_written_in_the_order_they_begin():
     """The slow version, from the same numbers: a later segment goes on where an earlier one would."""
     repeats = task(segments=4, segment_probability=0.8, noise=0.0)
     found = rows(repeats, count=300)["source"]
-    names = ("there", "start", "length", "from")
+    names = ("presence", "start", "length", "original")
     u = uniforms([stream_key(3, "train", 300)], 1, 0, 1, 300, dict.fromkeys(names, 4))
     cut = 0
     for r in range(300):
-        there, start, length, origin = (u[name][:, r] for name in names)
-        segments = [(9 + int(start[i] * 22), 4 + int(length[i] * 6), origin[i]) for i in range(4) if there[i] < 0.8]
+        presence, start, length, origin = (u[name][:, r] for name in names)
+        segments = [(9 + int(start[i] * 22), 4 + int(length[i] * 6), origin[i]) for i in range(4) if presence[i] < 0.8]
         expected = [-1] * 31
         for begin, size, share in sorted(segments, key=lambda segment: segment[0]):
             first = int(share * (begin - size + 1))
@@ -181,15 +181,15 @@ def enumerated(tokens, fresh, unigram, process):
     ``fresh`` [L, V]: of the token after each position, were it fresh.
     """
     length, vocabulary = len(tokens), len(unigram)
-    places = range(process.longest, length + 1)
+    starts = range(process.longest, length + 1)
     lengths = range(process.shortest, process.longest + 1)
-    one = [(None, 1 - process.probability)]
-    for start, size in itertools.product(places, lengths):
+    segments = [(None, 1 - process.probability)]
+    for start, size in itertools.product(starts, lengths):
         room = start - size + 1
-        weight = process.probability / len(places) / len(lengths) / room
-        one += [((start, size, source), weight) for source in range(room)]
+        weight = process.probability / len(starts) / len(lengths) / room
+        segments += [((start, size, source), weight) for source in range(room)]
     found = np.zeros((length, vocabulary))
-    for choice in itertools.product(one, repeat=process.count):
+    for choice in itertools.product(segments, repeat=process.count):
         weight = math.prod(w for _, w in choice)
         source = [None] * (length + 1)
         for start, size, origin in sorted((c for c, _ in choice if c), key=lambda c: c[0]):

@@ -72,10 +72,10 @@ def test_random_triggers_are_any_tokens_of_which_a_sequence_has_so_many():
     drawn = rows(bigrams, count=3000)
     counts = np.zeros(10)
     for tokens, looked_up in zip(drawn["tokens"].tolist(), drawn["looked_up"], strict=True):
-        told = {tokens[i] for i in np.flatnonzero(looked_up)}
-        assert len(told) <= 3
-        assert all(len({b for a, b in itertools.pairwise(tokens) if a == trigger}) == 1 for trigger in told)
-        counts[list(told)] += 1
+        triggers = {tokens[i] for i in np.flatnonzero(looked_up)}
+        assert len(triggers) <= 3
+        assert all(len({b for a, b in itertools.pairwise(tokens) if a == trigger}) == 1 for trigger in triggers)
+        counts[list(triggers)] += 1
     assert near(counts, np.full(10, 0.1))
 
 
@@ -109,9 +109,9 @@ def enumerated(bigrams, tokens):
     found = np.zeros((len(tokens), vocabulary))
     for triggers in choices:
         for successors in itertools.product(range(vocabulary), repeat=len(triggers)):
-            told, weight = dict(zip(triggers, successors, strict=True)), 1.0
+            successor_of, weight = dict(zip(triggers, successors, strict=True)), 1.0
             for row, v in enumerate(tokens):
-                given = np.eye(vocabulary)[told[v]] if v in told else table[v]
+                given = np.eye(vocabulary)[successor_of[v]] if v in successor_of else table[v]
                 found[row] += weight * given
                 if row + 1 < len(tokens):
                     weight *= given[tokens[row + 1]]

@@ -1,4 +1,4 @@
-"""Members that have ended take no place in the step, and the others learn what they would have learned."""
+"""Members that have ended take no slot in the step, and the others learn what they would have learned."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import opsin.training.module
 from opsin.callbacks import Ablate, Freeze, KeepRun, Project, Reinitialise, StopWhen
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.values.subspaces import WeightDirections
+from opsin.interventions.values.directions import WeightDirections
 from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot, GaussianClusters
-from opsin.training.active_members import Crew, places
+from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.module import OpsinModule
 from tests.helpers.killers import KillAt, Killed
 from tests.training.test_module import fit
@@ -31,9 +31,9 @@ def weights(model, member):
 
 
 @given(members=st.integers(1, 70), data=st.data())
-def test_whoever_still_learns_has_a_place_and_halves_are_all_that_is_left_out(members, data):
+def test_a_member_that_still_learns_has_a_slot_and_halves_are_all_that_is_left_out(members, data):
     ended = data.draw(st.dictionaries(st.integers(0, members - 1), st.integers(0, 100), max_size=members))
-    chosen = places(members, {member: {"stopped_at": step} for member, step in ended.items()}, last=60)
+    chosen = members_in_step(members, {member: {"stopped_at": step} for member, step in ended.items()}, last=60)
     gone = {member for member, step in ended.items() if step <= 60}
     sizes = [members]
     while sizes[-1] > 1:
@@ -43,7 +43,7 @@ def test_whoever_still_learns_has_a_place_and_halves_are_all_that_is_left_out(me
     assert size == min(s for s in sizes if s >= members - len(gone)) and chosen == (chosen and sorted({*chosen}))
 
 
-def test_the_step_gets_no_more_members_than_there_are_places():
+def test_the_step_gets_no_more_members_than_there_are_slots():
     model, seen = module([0.01] * 5), []
     original = opsin.training.module.choose_step
 
@@ -56,7 +56,7 @@ def test_the_step_gets_no_more_members_than_there_are_places():
         patch.setattr(opsin.training.module, "COMPILE_FROM_STEPS", 0)
         stop = [StopWhen(below=99.0, in_a_row=2 + 2 * member, members=[member]) for member in (0, 1, 2, 4)]
         fit(model, 80, stop)
-    # member 0 ends after 10 steps, 1 after 20, 2 after 30, 4 after 50; 5 places become 3, 2 and 1
+    # member 0 ends after 10 steps, 1 after 20, 2 after 30, 4 after 50; 5 slots become 3, 2 and 1
     assert seen == [5] * 20 + [3] * 10 + [2] * 20 + [1] * 30
     assert {member: how["stopped_at"] for member, how in model.ended.items()} == {0: 10, 1: 20, 2: 30, 4: 50}
 
@@ -75,18 +75,18 @@ WRITERS = [
 ]
 
 
-@pytest.mark.parametrize("place", range(len(WRITERS)))
-def test_members_learn_beside_an_ended_one_what_they_learn_beside_one_that_goes_on(place, monkeypatch):
+@pytest.mark.parametrize("writer", range(len(WRITERS)))
+def test_members_learn_beside_an_ended_one_what_they_learn_beside_one_that_goes_on(writer, monkeypatch):
     runs = []
-    for patched in (places, lambda *_: None):
-        monkeypatch.setattr(opsin.training.module, "places", patched)
+    for patched in (members_in_step, lambda *_: None):
+        monkeypatch.setattr(opsin.training.module, "members_in_step", patched)
         model = module([0.01, 0.02, 0.005, 0.01])
         stop = [StopWhen(below=99.0, in_a_row=2, members=[0]), StopWhen(below=99.0, in_a_row=4, members=[2])]
-        fit(model, 60, [WRITERS[place](), *stop])
+        fit(model, 60, [WRITERS[writer](), *stop])
         runs.append(model)
     for member in range(4):
         torch.testing.assert_close(weights(runs[0], member), weights(runs[1], member), rtol=1e-11, atol=1e-12)
-    assert runs[0].control.counts() == runs[1].control.counts()
+    assert runs[0].gates.activity() == runs[1].gates.activity()
 
 
 def test_a_member_that_has_ended_keeps_its_weights():
@@ -115,10 +115,10 @@ def test_a_run_killed_when_members_have_ended_goes_on_bitwise(tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_without_places_to_leave_the_step_is_handed_on_as_it_is():
+def test_without_a_slot_to_leave_the_step_is_handed_on_as_it_is():
     given_to = []
-    crew = Crew(lambda *arguments: given_to.append(arguments) or torch.zeros(3, 2), 2)
-    crew.choose(None)
-    arguments = tuple(object() for _ in range(5))
-    crew(*arguments)
+    active = ActiveMembers(lambda *arguments: given_to.append(arguments) or torch.zeros(3, 2), 2)
+    active.choose(None)
+    arguments = tuple(object() for _ in range(6))
+    active(*arguments)
     assert given_to == [arguments]

@@ -71,14 +71,14 @@ def test_a_writer_that_makes_its_member_diverge_at_once_is_not_idle():
 
 def test_members_that_a_writer_does_not_select_do_not_make_it_idle():
     model = train(module(seeds=(3, 4)), 150, Ablate(heads=["0:1"], members=[1]))
-    (row,) = model.control.counts()
+    (row,) = model.gates.activity()
     assert row["active_steps"] == [0, 150] == row["changed_steps"]
 
 
 def test_a_writer_of_several_sites_is_idle_only_if_none_of_them_changes():
     # patterns of block 0 are what they were: the ablation lies above them
     model = train(module(), 120, Ablate(heads=["0:0", "0:1"]), Preserve(["patterns"]))
-    counts = {(row["writer"], row["site"]): row["changed_steps"] for row in model.control.counts()}
+    counts = {(row["writer"], row["site"]): row["changed_steps"] for row in model.gates.activity()}
     assert counts["Preserve", "blocks.0.attn.hook_pattern"] == [0]
     assert counts["Preserve", "blocks.1.attn.hook_pattern"] == [120]
 
@@ -87,7 +87,7 @@ def test_a_writer_of_several_sites_is_idle_only_if_none_of_them_changes():
 def test_only_steps_that_changed_something_are_counted(compiled):
     pulses = Schedule(start=20, stop=60, period=4, duty=0.25)
     model = train(module(compile=compiled), 80, Ablate(heads=["1:1"], schedule=pulses))
-    (row,) = model.control.counts()
+    (row,) = model.gates.activity()
     assert row["active_steps"] == row["changed_steps"] == [10]
 
 

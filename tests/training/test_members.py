@@ -28,7 +28,7 @@ from opsin.callbacks import (
 from opsin.interventions.donors import donor_from
 from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.values.subspaces import WeightDirections
+from opsin.interventions.values.directions import WeightDirections
 from opsin.model.transformer import Transformer, init_parameters
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule

@@ -11,9 +11,9 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from opsin.callbacks.writers.clamp import Clamp
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer, position_table
+from opsin.training.adam import Adam, adam_update, member_norm
 from opsin.training.compiling import compile_step, has_compiler, keep_compiled
 from opsin.training.objective import accuracy, cross_entropy, restrict, scored_logits
-from opsin.training.optimizers import adam_update, member_norm
 from opsin.training.probe import observe
 from tests.helpers.toys import BETAS, EPS, SMALL, ToyTokens, Training, batch_of, few_shot, losses, run, weights
 
@@ -106,7 +106,9 @@ def test_without_clipping_a_norm_that_overflows_breaks_nothing(tiny_task):
     state = training.optimizer.adam_state()
     steep = [torch.full_like(tensor, 1e19) for tensor in state.parameters]
     with torch.no_grad():
-        adam_update(state, steep, member_norm(steep), training.optimizer.hyper(), training.alive, BETAS, EPS)
+        adam_update(
+            state, steep, member_norm(steep), training.optimizer.hyper(), training.counts.alive, Adam(BETAS, EPS)
+        )
     assert all(tensor.isfinite().all() for tensor in state.parameters)
 
 

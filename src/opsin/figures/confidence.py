@@ -11,23 +11,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, spread
+from opsin.figures.style import ACCENT, FAINT, INK, LAYERS, MUTED, STYLE, Margins, add_panel, blank_figure, spread
 from opsin.metrics.confidence import Study
 
 SHOWN = 6
 """Neurons that are drawn, the strongest first; more are in the table."""
 
-COLOURS = (*LAYERS, "#8a5a2b")
-TOTAL, DIRECT, REPEATED = ACCENT, "#0072b2", "#f1f4f6"
-KINDS = (("total", TOTAL, "total (scale recomputed)", 0.16), ("direct", DIRECT, "direct (scale as it is)", -0.16))
+NEURON_COLOURS = (*LAYERS, "#8a5a2b")
+REPEATED_SHADE = "#f1f4f6"
 
-# inches
-WIDE, TALL, TOP, BOTTOM, DOWN = 2.55, 1.75, 0.82, 0.5, 0.62
-LEFT, BEHIND, NAMES, RIGHT = 0.55, 0.9, 0.25, 0.25
+EFFECTS = (("total", ACCENT, "total (scale recomputed)", 0.16), ("direct", "#0072b2", "direct (scale as it is)", -0.16))
+"""Field of a change, colour, words of the legend, and height above the middle of its row, in rows."""
 
 
 def confidence_figure(studies: Sequence[Study], names: Sequence[str], layer: int, title: str) -> Figure:
@@ -37,22 +34,25 @@ def confidence_figure(studies: Sequence[Study], names: Sequence[str], layer: int
     mean.
 
     Args:
-        names: of the members.
-        layer: of the neurons.
-        title: above all panels.
+        studies: what was measured, one study a member.
+        names: names of the members, in the order of ``studies``; an empty one is left out.
+        layer: layer that the neurons belong to, the first number of their names.
+        title: text above all panels, one line.
     """
+    # inches: a panel, the gap between rows, and what stands right of the lines and left of the last column
+    wide, tall, between_rows, line_labels, row_names = 2.55, 1.75, 0.62, 0.9, 0.25
     rows = len(studies)
-    width = LEFT + 3 * WIDE + 2 * BEHIND + NAMES + RIGHT
-    height = TOP + rows * TALL + (rows - 1) * DOWN + BOTTOM
-    lefts = (LEFT, LEFT + WIDE + BEHIND, LEFT + 2 * WIDE + 2 * BEHIND + NAMES)
+    margins = Margins(left=0.55, right=0.25, top=0.82, bottom=0.5)
+    steps = (0, wide + line_labels, 2 * wide + 2 * line_labels + row_names)
+    lefts = [margins.left + step for step in steps]
+    width, height = margins.around(steps[-1] + wide, rows * tall + (rows - 1) * between_rows)
     style: dict[Any, Any] = {**STYLE, "axes.titlepad": 8}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), dpi=150)
-        FigureCanvasAgg(figure)
+        figure = blank_figure(width, height, dpi=150)
         for row, (study, name) in enumerate(zip(studies, names, strict=True)):
-            bottom = height - TOP - TALL - row * (TALL + DOWN)
-            panels = [figure.add_axes((left / width, bottom / height, WIDE / width, TALL / height)) for left in lefts]
-            _draw_losses(panels[0], study, name)
+            bottom = height - margins.top - tall - row * (tall + between_rows)
+            panels = [add_panel(figure, left, bottom, wide, tall) for left in lefts]
+            _draw_loss_and_entropy(panels[0], study, name)
             _draw_activations(panels[1], study, layer)
             _draw_changes(panels[2], study, layer)
             if row == rows - 1:
@@ -67,7 +67,7 @@ def confidence_figure(studies: Sequence[Study], names: Sequence[str], layer: int
 # ---- panels -----------------------------------------------------------------------------------------
 
 
-def _draw_losses(axes: Axes, study: Study, name: str) -> None:
+def _draw_loss_and_entropy(axes: Axes, study: Study, name: str) -> None:
     axes.set_title(f"{name.capitalize()}: loss and entropy (nats)" if name else "Loss and entropy (nats)")
     lines = [("loss", study.loss.numpy(), INK), ("entropy", study.entropy.numpy(), ACCENT)]
     _draw_lines(axes, study, lines)
@@ -78,7 +78,7 @@ def _draw_losses(axes: Axes, study: Study, name: str) -> None:
 def _draw_activations(axes: Axes, study: Study, layer: int) -> None:
     kind = "Candidates" if study.candidate else "Not candidates"
     axes.set_title(f"{kind}: mean activation")
-    shown = zip(study.neurons, study.activation.numpy(), COLOURS, strict=False)
+    shown = zip(study.neurons, study.activation.numpy(), NEURON_COLOURS, strict=False)
     lines = [(f"{layer}:{neuron}", values, colour) for neuron, values, colour in shown]
     _draw_lines(axes, study, lines)
     axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1.5)
@@ -87,7 +87,7 @@ def _draw_activations(axes: Axes, study: Study, layer: int) -> None:
 
 def _draw_lines(axes: Axes, study: Study, lines: Sequence[tuple[str, np.ndarray, str]]) -> None:
     repeated = [position for position, again in zip(study.positions, study.repeated.tolist(), strict=True) if again]
-    axes.axvspan(repeated[0] - 0.5, repeated[-1] + 0.5, color=REPEATED, linewidth=0, zorder=0.5)
+    axes.axvspan(repeated[0] - 0.5, repeated[-1] + 0.5, color=REPEATED_SHADE, linewidth=0, zorder=0.5)
     for _, values, colour in lines:
         axes.plot(study.positions, values, color=colour, linewidth=1.3, zorder=3)
     axes.set_xlim(study.positions[0] - 0.5, study.positions[-1] + 0.5)
@@ -99,9 +99,9 @@ def _draw_changes(axes: Axes, study: Study, layer: int) -> None:
     axes.set_title("Change of the entropy by ablation")
     together = [change for change in study.changes if len(change.neurons) > 1]
     shown = [*[change for change in study.changes if len(change.neurons) == 1][:SHOWN], *together]
-    for place, change in enumerate(shown):
-        for kind, colour, _, up in KINDS:
-            found, y = getattr(change, kind), place - up
+    for row, change in enumerate(shown):
+        for field, colour, _, up in EFFECTS:
+            found, y = getattr(change, field), row - up
             axes.plot([found.low, found.high], [y, y], color=FAINT, linewidth=5, zorder=2, solid_capstyle="butt")
             axes.plot([found.control], [y], "|", color=MUTED, markersize=6, zorder=2.5)
             axes.plot([found.value], [y], "o", color=colour, markersize=4.5, zorder=4)
@@ -131,7 +131,7 @@ def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def _explain(figure: Figure, left: float, top: float) -> None:
     """What dots and bars are, above the last column."""
     width = figure.get_figwidth()
-    for index, (_, colour, text, _) in enumerate(KINDS):
+    for index, (_, colour, text, _) in enumerate(EFFECTS):
         figure.text(left + index * 1.45 / width, top, f"● {text}", fontsize=7, color=colour, va="top")
     grey = "▬ 95 % of random neurons of the same norms"
     figure.text(left, top - 0.15 / figure.get_figheight(), grey, fontsize=7, color=MUTED, va="top")

@@ -1,4 +1,4 @@
-"""Tables of a population to its picture: the loss under every condition, and every onset.
+"""A population as a figure: the loss under every condition, and the onset of every member.
 
 Legend: S seeds of a condition, n records of the loss, b bins of a drawn curve.
 """
@@ -7,37 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from opsin.figures.style import FAINT, INK, MUTED, STYLE, save_figure, short_count
+from opsin.figures.style import FAINT, INK, MUTED, STYLE, blank_figure, short_count
 from opsin.metrics.compare import mean_curve
-from opsin.population.folder import UNFINISHED, Losses
+from opsin.population.folder import Losses
 from opsin.population.tables import FORMED, NO_PLATEAU, NOT_FORMED, Row
-from opsin.records.schema import DIVERGED
+from opsin.records.schema import DIVERGED, UNFINISHED
 
 Colour = tuple[float, float, float]
 
 # Okabe and Ito's colours, after the ink of the first condition
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-EARLY = 0.04  # share of the run before which an onset would stick to the edge of a linear axis
-BINS = 250  # points of a drawn curve
-WIDTH, TOP, BOTTOM = 10.0, 0.5, 0.8  # inches
-PANEL, ROW, LEAST = 1.26, 0.42, 2.4  # height of a small panel, of a row of onsets, and of the whole, without margins
-COLUMNS = 3  # small panels side by side: as high as the rows of onsets, however many conditions
-LEFT, MIDDLE, RIGHT = 0.04, 0.555, 0.9  # where the losses start, the names of the rows and the end of the rows
-CHARACTER = 0.061  # inches of a name
-LONGEST = 26  # characters of a condition's name that are shown
+CONDITION_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+EARLY_ONSET = 0.04  # share of the run before which an onset would stick to the edge of a linear axis
+CURVE_POINTS = 250  # points of a drawn curve
+
+# inches
+FIGURE_WIDTH, TITLE_SPACE, LABEL_SPACE = 10.0, 0.5, 0.8
+PANEL_HEIGHT, ROW_HEIGHT = 1.26, 0.42  # of a small panel with its labels, of a row of onsets
+LEAST_HEIGHT = 2.4  # of the panels together, however few conditions there are
+CHARACTER_WIDTH = 0.061  # of a letter in a condition's name
+
+PANEL_COLUMNS = 3  # small panels side by side: as high as the rows of onsets, however many conditions
+LOSSES_FROM, NAMES_FROM, ONSETS_TO = 0.04, 0.555, 0.9  # edges of the two halves, as shares of the width
+LONGEST_NAME = 26  # characters of a condition's name that are shown
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Axis:
     log: bool
 
     def apply(self, axes: Axes, ticks: int) -> None:
+        """Give axes these limits on x, and about ``ticks`` numbers along it."""
         if self.log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=ticks + 2))
@@ -59,47 +62,46 @@ class _Axis:
         axes.set_xlim(self.low, self.high)
 
 
-def save_population(losses: Losses, summary: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw ``population.png``, 1600 pixels wide: a small panel of losses for every condition, and all onsets.
+def population_figure(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> Figure:
+    """``population.png``, 1600 pixels wide: a small panel of losses for every condition, and all onsets.
 
     A panel shows the seeds (thin), their mean (bold) with the 95 % interval at each point, and in grey the mean under
     the first condition. The onsets are one row a condition: each seed with its own interval, the mean with that over
     the seeds, and a mark of another shape for each member without an onset, so that none is missing. Sequences are on
-    a logarithmic axis where an onset lies in the first ``EARLY`` of the run. A condition has one colour everywhere.
+    a logarithmic axis where an onset lies in the first ``EARLY_ONSET`` of the run. A condition has one colour in all
+    panels.
 
     Args:
-        losses: of all members.
-        summary: of the population; read are ``members`` and ``conditions``.
-        path: the file, replaced at once.
+        losses: training losses of all members over sequences, nats.
+        summary: tables of the population, of which ``members`` and ``conditions`` are read.
     """
     conditions = len(summary["conditions"])
-    rows = -(-conditions // COLUMNS)
-    height = max(rows * PANEL, conditions * ROW, LEAST) + TOP + BOTTOM
+    rows = -(-conditions // PANEL_COLUMNS)
+    height = max(rows * PANEL_HEIGHT, conditions * ROW_HEIGHT, LEAST_HEIGHT) + TITLE_SPACE + LABEL_SPACE
     style: dict[Any, Any] = {**STYLE, "axes.titlepad": 5}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), dpi=160)
-        FigureCanvasAgg(figure)
+        figure = blank_figure(FIGURE_WIDTH, height, dpi=160)
         axis = _shared_axis(losses, summary)
-        _draw_losses(figure, losses, summary, axis)
+        _draw_loss_panels(figure, losses, summary, axis)
         _draw_onsets(figure, losses, summary, axis)
-        _legend(figure, summary)
-        save_figure(figure, path)
+        _draw_legend(figure, summary)
+    return figure
 
 
 def colour(index: int) -> Colour:
-    """Colour of the condition at that place of the recipe; rounds after the first are darker, then paler."""
+    """Colour of the ``index``-th condition of the recipe; rounds after the first are darker, then paler."""
     if index == 0:
         return to_rgb(INK)
-    around, place = divmod(index - 1, len(COLOURS))
+    around, hue = divmod(index - 1, len(CONDITION_COLOURS))
     share, towards = ((1.0, 0.0), (0.6, 0.0), (0.72, 1.0))[around % 3]
-    red, green, blue = (part * share + towards * (1 - share) for part in to_rgb(COLOURS[place]))
+    red, green, blue = (part * share + towards * (1 - share) for part in to_rgb(CONDITION_COLOURS[hue]))
     return red, green, blue
 
 
 def _shared_axis(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> _Axis:
     last = float(losses.sequences[-1]) if len(losses.sequences) else 1.0
     times = [row[name] for row in summary["members"] for name in ("onset", "below_half") if row[name] is not None]
-    log = bool(times) and min(times) < EARLY * last
+    log = bool(times) and min(times) < EARLY_ONSET * last
     # one decade before the first change is enough to show that nothing happened before it
     low = max(min(float(losses.sequences[0]), last), 0.2 * min(times)) if log else 0.0
     return _Axis(low, last, log)
@@ -108,34 +110,34 @@ def _shared_axis(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> _Axis:
 # ---- the losses -----------------------------------------------------------------------------------
 
 
-def _draw_losses(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
+def _draw_loss_panels(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
     curves = _curves(losses, summary, axis)
     top = max((float(np.nanmax(values)) for _, values in curves if np.isfinite(values).any()), default=1.0)
     conditions = summary["conditions"]
-    for index, (condition, panel) in enumerate(zip(conditions, _panels(figure, len(conditions)), strict=True)):
+    for index, (condition, panel) in enumerate(zip(conditions, _loss_panels(figure, len(conditions)), strict=True)):
         if index:
             panel.plot(curves[0][0], mean_curve(curves[0][1])[0], color=FAINT, linewidth=1.1, zorder=2)
-        _draw_loss(panel, *curves[index], colour(index))
-        name = _short(condition["condition"])
-        inches = panel.get_position().width * WIDTH
+        _draw_condition(panel, *curves[index], colour(index))
+        name = _shortened(condition["condition"])
+        inches = panel.get_position().width * FIGURE_WIDTH
         panel.set_title(name, color=colour(index), fontsize=min(8.0, 72 * inches / (0.7 * max(len(name), 1))))
         axis.apply(panel, ticks=3)
         panel.set_ylim(0, 1.06 * max(top, 1e-3))
         panel.yaxis.set_major_locator(MaxNLocator(3))
-    _title(figure, LEFT, "Training loss (nats)", "mean over seeds, 95 % interval at each point")
+    _draw_heading(figure, LOSSES_FROM, "Training loss (nats)", "mean over seeds, 95 % interval at each point")
 
 
-def _panels(figure: Figure, count: int) -> list[Axes]:
+def _loss_panels(figure: Figure, count: int) -> list[Axes]:
     """Small axes in rows; the outer ones carry numbers, the lowest of each column what they count."""
-    height, gap, end = figure.get_figheight(), 0.28 / WIDTH, MIDDLE - 0.03
-    columns, rows = min(COLUMNS, count), -(-count // COLUMNS)
-    width = (end - LEFT - (columns - 1) * gap) / columns
-    step = (height - TOP - BOTTOM + 0.25) / rows
+    height, gap, end = figure.get_figheight(), 0.28 / FIGURE_WIDTH, NAMES_FROM - 0.03
+    columns, rows = min(PANEL_COLUMNS, count), -(-count // PANEL_COLUMNS)
+    width = (end - LOSSES_FROM - (columns - 1) * gap) / columns
+    step = (height - TITLE_SPACE - LABEL_SPACE + 0.25) / rows
     panels = []
     for index in range(count):
         row, column = divmod(index, columns)
-        bottom = (height - TOP - 0.15 - (row + 1) * step + 0.4) / height
-        axes = figure.add_axes((LEFT + column * (width + gap), bottom, width, (step - 0.4) / height))
+        bottom = (height - TITLE_SPACE - 0.15 - (row + 1) * step + 0.4) / height
+        axes = figure.add_axes((LOSSES_FROM + column * (width + gap), bottom, width, (step - 0.4) / height))
         lowest = index + columns >= count
         axes.tick_params(labelsize=7, labelleft=column == 0, labelbottom=lowest)
         if lowest:
@@ -144,7 +146,7 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
     return panels
 
 
-def _draw_loss(axes: Axes, x: Float[np.ndarray, " b"], values: Float[np.ndarray, "b S"], shade: Colour) -> None:
+def _draw_condition(axes: Axes, x: Float[np.ndarray, " b"], values: Float[np.ndarray, "b S"], shade: Colour) -> None:
     mean, low, high = mean_curve(values, floor=0.0)
     axes.fill_between(x, low, high, color=shade, alpha=0.16, linewidth=0, zorder=1.5)
     axes.plot(x, values, color=shade, alpha=0.4, linewidth=0.5, zorder=2.5)
@@ -157,18 +159,18 @@ def _curves(
     """Smoothed curves of each condition's members."""
     curves = []
     for condition in summary["conditions"]:
-        held = [row["member"] for row in summary["members"] if row["condition"] == condition["condition"]]
-        curves.append(_binned(losses.sequences, losses.values[:, held], axis.log))
+        columns = [row["member"] for row in summary["members"] if row["condition"] == condition["condition"]]
+        curves.append(_bin_means(losses.sequences, losses.values[:, columns], axis.log))
     return curves
 
 
-def _binned(
+def _bin_means(
     x: Int[np.ndarray, " n"], values: Float[np.ndarray, "n S"], log: bool
 ) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, "b S"]]:
     """Means over bins of the record, which grow with x on a logarithmic axis; nan where a seed has no number."""
     if not len(x):
         return x.astype(float), values
-    edges = np.geomspace(1, len(x) + 1, BINS) - 1 if log else np.linspace(0, len(x), BINS)
+    edges = np.geomspace(1, len(x) + 1, CURVE_POINTS) - 1 if log else np.linspace(0, len(x), CURVE_POINTS)
     starts = np.unique(edges.astype(int))[:-1]
     known = np.isfinite(values)
     counts = np.add.reduceat(known, starts, axis=0, dtype=float)
@@ -184,10 +186,10 @@ def _binned(
 def _draw_onsets(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
     height = figure.get_figheight()
     conditions = summary["conditions"]
-    names = [_short(row["condition"]) for row in conditions]
-    left = MIDDLE + CHARACTER * max(map(len, names)) / WIDTH
-    axes = figure.add_axes((left, BOTTOM / height, RIGHT - left, 1 - (TOP + BOTTOM) / height))
-    _title(figure, MIDDLE, "Onset of the phase change", "sequences")
+    names = [_shortened(row["condition"]) for row in conditions]
+    left = NAMES_FROM + CHARACTER_WIDTH * max(map(len, names)) / FIGURE_WIDTH
+    axes = figure.add_axes((left, LABEL_SPACE / height, ONSETS_TO - left, 1 - (TITLE_SPACE + LABEL_SPACE) / height))
+    _draw_heading(figure, NAMES_FROM, "Onset of the phase change", "sequences")
     axis.apply(axes, ticks=5)
     axes.set_ylim(len(conditions) - 0.5, -0.5)
     axes.set_yticks(range(len(conditions)), names, fontsize=8)
@@ -206,19 +208,19 @@ def _draw_onsets(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[
 def _draw_members(axes: Axes, index: int, members: Sequence[Row], losses: Losses) -> None:
     """A mark a member, in the upper two thirds of the row."""
     shade = colour(index)
-    places = index + np.linspace(-0.42, 0.16, len(members) + 2)[1:-1]
-    for y, row in zip(places.tolist(), members, strict=True):
-        kind = _kind(row)
+    heights = index + np.linspace(-0.42, 0.16, len(members) + 2)[1:-1]
+    for y, row in zip(heights.tolist(), members, strict=True):
+        kind = _mark_name(row)
         shape, size, _ = MARKS[kind]
         if kind == FORMED:
             axes.hlines(y, row["onset_low"], row["onset_high"], color=shade, linewidth=0.9, alpha=0.65, zorder=2)
         style = {"color": shade, "markerfacecolor": shade if kind == FORMED else "white", "markeredgewidth": 0.9}
         # a mark may stand on the frame, but not outside of it
-        x = float(np.clip(_place(row, kind, losses), *axes.get_xlim()))
+        x = float(np.clip(_mark_sequences(row, kind, losses), *axes.get_xlim()))
         axes.plot([x], [y], shape, markersize=size, **style, clip_on=False, zorder=3)
 
 
-def _kind(row: Row) -> str:
+def _mark_name(row: Row) -> str:
     """Which mark shows a member."""
     if row["status"] in (DIVERGED, UNFINISHED):
         return row["status"]
@@ -227,8 +229,8 @@ def _kind(row: Row) -> str:
     return NO_PLATEAU if row["outcome"] == NO_PLATEAU else NOT_FORMED
 
 
-def _place(row: Row, kind: str, losses: Losses) -> float:
-    """Where it stands: the onset, else half the plateau if there was none, else where its record ends."""
+def _mark_sequences(row: Row, kind: str, losses: Losses) -> float:
+    """Where a mark stands: at the onset, where half the plateau was passed if there was none, else at the last loss."""
     if kind == FORMED:
         return row["onset"]
     if kind == NO_PLATEAU and row["below_half"] is not None:
@@ -257,9 +259,9 @@ MARKS = {
 }
 
 
-def _legend(figure: Figure, summary: Mapping[str, Sequence[Row]]) -> None:
+def _draw_legend(figure: Figure, summary: Mapping[str, Sequence[Row]]) -> None:
     """The marks that occur."""
-    kinds = {_kind(row) for row in summary["members"]}
+    kinds = {_mark_name(row) for row in summary["members"]}
     handles = []
     for kind, (shape, size, label) in MARKS.items():
         if kind in kinds:
@@ -269,18 +271,18 @@ def _legend(figure: Figure, summary: Mapping[str, Sequence[Row]]) -> None:
     if any(row["onset_low"] is not None for row in summary["conditions"]):
         label = "mean of the formed, 95 %"
         handles.insert(1, Line2D([], [], color=MUTED, linewidth=1.8, marker="D", markersize=4.5, label=label))
-    place = (0.99, 0.02 / figure.get_figheight())
+    corner = (0.99, 0.02 / figure.get_figheight())
     style = {"frameon": False, "fontsize": 7, "labelcolor": MUTED, "handletextpad": 0.5, "columnspacing": 1.4}
-    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=place, ncols=max(len(handles), 1), **style)
+    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=corner, ncols=max(len(handles), 1), **style)
 
 
-def _title(figure: Figure, left: float, text: str, more: str) -> None:
-    """A heading of half of the figure, and what it counts in a lighter hand."""
+def _draw_heading(figure: Figure, left: float, text: str, more: str) -> None:
+    """The heading of one half of the figure, and beside it a lighter text that says what is counted."""
     height = 1 - 0.18 / figure.get_figheight()
     heading = figure.text(left, height, text, fontsize=9.5, fontweight="bold", va="center")
     style = {"fontsize": 8, "color": MUTED, "va": "center"}
     figure.axes[0].annotate(more, (1, 0.5), (6, 0), xycoords=heading, textcoords="offset points", **style)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

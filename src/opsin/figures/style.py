@@ -1,30 +1,27 @@
-"""What every figure shares: colours, sizes, short numbers, how a figure becomes a file or an image."""
+"""What every figure shares: colours and sizes, axes measured in inches, labels, and how a figure becomes a file.
+
+A function that draws is named ``*_figure`` and returns a figure; ``save_figure`` alone writes one.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
 from opsin.metrics.onset import monotone
+from opsin.records.folder import write_atomically
 
 PICTURED_MEMBERS = 4
 """Of several members in one process only the first are drawn."""
-
-
-def as_image(figure: Figure) -> Image.Image:
-    """The figure as pixels; no global state of matplotlib is touched."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 INK, MUTED, FAINT = "#22303c", "#6b7780", "#b9c1c7"
@@ -59,6 +56,70 @@ STYLE: dict[str, Any] = {
 }
 
 
+# ---- figures ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Space between the edges of a figure and its panels, inches."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def around(self, width: float, height: float) -> tuple[float, float]:
+        """Width and height (inches) of a figure whose panels take ``width`` x ``height`` inches."""
+        return self.left + width + self.right, self.top + height + self.bottom
+
+
+def blank_figure(width: float, height: float, dpi: int) -> Figure:
+    """An empty figure on a canvas of pixels, which no window shows.
+
+    Args:
+        width, height: size of the figure, inches.
+        dpi: pixels of the figure per inch.
+    """
+    figure = Figure(figsize=(width, height), dpi=dpi)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def add_panel(
+    figure: Figure, left: float, bottom: float, width: float, height: float, beside: Axes | None = None
+) -> Axes:
+    """New axes, measured in inches from the lower left corner of the figure.
+
+    Args:
+        left, bottom: where the lower left corner of the axes is, inches.
+        width, height: size of the axes, inches.
+        beside: axes whose limits on x and y the new ones share; None for limits of their own.
+    """
+    across, up = figure.get_size_inches().tolist()
+    rect = (left / across, bottom / up, width / across, height / up)
+    return figure.add_axes(rect, sharex=beside, sharey=beside)
+
+
+def as_image(figure: Figure) -> Image.Image:
+    """The figure as pixels; no global state of matplotlib is touched."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG, replacing the old one at once.
+
+    Args:
+        figure: what a function named ``*_figure`` has drawn.
+        path: the picture's file, in a folder that exists.
+    """
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+# ---- labels and colours -----------------------------------------------------------------------------
+
+
 def short_count(x: float) -> str:
     """Sequences for an axis: ``500``, ``20k``, ``1.5M``."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -68,7 +129,12 @@ def short_count(x: float) -> str:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved apart to at least ``gap`` and to 0 or more, least in the sum of squares."""
+    """Ascending heights moved apart to at least ``gap`` and to 0 or more, least in the sum of squares.
+
+    Args:
+        heights: heights of labels, ascending, in any unit.
+        gap: least distance of two neighbours, in the unit of the heights.
+    """
     if not heights:
         return []
     offsets = gap * np.arange(len(heights))
@@ -76,13 +142,11 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return (np.maximum(np.repeat(means, sizes), 0.0) + offsets).tolist()
 
 
-def _lighter(colour: str, share: float) -> tuple[float, ...]:
-    """Mixed with white by that share."""
+def lighter(colour: str, share: float) -> tuple[float, ...]:
+    """A colour mixed with white, as red, green and blue in [0, 1].
+
+    Args:
+        colour: any colour that matplotlib can name.
+        share: share of white in the mixture, in [0, 1].
+    """
     return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a picture, replacing the old one at once."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)

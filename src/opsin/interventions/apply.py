@@ -1,9 +1,11 @@
 """How a plan acts: one batch on one set of weights, pass by pass, each activation through its tap.
 
-Everything here is traced into the compiled step, so what is fixed before training is Python and what may
-change is a tensor.
+Passes that values are taken from run first, each once; a nested pass runs inside the pass that asks for it, when that
+one comes to need it. The tap of a pass overwrites an activation as its rows say, keeps what later values need, and
+hands on the rest. Everything here is traced into the compiled step, so what is fixed before training is Python and
+what may change is a tensor.
 
-Legend: M members, I interventions, L positions.
+Legend: M members, I rows of a plan, L positions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opsin.interventions.plan import Plan, Taken
+from opsin.interventions.plan import InputAddress, Plan, PlannedIntervention
 from opsin.model.transformer import Parameters, Tap, Transformer, forward
 from opsin.task import Batch
 
@@ -32,6 +34,7 @@ def overwrite(x: Tensor, value: Tensor, weight: Tensor) -> Tensor:
 
 
 Activations = dict[str, Tensor]
+"""Activations of one pass as they go on after the tap, by the name of their site."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class Constants:
     """Tensors that no gradient moves.
 
     Args:
-        bank: the task's.
-        table: position table of the model.
-        masks: the plan's, in order.
+        bank: constants that the task's batches are gathered from.
+        table: position table of the model that is trained.
+        masks: mask of every row of the plan, by its gate.
         donors: weights of the plan's donors ``[1, ...]``, in order.
-        donor_tables: their position tables.
+        donor_tables: position tables of the plan's donors, in order.
         supplied: the plan's supplies, in order; their writers may change them in place between steps.
         fresh: what each of the plan's draws sets its parameter to, in order.
     """
@@ -58,16 +61,16 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One batch on one set of weights.
+class PassInputs:
+    """One batch on one set of weights, and how strongly every row of the plan acts on it.
 
     Args:
         model: shape of the model that is trained.
-        parameters: its weights.
-        constants: of the run.
-        batch: what it sees.
-        gates: strength of every intervention.
-        clock: seed of every member and the number of the step.
+        parameters: weights of that model, ``[M, ...]`` by name.
+        constants: tensors of the run that no gradient moves.
+        batch: sequences that the model sees.
+        gates: strength of every row of the plan, in [0, 1].
+        clock: seed of every member and the number of the optimizer step.
     """
 
     model: Transformer
@@ -86,12 +89,21 @@ def constants_of(
     dtype: torch.dtype,
     fresh: Sequence[Tensor] = (),
 ) -> Constants:
-    """The constants of a run with this plan, on the device of its position table."""
+    """The constants of a run with this plan, on the device of its position table.
+
+    Args:
+        plan: interventions and changes of weights of the run.
+        bank: constants that the task's batches are gathered from.
+        table: position table of the model that is trained.
+        members: M, models of the run.
+        dtype: precision of the weights, which all constants but the bank's get.
+        fresh: what each of the plan's draws sets its parameter to, in order.
+    """
     length, device = table.shape[1], table.device
     return Constants(
         {name: tensor.to(device) for name, tensor in bank.items()},
         table,
-        [mask.to(device, dtype) for mask in plan.masks],
+        [row.mask.to(device, dtype) for row in plan.rows],
         [{name: x.to(device, dtype) for name, x in donor.parameters.items()} for donor in plan.donors],
         [donor.table(length).to(device, dtype) for donor in plan.donors],
         [supply.initial(members).to(device, dtype) for supply in plan.supplies],
@@ -100,142 +112,137 @@ def constants_of(
 
 
 def run_passes(
-    plan: Plan, scene: Scene, fired: dict[int, Tensor] | None = None, seen: dict[int, Activations] | None = None
+    plan: Plan,
+    inputs: PassInputs,
+    fired: dict[int, Tensor] | None = None,
+    seen: dict[int, Activations] | None = None,
 ) -> Tap:
     """Run every pass that a value is taken from, and return the tap of the run's own pass.
 
     Args:
-        fired: receives, once the own pass has been run too, which members' activations each
-            intervention changed: place in the plan and a bool tensor ``[M]``.
-        seen: receives every activation of every pass as it goes on, by the place of the pass in the plan.
+        plan: interventions of the run.
+        inputs: batch, weights and gates.
+        fired: receives, once the own pass has been run too, which members' activations each row changed: its gate and
+            a bool tensor ``[M]``.
+        seen: receives every activation of every pass as it goes on, by the number of the pass in the plan.
     """
-    acting = _Acting(plan, scene, fired, seen)
+    runner = _PassRunner(plan, inputs, fired, seen)
     for number, planned in enumerate(plan.passes[:-1]):
-        if not planned.inner:
-            acting.kept[number] = acting.run(number, {})
-    return acting.tap(len(plan.passes) - 1, _Running(scene.parameters))
+        if not planned.nested:
+            runner.finished[number] = runner.run(number, asking_pass={})
+    return runner.tap(len(plan.passes) - 1, _PassState(inputs.parameters))
 
 
 @dataclass
-class _Running:
+class _PassState:
     """One pass while it runs.
 
     Args:
-        parameters: its weights.
-        asking: what the pass that asked for it keeps.
-        here: what it keeps itself.
-        inner: what the passes inside it keep.
+        parameters: weights that it runs, ``[M, ...]`` by name.
+        asking_pass: what the pass that asks for this one has kept so far; empty where none asks.
+        this_pass: what this pass has kept so far.
+        nested_passes: what the passes nested in this one have kept, by their number in the plan.
     """
 
     parameters: Parameters
-    asking: Activations = field(default_factory=dict)
-    here: Activations = field(default_factory=dict)
-    inner: dict[int, Activations] = field(default_factory=dict)
+    asking_pass: Activations = field(default_factory=dict)
+    this_pass: Activations = field(default_factory=dict)
+    nested_passes: dict[int, Activations] = field(default_factory=dict)
 
 
 @dataclass
-class _Acting:
-    """A plan at work on one scene."""
+class _PassRunner:
+    """Runs the passes of a plan on one batch.
+
+    Args:
+        plan: interventions of the run.
+        inputs: batch, weights and gates.
+        fired: receives which members each row changed, by its gate; nothing is noted when None.
+        seen: receives every activation of every pass; nothing is noted when None.
+        finished: what the passes that have ended have kept, by their number in the plan.
+    """
 
     plan: Plan
-    scene: Scene
+    inputs: PassInputs
     fired: dict[int, Tensor] | None
     seen: dict[int, Activations] | None
-    kept: dict[int, Activations] = field(default_factory=dict)
+    finished: dict[int, Activations] = field(default_factory=dict)
 
-    def run(self, number: int, asking: Activations) -> Activations:
-        """Run one pass; returns what it keeps."""
-        scene, planned = self.scene, self.plan.passes[number]
-        parameters, table, model = scene.parameters, scene.constants.table, scene.model
+    def run(self, number: int, asking_pass: Activations) -> Activations:
+        """Run one pass to its end; returns what it keeps."""
+        inputs, planned = self.inputs, self.plan.passes[number]
+        parameters, table, model = inputs.parameters, inputs.constants.table, inputs.model
         if planned.donor is not None:
-            members = scene.batch.tokens.shape[0]
-            donated = scene.constants.donors[planned.donor]
+            members = inputs.batch.tokens.shape[0]
+            donated = inputs.constants.donors[planned.donor]
             parameters = {name: x.expand(members, *x.shape[1:]) for name, x in donated.items()}
-            table = scene.constants.donor_tables[planned.donor]
+            table = inputs.constants.donor_tables[planned.donor]
             model = self.plan.donors[planned.donor].model
-        running = _Running(parameters, asking)
-        forward(parameters, table, scene.batch, model, self.tap(number, running))
-        return running.here
+        state = _PassState(parameters, asking_pass)
+        forward(parameters, table, inputs.batch, model, self.tap(number, state))
+        return state.this_pass
 
-    def tap(self, number: int, running: _Running) -> Tap:
+    def tap(self, number: int, state: _PassState) -> Tap:
         """The tap of one pass."""
         planned = self.plan.passes[number]
-        at_site: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-        for group in planned.together:
-            at_site[self.plan.interventions[group[0]].site].append(group)
+        groups_at: dict[str, list[tuple[PlannedIntervention, ...]]] = defaultdict(list)
+        for group in planned.groups:
+            groups_at[group[0].target].append(group)
 
-        def tap(name: str, activation: Tensor) -> Tensor:
-            for group in at_site.get(name, ()):
-                taken = [self.take(need, running) for need in self.plan.taken[group[0]]]
-                activation = self.apply(group, activation, taken)
-            if name in planned.keeps:
-                running.here[name] = activation
+        def tap(site: str, activation: Tensor) -> Tensor:
+            for group in groups_at.get(site, ()):
+                inputs = [self.find(address, state) for address in group[0].inputs]
+                activation = self.overwrite(group, activation, inputs)
+            if site in planned.keeps:
+                state.this_pass[site] = activation
             if self.seen is not None:
-                self.seen.setdefault(number, {})[name] = activation
+                self.seen.setdefault(number, {})[site] = activation
             return activation
 
         return tap
 
-    def take(self, need: Taken, running: _Running) -> Tensor:
-        """What one value of a pass needs."""
-        match need.kind:
+    def find(self, address: InputAddress, state: _PassState) -> Tensor:
+        """The tensor that one need of a value is."""
+        match address.kind:
             case "pass":
-                found = self.kept[need.index][need.name]
-            case "inner":
-                if need.index not in running.inner:
-                    running.inner[need.index] = self.run(need.index, running.here)
-                found = running.inner[need.index][need.name]
+                found = self.finished[address.index][address.name]
+            case "nested":
+                if address.index not in state.nested_passes:
+                    state.nested_passes[address.index] = self.run(address.index, asking_pass=state.this_pass)
+                found = state.nested_passes[address.index][address.name]
             case "this":
-                found = running.here[need.name]
+                found = state.this_pass[address.name]
             case "asking":
-                found = running.asking[need.name]
+                found = state.asking_pass[address.name]
             case "weight":
-                found = running.parameters[need.name]
+                found = state.parameters[address.name]
             case "supply":
-                found = self.scene.constants.supplied[need.index]
+                found = self.inputs.constants.supplied[address.index]
             case _:
-                found = self.scene.clock
-        return found.detach() if need.detach else found
+                found = self.inputs.clock
+        return found.detach() if address.detach else found
 
-    def apply(self, group: Sequence[int], x: Tensor, taken: Sequence[Tensor]) -> Tensor:
-        """Overwrite ``x`` as some interventions of one value say, and note which of them changed it."""
-        chosen = self.plan.interventions[group[0]].value(x, self.scene.batch, *taken)
-        always = self.plan.always[group[0]]
-        weight = sum((self._weight(index, x) for index in group[1:]), start=self._weight(group[0], x))
+    def overwrite(self, group: Sequence[PlannedIntervention], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """Overwrite ``x`` as the rows of one group say, all by one value, and note which of them changed it."""
+        chosen = group[0].intervention.value(x, self.inputs.batch, *inputs)
+        weight = sum((self._weight(row, x) for row in group[1:]), start=self._weight(group[0], x))
         if chosen.where is not None:
             weight = weight * chosen.where.to(weight.dtype)
-        whole = always and chosen.where is None and weight.numel() == 1
+        whole = group[0].always and chosen.where is None and weight.numel() == 1
         after = chosen.value.expand_as(x) if whole else overwrite(x, chosen.value, weight)
         if self.fired is not None:
-            self._note(group, after != x)
+            self._note(self.fired, group, after != x)
         return after
 
-    def _weight(self, index: int, x: Tensor) -> Tensor:
-        mask = self.scene.constants.masks[index]
-        return mask if self.plan.always[index] else self.scene.gates[index].view(-1, *[1] * (x.dim() - 1)) * mask
+    def _weight(self, row: PlannedIntervention, x: Tensor) -> Tensor:
+        """Strength of one row at every entry, broadcastable to ``x``."""
+        mask = self.inputs.constants.masks[row.gate]
+        return mask if row.always else self.inputs.gates[row.gate].view(-1, *[1] * (x.dim() - 1)) * mask
 
-    def _note(self, group: Sequence[int], different: Bool[Tensor, "M ..."]) -> None:
-        assert self.fired is not None
-        for index in group:
-            own = different if len(group) == 1 else different & (self.scene.constants.masks[index] > 0)
-            changed = own.flatten(1).any(1)
-            self.fired[index] = changed | self.fired[index] if index in self.fired else changed
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What the interventions of one step are told; tensors, so that no schedule changes the graph.
-
-    Args:
-        gates: strength of every intervention, then of every change of weights.
-        clock: seed of every member and the number of the step.
-        fired: steps so far in which each of them changed an activation, or a weight; counted up in place.
-        alive: members that still learn; one whose loss or gradient is no number stops before its weights are touched.
-        missed: updates that have passed by the entries of every parameter that is ever changed; counted up in place.
-    """
-
-    gates: Float[Tensor, "I M"]
-    clock: Int[Tensor, "M 2"]
-    fired: Int[Tensor, "I M"]
-    alive: Bool[Tensor, " M"]
-    missed: Mapping[str, Tensor] = field(default_factory=dict)
+    def _note(
+        self, fired: dict[int, Tensor], group: Sequence[PlannedIntervention], different: Bool[Tensor, "M ..."]
+    ) -> None:
+        for row in group:
+            selected = different if len(group) == 1 else different & (self.inputs.constants.masks[row.gate] > 0)
+            changed = selected.flatten(1).any(1)
+            fired[row.gate] = changed | fired[row.gate] if row.gate in fired else changed

@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.model.sites import SiteTable, build_sites
+from opsin.interventions.identity import DERIVED
+from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, position_table
 from opsin.records.folder import load_saved
+from opsin.records.schema import LAST_CHECKPOINT
 from opsin.task import Task
 
 EXPECTED = "a checkpoint (RUN/checkpoints/last.ckpt), a snapshot (RUN/snapshots/step_NNNNNNN.pt) or a run folder"
@@ -28,32 +30,22 @@ class Donor:
     """One trained model, constant for the run that it is given to.
 
     Args:
-        name: of the file it was read from, for people.
-        digest: of its weights; donors are compared and hashed by it.
-        model: its shape.
-        parameters: its weights, ``[1, ...]`` under the names of ``init_parameters``.
-        setting: that asked for it, for messages.
+        name: path of the file it was read from, for people.
+        digest: hash of the weights, by which donors are compared.
+        model: shape of the trained transformer.
+        parameters: weights ``[1, ...]`` under the names of ``init_parameters``.
+        setting: name of the setting that asked for the donor, for messages.
     """
 
-    name: str = field(compare=False, repr=False)
+    name: str = field(compare=False, repr=False, metadata=DERIVED)
     digest: str
     model: Transformer
-    parameters: Mapping[str, Tensor] = field(compare=False, repr=False)
-    setting: str = field(default="donor", compare=False, repr=False)
+    parameters: Mapping[str, Tensor] = field(compare=False, repr=False, metadata=DERIVED)
+    setting: str = field(default="donor", compare=False, repr=False, metadata=DERIVED)
 
     def sites(self, positions: int) -> SiteTable:
         """Its activations on sequences of this length."""
-        neurons, additive = self.model.neurons, self.model.positions != "rope"
-        return build_sites(
-            layers=self.model.layers,
-            positions=positions,
-            width=self.model.width,
-            heads=self.model.heads,
-            neurons=neurons,
-            outputs=self.parameters["unembed.W_U"].shape[-1],
-            additive=additive,
-            norm=self.model.norm,
-        )
+        return self.model.sites_of(positions, outputs=self.parameters["unembed.W_U"].shape[-1])
 
     def table(self, positions: int) -> Float[Tensor, "2 L half"]:
         """Its position table, in the precision of its weights."""
@@ -67,17 +59,17 @@ class Donor:
         """
         features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
         tokens, outputs = self.parameters["embed.W_E"].shape[1], self.parameters["unembed.W_U"].shape[-1]
-        theirs = {"features": features, "tokens": tokens, "outputs": outputs}
-        ours = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
-        if theirs != ours:
-            expected = f"a model of this task: {_listed(ours)}"
-            raise ConfigError(self.setting, f"{self.name} with {_listed(theirs)}", expected)
+        found = {"features": features, "tokens": tokens, "outputs": outputs}
+        needed = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
+        if found != needed:
+            expected = f"a model of this task: {_sizes_in_words(needed)}"
+            raise ConfigError(self.setting, f"{self.name} with {_sizes_in_words(found)}", expected)
         if self.model.positions == "learned" and self.model.max_positions < task.layout.positions:
             expected = f"at least the task's {task.layout.positions}"
             raise ConfigError(self.setting, f"{self.name} with {self.model.max_positions} learned positions", expected)
 
 
-def _listed(sizes: Mapping[str, int | None]) -> str:
+def _sizes_in_words(sizes: Mapping[str, int | None]) -> str:
     return ", ".join(f"{'no' if size is None else size} {name}" for name, size in sizes.items())
 
 
@@ -86,8 +78,8 @@ class Start:
     """Weights that a member starts from.
 
     Args:
-        path: of a run folder, a checkpoint or a snapshot.
-        place: which member of it, the only one where it has one.
+        path: where a run folder, a checkpoint or a snapshot lies.
+        place: number of the member in that file; 0 where it holds a single one.
     """
 
     path: str
@@ -107,13 +99,15 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     """One member of a run, from its checkpoint, one of its snapshots, or its folder (then the last checkpoint).
 
     Args:
-        writer: whose settings ``donor`` and ``member`` name it, for messages.
+        writer: callback whose settings ``donor`` and ``member`` are meant, for messages.
+        path: where a run folder, a checkpoint or a snapshot lies.
+        member: number of the member in that file, from 0.
 
     Raises:
         ConfigError: no such file, none that a run has written, or no such member in it.
     """
     path = Path(path)
-    saved = _read(f"{writer}.donor", path / "checkpoints" / "last.ckpt" if path.is_dir() else path)
+    saved = _read_saved(f"{writer}.donor", path / LAST_CHECKPOINT if path.is_dir() else path)
     if "parameters" in saved:
         shape, parameters = saved["transformer"], saved["parameters"]
     else:
@@ -122,11 +116,11 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     count = next(iter(parameters.values())).shape[0]
     if not 0 <= member < count:
         raise ConfigError(f"{writer}.member", member, f"a member from 0 to {count - 1} of {path}")
-    own = {name: x[member : member + 1].clone() for name, x in parameters.items()}
-    return donor_from(str(path), Transformer(**shape), own, f"{writer}.donor")
+    weights = {name: x[member : member + 1].clone() for name, x in parameters.items()}
+    return donor_from(str(path), Transformer(**shape), weights, f"{writer}.donor")
 
 
-def _read(field_name: str, path: Path) -> dict[str, Any]:
+def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
     saved = load_saved(path)
     if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
         raise ConfigError(field_name, str(path), EXPECTED)

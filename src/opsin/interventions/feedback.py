@@ -31,8 +31,8 @@ class Reading:
     """What a feedback made of the history at one step, for each member.
 
     Args:
-        strength: in [0, 1].
-        value: of the record that it follows from; NaN before the first record.
+        strength: strength of the intervention, in [0, 1].
+        value: number in the record that it follows from; NaN before the first record.
         measured_at: steps finished when that was measured; NaN before the first record.
         beaten: with head ``strongest``: whether another head was stronger.
     """
@@ -42,9 +42,14 @@ class Reading:
     measured_at: Float[np.ndarray, " M"]
     beaten: Bool[np.ndarray, " M"]
 
-    def tells(self, metric: str, member: int) -> str:
-        """The reading of one member, for people."""
-        strength, value, at = (each[member] for each in (self.strength, self.value, self.measured_at))
+    def describe(self, metric: str, member: int) -> str:
+        """The reading of one member, for people.
+
+        Args:
+            metric: name of the metric that is read.
+            member: number of the member in the run.
+        """
+        strength, value, at = (values[member] for values in (self.strength, self.value, self.measured_at))
         was = "is not measured yet" if np.isnan(at) else f"was {value:.4g} after step {at:,.0f}"
         beaten = ", less than another head's" if self.beaten[member] else ""
         return f"strength {strength:.3g} from now on, as {metric} {was}{beaten}"
@@ -93,8 +98,8 @@ class Feedback:
         if self.head is not None and self.head not in PER_HEAD and not HEAD.fullmatch(self.head):
             raise ConfigError(f"{name}.head", self.head, "'own', 'strongest' or a head as layer:head")
         if (self.above is None) == (self.below is None):
-            given = {"above": self.above, "below": self.below}
-            raise ConfigError(name, given, "above or below, and not both")
+            levels = {"above": self.above, "below": self.below}
+            raise ConfigError(name, levels, "above or below, and not both")
         if not math.isfinite(self.level):
             raise ConfigError(f"{name}.{self._side}", self.level, "a finite number")
         if self.mode not in get_args(Mode):
@@ -112,7 +117,7 @@ class Feedback:
             raise ConfigError(name, self.full, f"a finite number {side} than {self._side} = {self.level:g}")
 
     @property
-    def _asked(self) -> str | None:
+    def _head_as_written(self) -> str | None:
         """Head as the user wrote it."""
         return self.head
 
@@ -133,7 +138,7 @@ class Feedback:
         """Refuse what the run does not measure.
 
         Args:
-            writer: for messages.
+            writer: name of the callback, for messages.
             recorded: metrics of the run, and the shape of one member's values.
 
         Raises:
@@ -144,7 +149,7 @@ class Feedback:
             raise ConfigError(f"{name}.metric", self.metric, f"what this run records: {', '.join(recorded)}")
         shape = recorded[self.metric]
         if not shape and self.head is not None:
-            raise ConfigError(f"{name}.head", self._asked, f"null: {self.metric} has one value per member")
+            raise ConfigError(f"{name}.head", self._head_as_written, f"null: {self.metric} has one value per member")
         if not shape:
             return
         expected = f"layer:head with layer 0 to {shape[0] - 1} and head 0 to {shape[1] - 1}, own or strongest"
@@ -160,30 +165,30 @@ class Feedback:
         series = history[self.metric] if self.metric in history else Series()
         begin, end = (bisect_right(series.steps, step) for step in (first, first + count - 1))
         strengths = np.tile(self._strength(series, begin - 1, members), (count, 1))
-        for place in range(begin, end):
-            strengths[series.steps[place] - first :] = self._strength(series, place, members)
+        for index in range(begin, end):
+            strengths[series.steps[index] - first :] = self._strength(series, index, members)
         return strengths
 
     def reading(self, step: int, members: int, history: History) -> Reading:
         """Strength at one step, and what it follows from."""
         series = history[self.metric] if self.metric in history else Series()
-        place = bisect_right(series.steps, step) - 1
-        strength = self._strength(series, place, members)
-        if place < 0:
+        index = bisect_right(series.steps, step) - 1
+        strength = self._strength(series, index, members)
+        if index < 0:
             unknown = np.full(members, np.nan)
             return Reading(strength, unknown, unknown, np.zeros(members, dtype=bool))
-        values = series.values[place]
-        measured_at = np.full(members, float(series.steps[place]))
+        values = series.values[index]
+        measured_at = np.full(members, float(series.steps[index]))
         return Reading(strength, self._value(values), measured_at, ~self._chosen(values))
 
-    def _strength(self, series: Series, place: int, members: int) -> Float[np.ndarray, " M"]:
-        """Strength that follows from the record at ``place``; -1 stands before the first."""
-        if place < 0:
+    def _strength(self, series: Series, index: int, members: int) -> Float[np.ndarray, " M"]:
+        """Strength that follows from the record at ``index``; -1 stands before the first."""
+        if index < 0:
             return np.full(members, float(self.mode == "stop"))
         if self.mode in ("start", "stop"):
-            has_held = series.first(self.holds) <= series.steps[place]
+            has_held = series.first(self.holds) <= series.steps[index]
             return (has_held == (self.mode == "start")).astype(float)
-        values = series.values[place]
+        values = series.values[index]
         if self.mode == "while":
             return self.holds(values).astype(float)
         assert self.full is not None
@@ -241,7 +246,7 @@ class HeadFeedback(Feedback):
         return strongest == self.rivals.index(str(self.head))
 
     @property
-    def _asked(self) -> str:
+    def _head_as_written(self) -> str:
         return "strongest" if self.rivals else "own"
 
     @property
@@ -268,7 +273,7 @@ def by_head(items: Sequence[T], layer_of: Callable[[T], int | None]) -> list[T]:
     rivals: dict[Feedback, set[str]] = defaultdict(set)
     for item, heads in chosen:
         rivals[item.schedule.feedback].update(heads)
-    return [each for item, heads in chosen for each in (_follow(item, heads, rivals) if heads else [item])]
+    return [part for item, heads in chosen for part in (_follow(item, heads, rivals) if heads else [item])]
 
 
 def _chosen_heads(item: Any, layer: int | None) -> dict[str, int]:
@@ -286,12 +291,12 @@ def _follow(item: Any, heads: Mapping[str, int], rivals: Mapping[Feedback, set[s
     """One item for each head, each with a feedback of its own."""
     feedback = item.schedule.feedback
     shared = {field.name: getattr(feedback, field.name) for field in fields(feedback)}
-    others = tuple(sorted(rivals[feedback], key=_pair)) if feedback.head == "strongest" else ()
+    competing = tuple(sorted(rivals[feedback], key=_pair)) if feedback.head == "strongest" else ()
     return [
         replace(
             item,
             selection=replace(item.selection, heads=(head,)),
-            schedule=replace(item.schedule, feedback=HeadFeedback(**shared | {"head": name}, rivals=others)),
+            schedule=replace(item.schedule, feedback=HeadFeedback(**shared | {"head": name}, rivals=competing)),
         )
         for name, head in heads.items()
     ]

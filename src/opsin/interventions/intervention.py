@@ -1,8 +1,8 @@
-"""What is overwritten, by what, and where a value comes from: the nouns of a plan.
+"""One intervention: which site, which entries, by what value, when; and where a value comes from.
 
 A value may be taken from another forward pass of the same batch, which has interventions of its own and
 may run a donor's weights. Equal passes are one pass: they are compared by what they are, not by who asked
-for them.
+for them. Next to read: ``plan.py``, which puts the interventions of a run in order.
 
 Legend: M members, B batch, L positions, N neurons, H heads.
 """
@@ -16,6 +16,7 @@ from enum import Enum
 from torch import Tensor
 
 from opsin.interventions.donors import Donor
+from opsin.interventions.identity import identity
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.task import Batch
@@ -23,14 +24,28 @@ from opsin.task import Batch
 
 @dataclass(frozen=True)
 class Overwrite:
-    """A value and, where it does not apply everywhere, the entries it applies to (broadcast to the site)."""
+    """What a value makes of one activation.
+
+    Args:
+        value: what the activation is overwritten by, broadcastable to the site.
+        where: entries that it applies to, a bool tensor broadcastable to the site; everywhere when None.
+    """
 
     value: Tensor
     where: Tensor | None = None
 
 
 class Value(ABC):
-    """What an activation is overwritten by. Values are small frozen dataclasses, so that plans can be hashed."""
+    """What an activation is overwritten by: a small frozen dataclass, a pure function of the activation and its needs.
+
+    A subclass states its identity: every field counts, but for those with ``metadata=DERIVED``. A class that has been
+    renamed since its name was first written to a checkpoint keeps that name as ``identity_name``.
+    """
+
+    @property
+    def identity(self) -> str:
+        """Equal for values that do the same, and different for values that do not."""
+        return identity(self)
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -48,8 +63,8 @@ class Value(ABC):
         return "flows" if any(source.trains for source in self.sources) else "stops"
 
     @abstractmethod
-    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
-        """The value for activation ``x`` of this batch; ``taken`` are its needs, in order."""
+    def __call__(self, x: Tensor, batch: Batch, *inputs: Tensor) -> Overwrite:
+        """The value for activation ``x`` of this batch; ``inputs`` are its needs, in order."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,11 @@ class Intervention:
     """One overwriting: where, what, by which value, when.
 
     Args:
-        writer: the callback that asks for it, for messages.
-        site: name of the site.
-        selection: which entries of it.
-        value: what they are overwritten by.
-        schedule: how strongly at which step.
+        writer: name of the callback that asks for it, for messages.
+        site: name of the activation that is overwritten.
+        selection: which entries of the site are overwritten.
+        value: what these entries are overwritten by.
+        schedule: how strongly it acts at which step.
         order: rank among interventions that touch the same entries; the later wins.
     """
 
@@ -78,8 +93,8 @@ class Pass:
     """Another forward pass of the same batch.
 
     Args:
-        interventions: of this pass alone.
-        donor: whose weights it runs; by default those that are trained.
+        interventions: what is overwritten in this pass alone.
+        donor: the model whose weights it runs; by default the one that is trained.
     """
 
     interventions: tuple[Intervention, ...] = ()
@@ -87,24 +102,29 @@ class Pass:
 
     @property
     def asks(self) -> bool:
-        """Whether it uses activations of the pass that takes a value from it, and so runs inside that one."""
-        return any(source.of is Relative.ASKING for item in self.interventions for source in item.value.sources)
+        """Whether it uses activations of the pass that takes a value from it, and so runs nested inside that one."""
+        return any(source.of is Relative.ASKING_PASS for item in self.interventions for source in item.value.sources)
 
     @property
     def trains(self) -> bool:
         """Whether gradient that enters it can reach a trained weight."""
-        taken = [source for item in self.interventions for source in item.value.sources]
-        return self.donor is None or any(source.trains for source in taken if source.of is not Relative.THIS)
+        sources = [source for item in self.interventions for source in item.value.sources]
+        return self.donor is None or any(source.trains for source in sources if source.of is not Relative.SAME_PASS)
 
 
 class Relative(Enum):
     """A pass named by where it is mentioned."""
 
-    THIS = "this pass"
+    SAME_PASS = "this pass"
     """The one in which the value is used; its site must come earlier in it."""
 
-    ASKING = "the asking pass"
+    ASKING_PASS = "the asking pass"
     """The one that takes a value from the pass in which this is mentioned."""
+
+    @property
+    def identity_name(self) -> str:
+        """The name that checkpoints know it by."""
+        return "THIS" if self is Relative.SAME_PASS else "ASKING"
 
 
 @dataclass(frozen=True)
@@ -112,8 +132,8 @@ class Source:
     """An activation as it goes on in some pass.
 
     Args:
-        site: its name.
-        of: the pass; by default one without any intervention.
+        site: name of the activation in that pass.
+        of: the pass it is taken from; by default one without any intervention.
         detach: whether gradient stops at it; by default it flows into the other pass.
     """
 
@@ -132,8 +152,8 @@ class Weight:
     """A parameter ``[M, ...]`` of the model that the pass runs.
 
     Args:
-        name: as ``init_parameters`` names it.
-        detach: whether gradient stops at it.
+        name: parameter as ``init_parameters`` names it.
+        detach: whether gradient stops at the parameter.
     """
 
     name: str

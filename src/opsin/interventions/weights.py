@@ -1,9 +1,8 @@
 """Weights that stand still or start anew while the others learn: which, how and when.
 
-A change names weights as TransformerLens does (``blocks.0.attn.W_Q``); here they are slices of the model's own
-parameters. Changes come after the interventions in a plan: their gates, masks and counts are the rows that follow
-theirs. What ``Changing`` does is traced into the compiled step, so what is fixed before training is Python and what
-may change is a tensor.
+A change names weights as TransformerLens does (``blocks.0.attn.W_Q``); they are slices of the model's own
+parameters. Changes come after the interventions in a plan. What they do to a step is in
+``opsin.training.weight_updates``.
 
 Legend: M members, D width, H heads, E head width, N neurons.
 """
@@ -26,8 +25,6 @@ from opsin.interventions.feedback import by_head
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.model.sites import Site
-from opsin.model.transformer import Transformer, init_parameters
-from opsin.task import Task
 
 QKV = ("W_Q", "W_K", "W_V")
 
@@ -42,15 +39,19 @@ class Fresh:
     """The weight is set to a draw of the initialiser, its running moments to zero, wherever the strength is above 0.
 
     Args:
-        seed: of the draw, in every member, or one per member; None for each member's own, which rewinds it.
+        seed: seed of the draw for all members, or one per member; None for each member's own, which rewinds it.
     """
 
     seed: int | tuple[int, ...] | None = None
 
-    def seeds(self, own: Sequence[int]) -> list[int]:
-        """Seeds of the draw, one per member or a single one for all; ``own`` are those of the run."""
+    def seeds(self, run: Sequence[int]) -> list[int]:
+        """Seeds of the draw, one per member or a single one for all.
+
+        Args:
+            run: seeds of the run, one per member.
+        """
         if self.seed is None:
-            return list(own)
+            return list(run)
         return [self.seed] if isinstance(self.seed, int) else list(self.seed)
 
 
@@ -59,12 +60,12 @@ class WeightChange:
     """One change of weights: where, how, when.
 
     Args:
-        writer: the callback that asks for it, for messages.
-        weight: its name in the ``WeightTable``.
-        parameter: the one that it is, or is columns of.
-        selection: which heads, neurons and members of it.
-        kind: what becomes of it.
-        schedule: how strongly at which step.
+        writer: name of the callback that asks for it, for messages.
+        weight: name of the weight in the ``WeightTable``.
+        parameter: name of the parameter that the weight is, or is columns of.
+        selection: which heads, neurons and members of the weight.
+        kind: what becomes of the selected entries.
+        schedule: how strongly it acts at which step.
         order: rank among draws that set the same entries; the later wins.
     """
 
@@ -77,7 +78,11 @@ class WeightChange:
     order: int | None = None
 
     def describe(self, name: str) -> dict[str, str]:
-        """Its row of what ``opsin sites`` prints, under the name of its writer."""
+        """Its line of what ``opsin sites`` prints.
+
+        Args:
+            name: name of its writer, numbered where the run has several of its kind.
+        """
         return {
             "pass": "weights",
             "writer": name,
@@ -103,10 +108,10 @@ class NamedWeight:
     """A parameter, or the columns of one that have a name of their own.
 
     Args:
-        parameter: as ``init_parameters`` names it.
-        entries: its axes and their lengths; heads stand as two axes, H and E, that are one in the parameter.
-        before: columns of the parameter that precede it.
-        after: columns that follow it.
+        parameter: name of the parameter, as ``init_parameters`` has it.
+        entries: axes of the weight and their lengths; H and E, two axes, are one in the parameter.
+        before: number of columns of the parameter that precede the weight.
+        after: number of columns of the parameter that follow the weight.
     """
 
     parameter: str
@@ -154,8 +159,8 @@ class WeightTable:
         """
         if name in self.weights:
             return [name]
-        inside = [each for each, named in self.weights.items() if each == named.parameter]
-        if found := [each for each in inside if each.startswith(f"{name}.")]:
+        whole = [known for known, named in self.weights.items() if known == named.parameter]
+        if found := [known for known in whole if known.startswith(f"{name}.")]:
             return found
         near = difflib.get_close_matches(name, self.weights, n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -166,8 +171,8 @@ def weight_table(parameters: Mapping[str, Tensor], heads: int) -> WeightTable:
     """The weights of a model.
 
     Args:
-        parameters: as ``init_parameters`` names them.
-        heads: of a block.
+        parameters: tensors ``[M, ...]`` under the names of ``init_parameters``.
+        heads: H, number of heads of a block.
     """
     found: dict[str, NamedWeight] = {}
     for name, tensor in parameters.items():
@@ -177,40 +182,55 @@ def weight_table(parameters: Mapping[str, Tensor], heads: int) -> WeightTable:
         found[name] = NamedWeight(name, Site(name, axes, sizes, "a weight"))
         if end == "W_QKV":
             width = shape[0]
-            for place, part in enumerate(QKV):
-                each = name.removesuffix(end) + part
-                entries = Site(each, "MDHE", {"H": heads, "E": width // heads}, "a weight")
-                found[each] = NamedWeight(name, entries, place * width, (2 - place) * width)
+            for index, part in enumerate(QKV):
+                third = name.removesuffix(end) + part
+                entries = Site(third, "MDHE", {"H": heads, "E": width // heads}, "a weight")
+                found[third] = NamedWeight(name, entries, index * width, (2 - index) * width)
     return WeightTable(found)
 
 
-def plan_changes(
-    writers: Iterable[WeightWriter], weights: WeightTable, members: int
-) -> list[tuple[WeightChange, str, Tensor]]:
+@dataclass(frozen=True)
+class NumberedChange:
+    """A change of weights that has been checked.
+
+    Args:
+        change: which weights are changed, how, when.
+        name: name of its writer, numbered where there are several of its kind.
+        mask: 1 at selected entries and 0 elsewhere, broadcastable to the parameter.
+    """
+
+    change: WeightChange
+    name: str
+    mask: Float[Tensor, "..."]
+
+
+def order_changes(writers: Iterable[WeightWriter], weights: WeightTable, members: int) -> list[NumberedChange]:
     """Collect, check and order what all writers want changed: draws in order of application, then what is frozen.
 
-    Returns:
-        Each change with the name of its writer, numbered where there are several of its kind, and its mask.
+    Args:
+        writers: callbacks, in the order in which the recipe names them.
+        weights: parameters of the model that is trained.
+        members: M, models of the run.
 
     Raises:
         ConfigError: an unknown weight or selection, or two draws that set the same entries without an order.
     """
     found: list[tuple[WeightChange, int]] = []
-    seen: Counter[str] = Counter()
+    writers_seen: Counter[str] = Counter()
     for writer in writers:
         changes = by_head(writer.weight_changes(weights), lambda change: weights[change.weight].entries.layer)
-        seen.update({change.writer for change in changes})
-        found += [(change, seen[change.writer]) for change in changes]
+        writers_seen.update({change.writer for change in changes})
+        found += [(change, writers_seen[change.writer]) for change in changes]
     found.sort(key=lambda item: (item[0].kind == Frozen(), item[0].order or 0))
-    planned = []
+    ordered = []
     for change, number in found:
         _check_seeds(change, members)
         mask = weights[change.weight].mask(change.selection, members, change.writer)
-        planned.append((change, change.writer if seen[change.writer] == 1 else f"{change.writer} {number}", mask))
-    for (a, _, mask_a), (b, _, mask_b) in combinations(planned, 2):
-        if a.parameter == b.parameter and Frozen() not in (a.kind, b.kind) and (mask_a * mask_b).any():
-            _refuse_contest(a, b)
-    return planned
+        name = change.writer if writers_seen[change.writer] == 1 else f"{change.writer} {number}"
+        ordered.append(NumberedChange(change, name, mask))
+    for a, b in combinations(ordered, 2):
+        _refuse_contested_weights(a, b)
+    return ordered
 
 
 def _check_seeds(change: WeightChange, members: int) -> None:
@@ -219,37 +239,11 @@ def _check_seeds(change: WeightChange, members: int) -> None:
         raise ConfigError(f"{change.writer}.seed", list(seed), f"one seed, or one for each of {members} members")
 
 
-def _refuse_contest(a: WeightChange, b: WeightChange) -> None:
+def _refuse_contested_weights(first: NumberedChange, second: NumberedChange) -> None:
+    """Refuse two draws of the same entries, neither of which is the later."""
+    a, b = first.change, second.change
+    if a.parameter != b.parameter or Frozen() in (a.kind, b.kind) or not (first.mask * second.mask).any():
+        return
     if a.order is None or b.order is None or a.order == b.order:
         expected = f"two different orders, since {a.writer} and {b.writer} both set {b.weight}"
         raise ConfigError(f"{b.writer}.order", [a.order, b.order], expected)
-
-
-def fresh_values(
-    changes: Sequence[WeightChange], model: Transformer, task: Task, seeds: Sequence[int]
-) -> list[Float[Tensor, "..."]]:
-    """What each draw sets its parameter to, ``[M, ...]`` or ``[1, ...]``: a pure function of the configuration.
-
-    Args:
-        changes: the plan's; those that freeze have no such value.
-        seeds: of the run, one per member.
-    """
-    draws = [(change.kind, change.parameter) for change in changes if isinstance(change.kind, Fresh)]
-    drawn = {kind: init_parameters(model, task, kind.seeds(seeds)) for kind in {kind: None for kind, _ in draws}}
-    return [drawn[kind][parameter] for kind, parameter in draws]
-
-
-def missed_updates(
-    changes: Sequence[WeightChange], masks: Sequence[Tensor], members: int
-) -> dict[str, Float[Tensor, "M ..."]]:
-    """Zeros: how many updates have passed by the entries of every parameter that is ever changed.
-
-    Args:
-        changes: the plan's.
-        masks: theirs; the result has no more axes longer than 1 than they have.
-    """
-    shapes: dict[str, torch.Size] = {}
-    for change, mask in zip(changes, masks, strict=True):
-        alone = (members, *[1] * (mask.dim() - 1))
-        shapes[change.parameter] = torch.broadcast_shapes(mask.shape, shapes.get(change.parameter, alone))
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -10,9 +10,8 @@ Legend: M members, I interventions.
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,16 +22,16 @@ import torch
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions.plan import Plan
-from opsin.interventions.schedules import Schedule
-from opsin.interventions.weights import missed_updates
-from opsin.launch.recipe import Built
+from opsin.interventions.identity import identity
+from opsin.interventions.plan import Plan, PlannedRow
+from opsin.launch.recipe import BuiltRun
 from opsin.population.chunks import PER_MEMBER, listed, merged
 from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
+from opsin.training.weight_updates import no_skipped_updates
 
-SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
-"""What a branch may have that the run it branches from has not."""
+BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
+"""Settings that a branch may change, or add to those of the run that it branches from."""
 
 
 @runtime_checkable
@@ -50,71 +49,71 @@ def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, A
     """The resolved recipe of a branch: an ordinary run that starts from a checkpoint.
 
     Args:
-        recipe: resolved, of the run that it branches from, a single member.
-        name: of the branch.
-        settings: what it has beside those of the run: ``SETTINGS``.
-        start: its first checkpoint.
+        recipe: resolved recipe of the run that it branches from, which has a single member.
+        name: name of the branch, for messages.
+        settings: what the branch changes or adds, some of ``BRANCH_SETTINGS``.
+        start: path of the checkpoint that the branch starts from.
 
     Raises:
         ConfigError: an unknown setting.
     """
     for setting, value in settings.items():
-        if setting not in SETTINGS:
-            raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(SETTINGS)}")
+        if setting not in BRANCH_SETTINGS:
+            raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(BRANCH_SETTINGS)}")
     if not isinstance(settings.get("task") or {}, Mapping):
         raise ConfigError(f"conditions.{name}.task", settings["task"], "settings of the task, by name")
     found = copy.deepcopy(dict(recipe)) | {"ckpt_path": str(start)}
     found["model"] |= {key: settings[key] for key in PER_MEMBER if settings.get(key) is not None}
     found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
     trainer = found["trainer"]
-    own = copy.deepcopy(listed(settings.get("callbacks")))
-    trainer["callbacks"] = [*listed(trainer.get("callbacks")), *own]
+    added = copy.deepcopy(listed(settings.get("callbacks")))
+    trainer["callbacks"] = [*listed(trainer.get("callbacks")), *added]
     trainer["enable_progress_bar"] = False
     if settings.get("max_steps") is not None:
         trainer["max_steps"] = settings["max_steps"]
     return found
 
 
-def check_branch(branch: Built, trunk: Built, at: int, steps: int) -> None:
+def check_branch(branch: BuiltRun, trunk: BuiltRun, at: int, steps: int) -> None:
     """Refuse a branch that cannot go on from its run, and one with an intervention that could no longer act.
 
     Args:
-        branch: the branch.
-        trunk: the run that it branches from, a single member.
-        at: the step of the fork.
-        steps: of the branch.
+        branch: the branch as a built run.
+        trunk: the built run that it branches from, which has a single member.
+        at: number of optimizer steps after which the run is forked.
+        steps: number of optimizer steps at which the branch ends.
 
     Raises:
         ConfigError: names the setting.
     """
     if steps <= at:
         raise ConfigError("max_steps", steps, f"more than the fork's step {at}")
-    size, own = trunk.module.task.batch_size, branch.module.task.batch_size
-    if own != size:
-        raise ConfigError("task.batch_size", own, f"{size}, as the run has it, whose records count sequences")
-    was = {name: tuple(tensor.shape) for name, tensor in trunk.module.state_dict().items()}
+    size, batch = trunk.module.task.batch_size, branch.module.task.batch_size
+    if batch != size:
+        raise ConfigError("task.batch_size", batch, f"{size}, as the run has it, whose records count sequences")
+    shapes = {name: tuple(tensor.shape) for name, tensor in trunk.module.state_dict().items()}
     for name, tensor in branch.module.state_dict().items():
-        if was[name] != tuple(tensor.shape):
-            raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {was[name]}, as the run has it")
-    plan, batch = branch.plan, branch.module.task.batch_size
-    for row, before in enumerate(_Carried(trunk.plan, plan).rows):
-        schedule: Schedule = plan.schedules[row]
+        if shapes[name] != tuple(tensor.shape):
+            raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {shapes[name]}, as the run has it")
+    plan = branch.plan
+    for row, before in enumerate(StateTransfer(trunk.plan, plan).rows):
+        schedule = plan.rows[row].schedule
         if before is None and not schedule.strength(np.arange(at, steps), batch).any():
             expected = f"to act in the branch, which has the steps {at} to {steps}"
-            raise ConfigError(f"{plan.names[row]}.schedule", str(schedule), expected)
+            raise ConfigError(f"{plan.rows[row].name}.schedule", str(schedule), expected)
 
 
 # ---- the state --------------------------------------------------------------------------------------
 
 
-def state_of_member(saved: Mapping[str, Any], trunk: Built, alone: Built, member: int) -> dict[str, Any]:
+def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, member: int) -> dict[str, Any]:
     """The checkpoint of one member of a run, as of a run of its own.
 
     Args:
-        saved: checkpoint of the run.
-        trunk: the run.
-        alone: the run of that member alone.
-        member: which.
+        saved: checkpoint of the run with all its members.
+        trunk: the built run with all its members.
+        alone: the built run of that member alone.
+        member: index of the member in the run.
     """
     opsin = saved["opsin"]
     history = {
@@ -122,14 +121,14 @@ def state_of_member(saved: Mapping[str, Any], trunk: Built, alone: Built, member
     }
     events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
     control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
-    own = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
+    records = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
     part = {
         **saved,
         "state_dict": _member(saved["state_dict"], member),
         "optimizer_states": [_optimizer_of_member(state, member, group) for state in saved["optimizer_states"]],
         "lr_schedulers": [_scheduler_of_group(state, group) for state in saved["lr_schedulers"]],
         "callbacks": _callbacks_of_member(saved["callbacks"], trunk.callbacks, member),
-        "opsin": {**opsin, **own},
+        "opsin": {**opsin, **records},
     }
     return branch_state(part, trunk, alone, member)
 
@@ -143,10 +142,10 @@ def _groups(module: OpsinModule) -> tuple[list[tuple[float, float]], list[int]]:
 
 
 def _optimizer_of_member(state: Mapping[str, Any], member: int, group: int) -> dict[str, Any]:
-    first, own = state["param_groups"][0], state["param_groups"][group]
-    # what schedulers change is the group's own; the parameters and the count of steps are the first's
-    alone = {**first, **{name: own[name] for name in own if name not in ("params", "steps")}}
-    moments = {index: _member(each, member) for index, each in state["state"].items()}
+    groups = state["param_groups"]
+    # what schedulers change is in the member's group; the parameters and the count of steps are in the first
+    alone = {**groups[0], **{name: value for name, value in groups[group].items() if name not in ("params", "steps")}}
+    moments = {index: _member(tensors, member) for index, tensors in state["state"].items()}
     return {**state, "state": moments, "param_groups": [alone]}
 
 
@@ -170,29 +169,29 @@ def _control_of_member(control: Mapping[str, Any], member: int) -> dict[str, Any
 
 def _callbacks_of_member(states: Mapping[str, Any], callbacks: Mapping[str, Any], member: int) -> dict[str, Any]:
     return {
-        key: of.member_state(state, member) if isinstance(of := callbacks.get(key), Divisible) else state
+        key: callback.member_state(state, member) if isinstance(callback := callbacks.get(key), Divisible) else state
         for key, state in states.items()
     }
 
 
-def branch_state(saved: Mapping[str, Any], trunk: Built, branch: Built, member: int = 0) -> dict[str, Any]:
+def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, member: int = 0) -> dict[str, Any]:
     """The first checkpoint of a branch.
 
     Args:
-        saved: checkpoint of the run that it branches from, of a single member.
-        trunk: that run.
-        branch: the branch.
-        member: which of the run's members was saved.
+        saved: checkpoint of the run that it branches from, with a single member.
+        trunk: the built run that it branches from.
+        branch: the built branch, or the built run of one member alone.
+        member: index of the saved member in the run that it branches from.
     """
     kinds, group_of = _groups(trunk.module)
     rates = (kinds[group_of[member]][0], _first(branch.module.learning_rate))
     decay = _first(branch.module.weight_decay)
-    carried = _Carried(trunk.plan, branch.plan, member)
+    transfer = StateTransfer(trunk.plan, branch.plan, member)
     opsin = {
         **saved["opsin"],
         "plan": branch.plan.digest(),
-        "control": carried.control(saved["opsin"]["control"]),
-        "history": carried.history(saved["opsin"]["history"]),
+        "control": transfer.control(saved["opsin"]["control"]),
+        "history": transfer.history(saved["opsin"]["history"]),
     }
     optimizers = [_with_rates(state, *rates, decay) for state in saved["optimizer_states"]]
     schedulers = [_scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
@@ -216,7 +215,7 @@ def _scheduler_with_rates(state: Mapping[str, Any], old: float, new: float) -> d
     for name in ("base_lrs", "_last_lr"):
         if name in found:
             found[name] = [_moved(rate, old, new) for rate in found[name]]
-    # of schedulers made from schedulers
+    # a scheduler may be made from schedulers
     if "_schedulers" in found:
         found["_schedulers"] = [_scheduler_with_rates(inner, old, new) for inner in found["_schedulers"]]
     return found
@@ -229,13 +228,13 @@ def _moved(rate: float, old: float, new: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Carried:
-    """What one plan has counted and recorded, for another plan that has some of its interventions.
+class StateTransfer:
+    """Hands what one plan has counted and recorded to another plan that has some of its interventions.
 
     Args:
-        old: the plan of the run that is forked.
-        new: the plan of a run of one of its members.
-        member: which one.
+        old: plan of the run that is forked.
+        new: plan of a branch, or of a run of one member alone.
+        member: index of that member in the run that is forked.
     """
 
     old: Plan
@@ -244,66 +243,62 @@ class _Carried:
 
     @cached_property
     def rows(self) -> list[int | None]:
-        """For every row of the new plan that of the old one: the same intervention, or change of weights."""
+        """For every row of the new plan the row of the old one with the same intervention or change; None without."""
         known: dict[str, list[int]] = defaultdict(list)
-        for row, key in enumerate(_keys(self.old)):
+        # a branch has one member alone, whatever its number was
+        for row, text in zip(self.old.rows, self.old.row_identities(members=False), strict=True):
             if self._acts(row):
-                known[key].append(row)
-        return [known[key].pop(0) if known[key] else None for key in _keys(self.new)]
+                known[text].append(row.gate)
+        return [known[text].pop(0) if known[text] else None for text in self.new.row_identities(members=False)]
 
-    def _acts(self, row: int) -> bool:
+    def _acts(self, row: PlannedRow) -> bool:
         """Whether a row of the old plan selects anything of the member."""
-        mask = self.old.masks[row]
-        return bool(mask[self.member if len(mask) > 1 else 0].any())
+        return bool(row.mask[self.member if len(row.mask) > 1 else 0].any())
 
     def control(self, control: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a ``Control``; a supply that the old plan does not have is None."""
+        """The state of the new plan's ``GateController``; a supply that the old plan does not have is None.
+
+        Args:
+            control: state of the old plan's ``GateController``, as in a checkpoint.
+        """
         members = control["fired"].shape[1]
-        counts = {name: torch.zeros(len(self.new.masks), members, dtype=torch.int64) for name in ("fired", "active")}
+        counts = {name: torch.zeros(len(self.new.rows), members, dtype=torch.int64) for name in ("fired", "active")}
         for row, before in enumerate(self.rows):
             for name, count in counts.items():
                 if before is not None:
                     count[row] = control[name][before]
-        missed = missed_updates(self.new.changes, self.new.masks[len(self.new.interventions) :], members)
-        for name, tensor in missed.items():
+        skipped = no_skipped_updates(self.new.changes, members)
+        for name, tensor in skipped.items():
             if name in control["missed"]:
                 tensor.copy_(control["missed"][name])
-        return {**control, **counts, "missed": missed, "supplied": self._supplied(control["supplied"])}
+        return {**control, **counts, "missed": skipped, "supplied": self._supplied(control["supplied"])}
 
     def _supplied(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        acting = [item for row, item in enumerate(self.old.interventions) if self._acts(row)]
-        needed = {need for item in acting for need in item.value.needs}
-        known = {_key(each): tensor for each, tensor in zip(self.old.supplies, tensors, strict=True) if each in needed}
-        return [known.get(_key(each)) for each in self.new.supplies]
+        active = [row.intervention for row in self.old.interventions if self._acts(row)]
+        needed = {need for item in active for need in item.value.needs}
+        known = {
+            identity(supply, members=False): tensor
+            for supply, tensor in zip(self.old.supplies, tensors, strict=True)
+            if supply in needed
+        }
+        return [known.get(identity(supply, members=False)) for supply in self.new.supplies]
 
     def history(self, history: Mapping[str, Any]) -> dict[str, Any]:
         """Records of schedules with feedback under the names that their writers have in the new plan.
 
-        Those of other members' writers are left out: their numbers may have become those of this member's.
+        Records of other members' writers are left out: a writer of this member may have the same number now.
+
+        Args:
+            history: entries of the old plan's run, by name of the metric.
         """
-        labels = {row: label for label, row in self.new.loops.items()}
-        new_of = {before: labels.get(row) for row, before in enumerate(self.rows)}
-        own = {label: row for label, row in self.old.loops.items() if self._acts(row)}
-        others = tuple(f"feedback/{label}/" for label in self.old.loops if label not in own)
-        names = {f"feedback/{label}/": f"feedback/{new_of.get(row) or label}/" for label, row in own.items()}
-        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(others)}
+        labels = {row.gate: label for label, row in self.new.loops.items()}
+        new_label = {before: labels.get(gate) for gate, before in enumerate(self.rows)}
+        active = {label: row for label, row in self.old.loops.items() if self._acts(row)}
+        foreign = tuple(f"feedback/{label}/" for label in self.old.loops if label not in active)
+        names = {f"feedback/{label}/": f"feedback/{new_label.get(row.gate) or label}/" for label, row in active.items()}
+        return {_with_prefix(name, names): entry for name, entry in history.items() if not name.startswith(foreign)}
 
 
 def _with_prefix(name: str, names: Mapping[str, str]) -> str:
     found = next((prefix for prefix in names if name.startswith(prefix)), None)
     return name if found is None else names[found] + name.removeprefix(found)
-
-
-def _keys(plan: Plan) -> Iterable[str]:
-    own = len(plan.passes) - 1
-    for number, planned in enumerate(plan.passes):
-        items = [plan.interventions[index] for index in planned.items]
-        # an intervention of another pass is the same only in the same pass
-        within = "" if number == own else _key((None if planned.donor is None else plan.donors[planned.donor], items))
-        yield from (within + _key(item) for item in items)
-    yield from map(_key, plan.changes)
-
-
-def _key(item: object) -> str:
-    """What a plan's digest knows of it, apart from the members: a branch has one alone."""
-    return re.sub(r"members=(?:None|\([\d, ]*\))", "members", repr(item))

@@ -17,9 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, config_error_behind
 from opsin.interventions.plan import Plan
 from opsin.population.settings import Population
+from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
 
@@ -35,21 +36,28 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-LAST = Path("checkpoints") / "last.ckpt"
-"""In a run folder, what a resume continues from."""
+# ---- the recipe -------------------------------------------------------------------------------------
 
 
 class OneLineParser(LightningArgumentParser):
     """Says in one line what is wrong with a setting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = _config_error(ex)
+        """Print one line and end the process with code 2."""
+        found = config_error_behind(ex)
         print(f"opsin: {found or ' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 
 class OpsinCLI(LightningCLI):
-    """LightningCLI with the task and the seed at the top level of a recipe, and a run folder."""
+    """LightningCLI with the task and the seed at the top level of a recipe, and a run folder.
+
+    Args:
+        args: what follows ``opsin fit`` on the line, settings and files of settings.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+    """
 
     def __init__(self, args: Sequence[str]) -> None:
         try:
@@ -66,10 +74,11 @@ class OpsinCLI(LightningCLI):
                 run=False,
             )
         except ValueError as error:
-            # of the Trainer, or of a callback that is not ours
-            raise _config_error(error) or MisconfigurationException(str(error)) from error
+            # raised by the Trainer, or by a callback that is not Opsin's
+            raise config_error_behind(error) or MisconfigurationException(str(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings that a recipe has beside ``model`` and ``trainer``."""
         parser.add_subclass_arguments(Task, "task", help="what is learned", required=True)
         parser.link_arguments("task", "model.task", apply_on="instantiate")
         parser.add_argument("--population", type=Population | None, default=None)
@@ -83,15 +92,17 @@ class OpsinCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments, without a warning where the process has arguments of its own."""
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with a progress bar unless it is switched off, and with the keeper of the run folder."""
         settings = self.config_init.get("trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, Progress()]
-        self.keeper = KeepRun(self._folder(), self._resolved(), self.config_init.checkpoint_every)
+        self.keeper = KeepRun(self._folder(), self.resolved(), self.config_init.checkpoint_every)
         settings.callbacks = [*callbacks, self.keeper]
         if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
             settings.enable_checkpointing = False
@@ -104,42 +115,46 @@ class OpsinCLI(LightningCLI):
         folder = Path(self.config.run_folder or unnamed)
         if folder.exists() and not folder.is_dir():
             raise ConfigError("run_folder", str(folder), "a folder")
-        if (folder / "metrics.csv").exists() and self.config.ckpt_path is None:
+        if (folder / METRICS_FILE).exists() and self.config.ckpt_path is None:
             raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
         return folder
 
-    def _resolved(self) -> str:
+    def resolved(self) -> str:
+        """The recipe with every setting that it leaves open, as YAML: the ``config.yaml`` of the run."""
         config, folder, start = self.config, self.config.run_folder, self.config.ckpt_path
-        if folder and start and Path(start) == Path(folder) / LAST and (Path(folder) / "config.yaml").exists():
-            # of a resumed run it says what it began from, not where it was killed
-            config = config.clone()
-            config.ckpt_path = yaml.safe_load((Path(folder) / "config.yaml").read_text()).get("ckpt_path")
+        if folder and start and Path(start) == Path(folder) / LAST_CHECKPOINT:
+            saved = Path(folder) / CONFIG_FILE
+            if saved.exists():
+                # a resumed run says what it began from, not where it was killed
+                config = config.clone()
+                config.ckpt_path = yaml.safe_load(saved.read_text()).get("ckpt_path")
         return self.parser.dump(config)
 
 
-def _config_error(error: BaseException | None) -> ConfigError | None:
-    """The ConfigError behind an error, which the parser may have wrapped."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _built(cli: OpsinCLI) -> Built:
-    callbacks = callbacks_of(cli.trainer)
-    plan = cli.model.plan_for(callbacks, cli.trainer.max_steps)
-    return Built(cli.model, plan, {callback.state_key: callback for callback in callbacks})
+# ---- the run ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltRun:
     """A run that is built and not trained.
 
     Args:
-        module: of the run.
-        plan: of its writers.
-        callbacks: all of them, each with its key in a checkpoint.
+        module: the Lightning module of the run, which holds task and model.
+        plan: what the writers of the run do.
+        callbacks: all callbacks of the run, each under its key in a checkpoint.
     """
 
     module: OpsinModule
     plan: Plan
     callbacks: Mapping[str, Any]
+
+
+def build_run(cli: OpsinCLI) -> BuiltRun:
+    """The run of a recipe with the plan of its writers, which is checked on the way.
+
+    Raises:
+        ConfigError: a writer that cannot do what it should.
+    """
+    callbacks = callbacks_of(cli.trainer)
+    plan = cli.model.plan_for(callbacks, cli.trainer.max_steps)
+    return BuiltRun(cli.model, plan, {callback.state_key: callback for callback in callbacks})

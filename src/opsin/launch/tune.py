@@ -10,23 +10,29 @@ Legend: M members.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.errors import PopulationError, log
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
+from opsin.launch.recipe import OpsinCLI
+from opsin.launch.workers import end_with_parent, start_worker
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer
+from opsin.population.chunks import Chunking, UntrainedPopulation, chunk_recipe
+from opsin.records.folder import write_yaml
+from opsin.records.schema import RECIPE_FILE
 from opsin.task import Task
 from opsin.training.compiling import COMPILE_FROM_STEPS, has_compiler
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
@@ -45,25 +51,43 @@ COPIES = 6
 """How often a member's activations are counted: kept for the gradient, their gradients, and the compiler's buffers."""
 
 
+# ---- the rule -------------------------------------------------------------------------------------
+
+
+def default_chunking(settings: Mapping[str, Any], fit: int) -> Chunking:
+    """Processes and members of one: as the recipe says, or by a rule on the machine.
+
+    Args:
+        settings: section ``population`` of the recipe.
+        fit: number of members that fit into the memory of one process.
+    """
+    members = settings.get("members_per_process")
+    return Chunking(
+        processes=settings.get("processes") or cores(),
+        members_per_process=members or min(LARGEST_CHUNK, fit),
+        chosen_by="rule" if members is None else "recipe",
+    )
+
+
 def cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def member_bytes(model: Transformer, task: Task) -> int:
-    """Memory that one more member takes while a step runs, roughly: activations with gradients, weights, moments."""
+    """Memory in bytes that one more member takes while a step runs, roughly.
+
+    Counted are activations with their gradients, weights, and the optimizer's moments.
+
+    Args:
+        model: shape of the transformer.
+        task: the task, which has the size of a batch and of the vocabularies.
+    """
     sites = model.sites(task)
-    activations = sum(_product(site.shape(1, task.batch_size)) for site in sites)
+    activations = sum(math.prod(site.shape(1, task.batch_size)) for site in sites)
     width = model.width
     weights = model.layers * width * (4 * width + 2 * (model.neurons or 0)) + width * (task.n_tokens + task.n_outputs)
     return 4 * (COPIES * activations + 5 * (weights + width * (task.n_features or 0)))
-
-
-def _product(shape: Sequence[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
 
 
 def memory() -> int:
@@ -72,20 +96,47 @@ def memory() -> int:
 
 
 def members_that_fit(module: OpsinModule, processes: int) -> int:
-    """Members of one of so many processes that half of the memory holds; at least 1."""
+    """Largest number of members in one process for which half of the machine's memory suffices; at least 1.
+
+    Args:
+        module: module of a run of the population.
+        processes: number of processes that train at once.
+    """
     return max(1, memory() // 2 // processes // member_bytes(module.transformer, module.task))
 
 
 # ---- trying ---------------------------------------------------------------------------------------
 
 
+def tuned_chunking(population: UntrainedPopulation, chunking: Chunking, fit: int) -> Chunking:
+    """As many processes, with the number of members that is the fastest here, timed on the largest graph.
+
+    Args:
+        population: the population that is to be trained.
+        chunking: how it would be cut by the rule.
+        fit: number of members that fit into the memory of one process.
+    """
+    graphs = Counter(population.graphs[member.condition] for member in population.members)
+    largest = max(graphs, key=lambda graph: graphs[graph])
+    members = [member for member in population.members if population.graphs[member.condition] == largest]
+    processes = chunking.processes
+    most = min(fit, -(-len(members) // processes))
+    rates = fastest(
+        lambda size: chunk_recipe(population.recipe, population.conditions, members[:size]), processes, most
+    )
+    for size, rate in rates.items():
+        log.info(f"opsin: {processes} processes of {size} members: {rate:,.0f} member-steps per second")
+    tried = {str(size): round(rate, 1) for size, rate in rates.items()}
+    return Chunking(processes, next(iter(rates)), "timing", tried)
+
+
 def fastest(recipe_of: Callable[[int], Mapping[str, Any]], processes: int, most: int) -> dict[int, float]:
     """Member-steps per second of all processes together, by members of each; the fastest comes first.
 
     Args:
-        recipe_of: a run of so many members, as plain settings.
-        processes: that train at once.
-        most: members of one process at most.
+        recipe_of: from a number of members to the recipe of a run of so many, as plain settings.
+        processes: number of processes that train at once.
+        most: largest number of members in one process.
     """
     sizes = [size for size in CANDIDATES if size <= most] or [1]
     if most < CANDIDATES[-1] and most not in sizes:
@@ -99,32 +150,37 @@ def fastest(recipe_of: Callable[[int], Mapping[str, Any]], processes: int, most:
 
 def _rate(recipe: Mapping[str, Any], size: int, processes: int) -> float:
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
-        command = [sys.executable, "-m", "opsin.launch.tune", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        workers = [
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)
-        ]
-        told = [worker.communicate()[0] for worker in workers]
-    codes = [worker.returncode for worker in workers if worker.returncode]
+        path = write_yaml(Path(scratch) / RECIPE_FILE, recipe)
+        trials = [start_worker("opsin.launch.tune", [str(path)], output=subprocess.PIPE) for _ in range(processes)]
+        printed = [_output(trial) for trial in trials]
+    codes = [trial.returncode for trial in trials if trial.returncode]
     if codes:
         raise PopulationError(f"--tune: a trial of {size} members ended with code {codes[0]}; what it said is above")
-    return sum(size / json.loads(text.splitlines()[-1])["seconds_per_step"] for text in told)
+    return sum(size / json.loads(text.splitlines()[-1])["seconds_per_step"] for text in printed)
 
 
-class Stopwatch(Callback):
+def _output(trial: subprocess.Popen[bytes]) -> str:
+    """What a trial prints until it ends; ``communicate`` would close its standard input, which ends it."""
+    assert trial.stdout is not None
+    with trial.stdout as output:
+        text = output.read().decode()
+    trial.wait()
+    return text
+
+
+class StepTimer(Callback):
     """Seconds per optimizer step from the second Lightning batch on; ends the trial after ``BATCHES``.
 
     Args:
-        recorded: what the recipe's readers, which a trial lacks, would record: schedules may follow it.
+        recorded: names and shapes of the metrics that the recipe's readers, which a trial lacks, would record:
+            schedules may follow them.
     """
 
     def __init__(self, recorded: Mapping[str, tuple[int, ...]]) -> None:
         self.recorded = dict(recorded)
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Nothing of its own."""
+        """Metrics that schedules of the trial may follow; none is recorded."""
         return self.recorded
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -139,18 +195,16 @@ class Stopwatch(Callback):
 
 def time_recipe(path: Path) -> float:
     """Seconds per optimizer step of a recipe, compiled where its run would be, with its writers and nothing else."""
-    from opsin.launch.recipe import OpsinCLI
-
     cli = OpsinCLI(["--config", str(path), "--run_folder", str(path.parent / "run")])
     if cli.model.compile_setting == "auto":
         cli.model.compile_setting = cli.trainer.max_steps >= COMPILE_FROM_STEPS and has_compiler()
     cli.model.idle = "warn"
     callbacks, model = callbacks_of(cli.trainer), cli.model
-    watch = Stopwatch(recorded_metrics(callbacks, model.sites, model.task, validates=True))
+    timer = StepTimer(recorded_metrics(callbacks, model.sites, model.task, validates=True))
     writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
     trainer = Trainer(
         max_steps=cli.trainer.max_steps,
-        callbacks=[*writers, watch],
+        callbacks=[*writers, timer],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -159,8 +213,9 @@ def time_recipe(path: Path) -> float:
         limit_val_batches=0,
     )
     trainer.fit(cli.model)
-    return watch.seconds
+    return timer.seconds
 
 
 if __name__ == "__main__":
+    end_with_parent()
     print(json.dumps({"seconds_per_step": time_recipe(Path(sys.argv[1]))}))

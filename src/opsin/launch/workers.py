@@ -1,7 +1,7 @@
-"""Chunks of a population as processes: started, watched, and started again where they were killed.
+"""Worker processes: how each is started, and how the chunks of a population are run, so many at once.
 
-A worker is an ordinary ``opsin fit`` on one thread. It ends when the process that started it does, so that a killed
-population leaves nothing behind that writes into its folders.
+A worker is a Python module, run on one thread: ``opsin`` for a chunk, ``opsin.launch.tune`` for a trial. It ends when
+the process that started it does, so that a killed population leaves nothing behind that writes into its folders.
 """
 
 from __future__ import annotations
@@ -15,11 +15,55 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-WATCH = "OPSIN_END_WITH_STDIN"
-"""Environment variable that makes a process end when whoever holds its standard input does."""
+from opsin.records.schema import LOG_FILE
+
+END_WITH_STDIN = "OPSIN_END_WITH_STDIN"
+"""Environment variable that makes a process end when the one that holds its standard input does."""
 
 POLL_SECONDS = 0.2
+
+
+# ---- one process ------------------------------------------------------------------------------------
+
+
+def start_worker(
+    module: str, arguments: Sequence[str], output: BinaryIO | int, errors: BinaryIO | int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE ARGUMENTS`` on one thread; it ends when this process does.
+
+    That holds for a module that calls ``end_with_parent``, as long as nobody closes the pipe to its standard input.
+
+    Args:
+        module: name of the module that is run.
+        arguments: arguments of the module, as on a command line.
+        output: where its standard output goes, a file or ``subprocess.PIPE``.
+        errors: where its standard error goes; this process's own when None.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=errors,
+        env={**os.environ, END_WITH_STDIN: "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def end_with_parent() -> None:
+    """In a worker: end this process at once when the process that started it has ended."""
+    if os.environ.pop(END_WITH_STDIN, None):
+        threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    # the other end closes however that process ended, SIGKILL included; sys.stdin has a lock that an exit waits for
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- the chunks of a population ---------------------------------------------------------------------
 
 
 @dataclass
@@ -27,8 +71,9 @@ class Job:
     """One chunk to be trained.
 
     Args:
-        folder: of its run.
-        arguments: of ``opsin``.
+        folder: run folder of the chunk.
+        arguments: verb and arguments of ``opsin`` that train it.
+        process: the worker that trains it, once it has been started.
     """
 
     folder: Path
@@ -36,35 +81,30 @@ class Job:
     process: subprocess.Popen[bytes] | None = field(default=None, compare=False)
 
     def start(self) -> None:
-        """Start the worker; what it says goes to ``log.txt`` in its folder."""
+        """Start the worker; what it prints goes to ``log.txt`` in its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, WATCH: "1", "OMP_NUM_THREADS": "1"}
-        with (self.folder / "log.txt").open("ab") as told:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "opsin", *self.arguments],
-                stdin=subprocess.PIPE,
-                stdout=told,
-                stderr=told,
-                env=environment,
-            )
+        with (self.folder / LOG_FILE).open("ab") as log:
+            self.process = start_worker("opsin", self.arguments, output=log, errors=log)
 
-    def last_words(self) -> str:
-        """The last line that the worker wrote."""
-        lines = [line for line in (self.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    def last_line(self) -> str:
+        """The last line that the worker printed."""
+        lines = [line for line in (self.folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "it said nothing"
 
 
 def run_jobs(
-    jobs: Sequence[Job], processes: int, ended: Callable[[Job, int], None], tick: Callable[[Sequence[Job]], None]
+    jobs: Sequence[Job], processes: int, on_end: Callable[[Job, int], None], on_poll: Callable[[Sequence[Job]], None]
 ) -> list[Job]:
-    """Run jobs, so many at once, in their order; one that fails leaves the others alone.
+    """Run jobs in their order, some at once; one that fails leaves the rest alone.
 
     Args:
-        ended: is told of every job that ended, with its exit code.
-        tick: is told a few times a second which jobs are running.
+        jobs: chunks that are to be trained.
+        processes: number of jobs that run at once.
+        on_end: called with every job that has ended and its exit code.
+        on_poll: called a few times a second with the jobs that are running.
 
     Returns:
-        Those that failed.
+        The jobs that ended with an exit code other than 0.
     """
     waiting, running, failed = list(jobs), list[Job](), list[Job]()
     try:
@@ -80,8 +120,8 @@ def run_jobs(
                 assert code is not None
                 if code:
                     failed.append(job)
-                ended(job, code)
-            tick(running)
+                on_end(job, code)
+            on_poll(running)
     finally:
         for job in running:
             _stop(job)
@@ -102,16 +142,3 @@ def _stop(job: Job) -> None:
     except subprocess.TimeoutExpired:
         job.process.kill()
         job.process.wait()
-
-
-def end_with_parent() -> None:
-    """Where a fleet started this process: end it at once when the fleet's own process has ended."""
-    if os.environ.pop(WATCH, None):
-        threading.Thread(target=_wait_for_end, daemon=True).start()
-
-
-def _wait_for_end() -> None:
-    # the other end closes however that process ended, SIGKILL included; sys.stdin has a lock that an exit waits for
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Where attention rests and which neurons ever speak. Pure functions of activations.
+"""Which neurons are ever active, and whether position or tokens explain when. Pure functions of activations.
 
 A neuron is *active* where its pre-activation is above 0: where a ReLU, whose neurons Voita et al. 2023 ("Neurons in
 large language models: Dead, n-gram, positional") count, would let something through, and a GELU lets more through than
 it holds back. Like theirs, these counts ask only whether a neuron is active, not how strongly.
 
-Legend: M members, B batch, H heads, L positions (query side), K positions (key side), N neurons, G groups.
+Legend: M members, B batch, L positions, N neurons.
 """
 
 from __future__ import annotations
@@ -14,22 +14,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-
-def attention_sink(pattern: Float[Tensor, "M B H L K"]) -> Float[Tensor, "M H"]:
-    """Attention on the first position, averaged over the batch and all later rows; between 0 and 1.
-
-    The first row does not count: with a causal mask it can attend to nothing else.
-    """
-    return pattern[:, :, :, 1:, 0].mean((1, 3))
-
-
-def sunk(pattern: Float[Tensor, "M B H L K"], head: int) -> Float[Tensor, "M B H L K"]:
-    """The same attention, but one head pays all of its own to the first position."""
-    forced = pattern.clone()
-    forced[:, :, head] = 0
-    forced[:, :, head, :, 0] = 1
-    return forced
 
 
 def dead(active: Bool[Tensor, "M B L N"]) -> Bool[Tensor, "M N"]:
@@ -50,23 +34,24 @@ def explained_by(active: Bool[Tensor, "M B L N"], groups: Int[Tensor, "M B L"]) 
     nothing varies or every token has a group of its own.
 
     Args:
-        active: whether each neuron is active.
-        groups: of every token, as numbers of 0 or more: its position, itself, or its pair with the one before.
+        active: whether each neuron is active, at every token.
+        groups: number of the group that every token is in, 0 or more: its position, its own number, or that of its
+            pair with the token before.
     """
     members, _, _, neurons = active.shape
     stride = int(groups.max()) + 1
-    own = torch.arange(members, device=groups.device)[:, None, None] * stride
-    names, group, counts = torch.unique((groups + own).flatten(), return_inverse=True, return_counts=True)
+    offset = torch.arange(members, device=groups.device)[:, None, None] * stride
+    names, group, counts = torch.unique((groups + offset).flatten(), return_inverse=True, return_counts=True)
     member = names // stride
     x = active.reshape(-1, neurons).double()
     sums = x.new_zeros(len(names), neurons).index_add_(0, group, x)
     within_groups = x.new_zeros(members, neurons).index_add_(0, member, sums - sums.square() / counts[:, None])
     tokens, kinds = groups[0].numel(), torch.bincount(member, minlength=members)[:, None]
     total = active.flatten(1, 2).double().sum(1)
-    of_all = (total - total.square() / tokens) / (tokens - 1)
+    overall = (total - total.square() / tokens) / (tokens - 1)
     within = within_groups / (tokens - kinds).clamp(min=1)
-    told = (of_all > 0) & (kinds < tokens)
-    return torch.where(told, 1 - within / of_all.where(of_all > 0, 1.0), 0.0)
+    meaningful = (overall > 0) & (kinds < tokens)
+    return torch.where(meaningful, 1 - within / overall.where(overall > 0, 1.0), 0.0)
 
 
 def by_position(active: Bool[Tensor, "M B L N"]) -> Float[Tensor, "M N"]:
@@ -79,9 +64,9 @@ def by_tokens(active: Bool[Tensor, "M B L N"], tokens: Int[Tensor, "M B L"], bef
     """Share of the variance that the current token and some before it explain (after their n-gram neurons).
 
     Args:
-        active: whether each neuron is active.
-        tokens: of the input; one at every position.
-        before: how many tokens before the current one count; positions that have fewer do not.
+        active: whether each neuron is active, at every token.
+        tokens: tokens of the input, one at every position.
+        before: how many tokens before the current one count; positions that have fewer are left out.
     """
     length, size = tokens.shape[-1], int(tokens.max()) + 1
     grams: Sequence[Tensor] = [tokens[..., back : length - before + back] for back in range(before + 1)]

@@ -17,20 +17,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BINS = 15
-"""Equal-width bins of the expected calibration error, as many as Guo et al. 2017 take."""
-
 TEMPERATURES = (0.01, 100.0)
 """Lowest and highest temperature that is looked for: of a model that is never wrong the best one is 0."""
 
 HALVINGS = 36
+"""Times that the interval of log-temperatures is halved: to about 1e-10."""
 
 
 # ---- how far from calibrated ------------------------------------------------------------------------
 
 
 def expected_calibration_error(
-    logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"], bins: int = BINS
+    logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"], bins: int = 15
 ) -> Float[Tensor, " M"]:
     """Distance of confidence from accuracy, between 0 and 1.
 
@@ -39,20 +37,25 @@ def expected_calibration_error(
     modern neural networks"), equation 3.
 
     Args:
-        logits: predictions, or their log-probabilities.
-        targets: right answers.
-        bins: how many.
+        logits: predictions, as logits or log-probabilities.
+        targets: right answers, numbers of outputs.
+        bins: number of bins; Guo et al. 2017 take 15.
     """
     confidence, answer = logits.double().softmax(-1).flatten(1, 2).max(-1)
     right = (answer == targets.flatten(1)).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(len(logits), bins, dtype=torch.float64, device=logits.device)
-    gaps.scatter_add_(1, place, right - confidence)
+    gaps.scatter_add_(1, bin_index, right - confidence)
     return (gaps.abs().sum(1) / confidence.shape[1]).to(logits.dtype)
 
 
 def brier_score(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"]) -> Float[Tensor, " M"]:
-    """Mean squared distance of the probabilities from the answer, summed over outputs: between 0 and 2 (Brier 1950)."""
+    """Mean squared distance of the probabilities from the answer, summed over outputs: between 0 and 2 (Brier 1950).
+
+    Args:
+        logits: predictions, as logits or log-probabilities.
+        targets: right answers, numbers of outputs.
+    """
     probabilities = logits.softmax(-1)
     answer = torch.nn.functional.one_hot(targets, logits.shape[-1])
     return (probabilities - answer).square().sum(-1).mean((1, 2))
@@ -64,7 +67,12 @@ def mean_entropy(logits: Float[Tensor, "M B Q V"]) -> Float[Tensor, " M"]:
 
 
 def mean_loss(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B Q"]) -> Float[Tensor, " M"]:
-    """Negative log-likelihood of the answers, nats."""
+    """Negative log-likelihood of the answers, nats, mean over predictions.
+
+    Args:
+        logits: predictions, as logits or log-probabilities.
+        targets: right answers, numbers of outputs.
+    """
     return _surprise(logits, targets).mean((1, 2))
 
 
@@ -79,7 +87,11 @@ def fit_temperature(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B 
     """The temperature that logits should be divided by: temperature scaling (Guo et al. 2017, section 4.2).
 
     The loss is convex in 1 / T, and its slope is the mean expected logit minus the mean logit of the answers; its zero
-    is found by halving, in double precision, between the ``TEMPERATURES``. nan where logits are no numbers.
+    is found by halving, in double precision, between the ``TEMPERATURES``. nan where logits are not finite.
+
+    Args:
+        logits: predictions on held-out sequences, as logits or log-probabilities.
+        targets: right answers of the held-out sequences, numbers of outputs.
     """
     z = logits.detach().double()
     answer = z.gather(-1, targets[..., None]).mean((1, 2, 3))
@@ -94,13 +106,18 @@ def fit_temperature(logits: Float[Tensor, "M B Q V"], targets: Int[Tensor, "M B 
 
 
 def at_temperature(logits: Float[Tensor, "M B Q V"], temperature: Float[Tensor, " M"]) -> Float[Tensor, "M B Q V"]:
-    """Every member's logits divided by its own temperature."""
+    """Every member's logits divided by that member's temperature."""
     return logits / _wide(temperature)
 
 
 @dataclass(frozen=True)
 class VectorScaling:
-    """A scale and a shift for every output."""
+    """A scale and a shift for every output.
+
+    Args:
+        scale: factor of every logit, 1 for no change.
+        shift: what is added to every scaled logit.
+    """
 
     scale: Float[Tensor, "M V"]
     shift: Float[Tensor, "M V"]
@@ -117,6 +134,12 @@ def fit_vector_scaling(
 
     Starts at the best temperature and takes ``steps`` steps of Adam, their size falling from ``rate`` to 0 along a
     cosine. The shift of an output that is never the answer has no finite best value: the number of steps bounds it.
+
+    Args:
+        logits: predictions on held-out sequences, as logits or log-probabilities.
+        targets: right answers of the held-out sequences, numbers of outputs.
+        steps: number of steps that the optimizer takes.
+        rate: step size of the optimizer at its first step.
     """
     z = logits.detach().flatten(1, 2)
     answer = torch.nn.functional.one_hot(targets.flatten(1), z.shape[-1]).to(z.dtype)
@@ -137,8 +160,8 @@ class NeuralClamping:
     """A perturbation that is added to every input, and a temperature.
 
     Args:
-        perturbation: of the input, the same for every sequence.
-        temperature: that the logits of the perturbed input are divided by.
+        perturbation: what is added to the input of every sequence, in units of the input.
+        temperature: what the logits of the perturbed input are divided by, above 0.
     """
 
     perturbation: Float[Tensor, "M ..."]
@@ -169,12 +192,12 @@ def fit_neural_clamping(
     Args:
         logits_at: logits ``[M, B, Q, V]`` of the held-out sequences when a perturbation is added to their input;
             differentiable.
-        perturbation: where to start, for its shape: zeros.
-        targets: right answers of these sequences.
-        focus: the focal loss's exponent, 0 (the negative log-likelihood) or at least 1.
-        penalty: on the squared 2-norm of the perturbation.
-        steps: of the optimizer.
-        rate: its first step size.
+        perturbation: perturbation to start from, zeros in the shape of one sequence's input.
+        targets: right answers of the held-out sequences, numbers of outputs.
+        focus: exponent of the focal loss, 0 (the negative log-likelihood) or at least 1.
+        penalty: factor of the squared 2-norm of the perturbation in the loss, nats per squared unit of the input.
+        steps: number of steps that the optimizer takes.
+        rate: step size of the optimizer at its first step.
     """
     delta = perturbation.detach().clone()
     with torch.no_grad():
@@ -186,7 +209,7 @@ def fit_neural_clamping(
             surprise = _surprise(at_temperature(logits_at(delta), heat.exp()), targets)
             wrong = -torch.expm1(-surprise)  # 1 - p
             loss = (wrong**focus * surprise).mean((1, 2)) + penalty * delta.square().flatten(1).sum(1)
-            # members do not mix, so the gradient of the sum holds each member's own
+            # members do not mix, so the gradient of the sum holds the gradient of each
             return torch.autograd.grad(loss.sum(), leaves)
 
     _descend(leaves, slope, steps, rate)

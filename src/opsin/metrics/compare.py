@@ -30,9 +30,8 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float, Real
 
-LEVEL = 0.95  # coverage of every interval
-REPLICATES = 20_000  # moves the ends of an interval by about 1 % of its width
-LASTING = 0.05  # share of a record by which samples below a level must outnumber those above it
+COVERAGE = 0.95  # coverage of every interval
+BOOTSTRAP_REPLICATES = 20_000  # moves the ends of an interval by about 1 % of its width
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,19 @@ class Difference:
 
 
 @cache
-def student_quantile(level: float, freedom: int) -> float:
+def student_quantile(coverage: float, freedom: int) -> float:
     """Half the width of a central interval of Student's distribution, in its scale.
 
     Args:
-        level: coverage, in (0, 1).
-        freedom: degrees of freedom, 1 or more; M. Abramowitz and I. Stegun, "Handbook", 1964, 26.7.3 and 26.7.4.
+        coverage: probability that the interval holds, in (0, 1).
+        freedom: degrees of freedom, 1 or more.
+
+    Source: M. Abramowitz and I. Stegun, "Handbook of mathematical functions", 1964, 26.7.3 and 26.7.4.
     """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _central_share(middle, freedom) < level else (low, middle)
+        low, high = (middle, high) if _central_share(middle, freedom) < coverage else (low, middle)
     return math.tan(low) * math.sqrt(freedom)
 
 
@@ -87,29 +88,32 @@ def _central_share(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
-def mean_interval(values: Iterable[float | None], floor: float = -math.inf, level: float = LEVEL) -> Mean:
+def mean_interval(values: Iterable[float | None], floor: float = -math.inf, coverage: float = COVERAGE) -> Mean:
     """Mean and Student's interval of the numbers that are known (neither None nor nan); their order is of no matter.
 
     Args:
-        floor: what the quantity cannot fall below, nor the interval.
+        values: the quantity of every seed, in any unit; None or nan where it is unknown.
+        floor: value that the quantity cannot fall below, nor the interval.
+        coverage: probability that the interval holds, in (0, 1).
     """
     known = _known(values)
     count = len(known)
     if count < 2:
         return Mean(count, float(known[0]) if count else None, None, None)
     mean = math.fsum(known) / count
-    half = student_quantile(level, count - 1) * float(known.std(ddof=1)) / math.sqrt(count)
+    half = student_quantile(coverage, count - 1) * float(known.std(ddof=1)) / math.sqrt(count)
     return Mean(count, mean, max(mean - half, floor), mean + half)
 
 
 def mean_curve(
-    values: Real[np.ndarray, "n S"], floor: float = -math.inf, level: float = LEVEL
+    values: Real[np.ndarray, "n S"], floor: float = -math.inf, coverage: float = COVERAGE
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Mean, low and high end of Student's interval at every point of a curve, each point by itself.
 
     Args:
         values: one column a seed; a seed that is nan at a point is left out there.
-        floor: what the quantity cannot fall below, nor the interval.
+        floor: value that the quantity cannot fall below, nor the interval.
+        coverage: probability that the interval holds, in (0, 1).
 
     Returns:
         nan where no seed is known, and for the interval where fewer than two are.
@@ -120,13 +124,13 @@ def mean_curve(
         mean = np.where(known, values, 0.0).sum(1) / count
         away = np.where(known, values - mean[:, None], 0.0)
         error = np.sqrt((away**2).sum(1) / (count - 1) / count)
-        wide = np.array([np.nan, np.nan, *(student_quantile(level, k) for k in range(1, values.shape[1]))])
+        wide = np.array([np.nan, np.nan, *(student_quantile(coverage, k) for k in range(1, values.shape[1]))])
         half = wide[count] * error
     return mean, np.maximum(mean - half, floor), mean + half
 
 
 def paired_difference(
-    first: Mapping[int, float | None], second: Mapping[int, float | None], level: float = LEVEL
+    first: Mapping[int, float | None], second: Mapping[int, float | None], coverage: float = COVERAGE
 ) -> Difference:
     """First minus second over the seeds that both have.
 
@@ -135,26 +139,34 @@ def paired_difference(
     understates the effect.
 
     Args:
-        first, second: seed to quantity.
+        first, second: quantity of each seed under the one condition and under the other, in any unit.
+        coverage: probability that the interval holds, in (0, 1).
     """
     seeds = sorted(first.keys() & second.keys())
     pairs = np.array([(first[seed], second[seed]) for seed in seeds], dtype=np.float64).reshape(-1, 2)
-    one, other = (~np.isnan(pairs)).T
+    in_first, in_second = (~np.isnan(pairs)).T
     return Difference(
         pairs=len(seeds),
-        known=int((one & other).sum()),
-        only_first=int((one & ~other).sum()),
-        only_second=int((~one & other).sum()),
-        neither=int((~one & ~other).sum()),
-        mean=bootstrap_interval(pairs[one & other] @ np.array([1.0, -1.0]), level),
+        known=int((in_first & in_second).sum()),
+        only_first=int((in_first & ~in_second).sum()),
+        only_second=int((~in_first & in_second).sum()),
+        neither=int((~in_first & ~in_second).sum()),
+        mean=bootstrap_interval(pairs[in_first & in_second] @ np.array([1.0, -1.0]), coverage),
     )
 
 
-def bootstrap_interval(differences: Iterable[float], level: float = LEVEL, replicates: int = REPLICATES) -> Mean:
+def bootstrap_interval(
+    differences: Iterable[float], coverage: float = COVERAGE, replicates: int = BOOTSTRAP_REPLICATES
+) -> Mean:
     """Mean of paired differences and the widened bootstrap interval of the module's text.
 
     The same numbers give the same interval in any order, and their negatives its mirror image: they are sorted and
     turned to a positive mean before the replicates are drawn. Equal differences give an interval without width.
+
+    Args:
+        differences: difference of every pair, in any unit; nan where it is unknown.
+        coverage: probability that the interval holds, in (0, 1).
+        replicates: R, how many means are drawn.
     """
     pairs = _known(differences)
     count = len(pairs)
@@ -166,38 +178,21 @@ def bootstrap_interval(differences: Iterable[float], level: float = LEVEL, repli
     rng = np.random.Generator(np.random.Philox(count))
     scale = np.sqrt(rng.chisquare(count - 1, replicates) / count)
     drawn = away[rng.integers(0, count, (replicates, count))].mean(1) / scale
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    low, high = np.quantile(drawn, [(1 - coverage) / 2, (1 + coverage) / 2]).tolist()
     ends = sorted((mean + sign * low, mean + sign * high))
     return Mean(count, mean, *ends)
 
 
-def first_lasting_fall(x: Real[np.ndarray, " n"], y: Real[np.ndarray, " n"], below: float) -> float | None:
-    """Where a curve first falls below a level to stay, whether or not it ever had a plateau.
-
-    The samples below the level, less those above it, are counted from the first one below (E. Page's cumulative sum,
-    "Continuous inspection schemes", 1954; the count never falls under 0). The fall lasts when the count
-    reaches ``LASTING`` of the record; it happened at the first sample of that count.
+def mean_over_run(x: Real[np.ndarray, " n"], y: Real[np.ndarray, " n"]) -> float | None:
+    """Area under a curve divided by its length (trapezoids), in units of y.
 
     Args:
-        x: sequences seen, ascending.
-        y: the curve; samples that are not finite are ignored.
-        below: the level, in units of y.
+        x: sequences seen at each point, ascending.
+        y: the curve at these x.
 
     Returns:
-        A number of sequences, or None where the curve did not lastingly fall within the record.
+        None if a value is not finite or there are fewer than two.
     """
-    known = np.isfinite(y)
-    x, y = x[known], y[known]
-    total = np.concatenate([[0], np.cumsum(np.where(y < below, 1, -1))])
-    least = np.minimum.accumulate(total)
-    lasted = np.flatnonzero(total - least >= max(3, math.ceil(LASTING * len(y))))
-    if not len(lasted):
-        return None
-    return float(x[np.flatnonzero(total[: lasted[0]] == least[: lasted[0]])[-1]])
-
-
-def mean_over_run(x: Real[np.ndarray, " n"], y: Real[np.ndarray, " n"]) -> float | None:
-    """Area under a curve divided by its length (trapezoids); None if a value is missing or there are fewer than two."""
     if len(x) < 2 or not np.isfinite(y).all():
         return None
     return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))

@@ -1,7 +1,7 @@
-"""What neurons do to a model's confidence where a sequence repeats itself. Pure functions.
+"""What ablating neurons does to the entropy of predictions where a sequence repeats itself. Pure functions.
 
 The case study of induction in Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models"; coordinates and
-the words *total* and *direct* are those of ``opsin.metrics.neurons``.
+the words *total* and *direct* are those of ``opsin.metrics.mean_ablation``.
 
 Legend: M members, B batch, L positions, D width, N neurons, V vocabulary, J neurons of one member that are shown.
 """
@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opsin.metrics.neurons import Effect, ReadOut, centred, random_outputs
+from opsin.metrics.mean_ablation import Effect
+from opsin.metrics.neuron_weights import ReadOut, centred, random_outputs
 from opsin.model.transformer import NORM_EPS
 
 
@@ -24,8 +25,8 @@ class Joint:
     """Change of the entropy (nats, ablated minus not) when some neurons are at their means together.
 
     Args:
-        total: the scale of the last LayerNorm recomputed.
-        direct: that scale as it is without the ablation.
+        total: change with the scale of the last LayerNorm recomputed.
+        direct: change with that scale as it is without the ablation.
     """
 
     total: Float[Tensor, "M B L"]
@@ -41,16 +42,17 @@ def joint_ablation(
     neurons: Sequence[int],
     means: Float[Tensor, "M _ _ N"],
 ) -> Joint:
-    """What mean-ablating these neurons of the last MLP at once does to the entropy of every token.
+    """What mean-ablating ``neurons`` of the last MLP at once does to the entropy of every token.
 
     Exact: the residual changes by a sum of as many output weights, and nothing but LayerNorm and the read-out follows.
 
     Args:
-        resid: the residual stream before the last LayerNorm, the neurons' outputs included.
-        post: activations after the nonlinearity.
+        read_out: the last LayerNorm and the unembedding.
+        resid: residual stream before the last LayerNorm, the neurons' outputs included.
+        post: activations after the nonlinearity, of all neurons of the last MLP.
         w_out: output weights of all neurons; ``random_outputs`` of them for a control.
-        neurons: which are ablated.
-        means: what activations are replaced by, axes of B and L may be 1.
+        neurons: indices of the neurons that are ablated, 0 .. N - 1.
+        means: activations that replace those of the ablated neurons; the axes of B and L may be 1.
     """
     chosen, matrix, constant = list(neurons), read_out.effective(), read_out.constant()[:, None, None]
     away = (post - means)[..., chosen]
@@ -67,17 +69,17 @@ def token_entropy(logits: Float[Tensor, "M B L V"]) -> Float[Tensor, "M B L"]:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-# ---- of one member ------------------------------------------------------------------------------------
+# ---- one member --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One number of an ablation, beside the same of its controls.
+    """Effect of an ablation on the entropy, beside the effects of its controls.
 
     Args:
         value: change of the entropy, nats, ablated minus not, mean over tokens.
-        control: the mean of it over random output weights of the same norms.
-        low, high: between them are 95 % of these.
+        control: mean of that change over random output weights of the same norms, nats.
+        low, high: ends of the interval that holds 95 % of the controls, nats.
     """
 
     value: float
@@ -87,17 +89,18 @@ class Compared:
 
     @classmethod
     def of(cls, value: Tensor, controls: Float[Tensor, " draws"]) -> Compared:
+        """The change ``value`` (a scalar, nats) beside those of the random draws (nats)."""
         low, high = torch.quantile(controls, controls.new_tensor([0.025, 0.975])).tolist()
         return cls(value.item(), controls.mean().item(), low, high)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one ablation does.
+    """What one ablation does to the entropy of one member.
 
     Args:
-        neurons: that are ablated together.
-        total, direct: as of ``Joint``.
+        neurons: indices of the neurons that are ablated together.
+        total, direct: changes as in ``Joint``, means over tokens, beside their controls.
     """
 
     neurons: tuple[int, ...]
@@ -117,10 +120,16 @@ def change(
     """One member's ablation of some neurons, and of as many with random outputs, of the same norms and activations.
 
     Args:
-        draws: of random outputs; draw i is that of seed i.
+        read_out: the last LayerNorm and the unembedding.
+        resid: residual stream before the last LayerNorm, the neurons' outputs included.
+        post: activations after the nonlinearity, of all neurons of the last MLP.
+        w_out: output weights of all neurons of the last MLP.
+        neurons: indices of the neurons that are ablated, 0 .. N - 1.
+        means: activations that replace those of the ablated neurons.
+        draws: number of random outputs; draw i is made from seed i.
     """
     outputs = [w_out, *(random_outputs(w_out, seed) for seed in range(draws))]
-    found = [joint_ablation(read_out, resid, post, each, neurons, means) for each in outputs]
+    found = [joint_ablation(read_out, resid, post, weights, neurons, means) for weights in outputs]
     total, direct = (torch.stack([getattr(joint, kind).mean() for joint in found]) for kind in ("total", "direct"))
     return Change(tuple(neurons), Compared.of(total[0], total[1:]), Compared.of(direct[0], direct[1:]))
 
@@ -129,9 +138,11 @@ def strongest(effect: Effect, candidate: Bool[Tensor, "M N"], member: int, top: 
     """A member's candidates, largest effect first; without any, the neurons of the largest mediated effect.
 
     Args:
-        effect: of every neuron on the entropy; mediated is its share times the total.
-        candidate: which neurons are.
-        top: how many are taken where none is.
+        effect: effect of every neuron's ablation on the entropy, nats; the mediated effect is the mediated share
+            times the total.
+        candidate: whether a neuron is a candidate.
+        member: index of the member, 0 .. M - 1.
+        top: number of neurons that are returned where there is no candidate.
     """
     total = effect.total[member]
     if bool(candidate[member].any()):
@@ -144,14 +155,14 @@ class Study:
     """What one member does on sequences that repeat themselves.
 
     Args:
-        positions: scored positions, where everything is measured.
-        repeated: those whose answer can be copied in every sequence.
-        loss, entropy: nats, means over sequences.
-        neurons: that are shown, of the last MLP.
-        candidate: whether these are entropy neurons; otherwise they are the nearest to it.
-        activation: after the nonlinearity, means over sequences.
-        changes: of the entropy on the repeated positions, by each shown neuron's ablation and, where there are several,
-            by that of all of them.
+        positions: scored positions, at which everything is measured.
+        repeated: whether the answer at a position can be copied in every sequence.
+        loss, entropy: means over sequences at every position, nats.
+        neurons: indices of the shown neurons of the last MLP.
+        candidate: whether the shown neurons are entropy neurons; otherwise they come nearest to being so.
+        activation: activation of every shown neuron after the nonlinearity, mean over sequences.
+        changes: change of the entropy on the repeated positions by the ablation of every shown neuron and, where there
+            are several, by that of all together.
     """
 
     positions: tuple[int, ...]

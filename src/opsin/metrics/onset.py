@@ -1,4 +1,4 @@
-"""When something formed: a transition of a curve, located with an uncertainty.
+"""When something formed: the last lasting change of a finished curve, located with an uncertainty.
 
 Curves are pairs (x, y): x counts the training sequences seen, y is a loss or the strength of a
 head. Everything works on the *progress* z = (y - before) / (after - before), from 0 to 1 for both a
@@ -10,16 +10,17 @@ least time on the wrong side. That is exactly where the monotone regression of z
 passes ``a`` (switch relation: P. Groeneboom, "Estimating a monotone density", 1985): no smoothing
 window smears a sharp onset, and a spike weighs no more than any other sample.
 
-**Last lasting.** Time is counted in samples; a stay on one side lasts when it outweighs ``LASTING`` of the
+**Last lasting.** Time is counted in samples; a stay on one side lasts when it outweighs ``LASTING_SHARE`` of the
 record. The midpoint is the last crossing that separates two lasting stays; the onset is the last such
 crossing of its way before it, the end the last after it.
-(N samples, W samples or bins in the window of the change, P pools, R replicates.)
+
+Legend: N samples, W samples or bins in the window of the change, P pools, R replicates.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,22 +29,24 @@ from jaxtyping import Float, Int, Real
 Direction = Literal["fall", "rise"]
 
 WAYS = (0.1, 0.5, 0.9)  # shares of the way from before to after: onset, midpoint, end
-LASTING = 0.05  # share of the record that a stay must outweigh to count as lasting
-FEWEST = 8  # fewer samples than this say nothing
-BINS = 400  # longer series are averaged into so many bins: once the record, again the window of the change
-SLACK = 1.2  # a monotone fit follows correlated noise: residuals by so much larger cover the truth (tests)
-CREDIBLE = 5.0  # a change must exceed so many standard errors of the difference of its levels
+LASTING_SHARE = 0.05  # share of the record that a stay must outweigh to count as lasting
+FEWEST_SAMPLES = 8  # fewer samples than this say nothing
+MOST_SAMPLES = 400  # longer series are averaged into so many bins: first the record, then the window of the change
+RESIDUAL_SCALE = 1.2  # a monotone fit follows correlated noise: residuals by so much larger cover the truth (tests)
+CREDIBLE_ERRORS = 5.0  # a change must exceed so many standard errors of the difference of its levels
 
 
 @dataclass(frozen=True)
-class _Record:
+class PlainRecord:
+    """A record of numbers that becomes a dictionary, for JSON and checkpoints."""
+
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain Python scalars."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Estimate(_Record):
+class Estimate(PlainRecord):
     """A number of sequences, ``low <= value <= high``."""
 
     value: float
@@ -52,7 +55,7 @@ class Estimate(_Record):
 
 
 @dataclass(frozen=True)
-class Transition(_Record):
+class Transition(PlainRecord):
     """One lasting change: where 10, 50 and 90 % of the way between two levels (units of y) are crossed."""
 
     onset: Estimate
@@ -78,19 +81,22 @@ def find_transition(
 
     Args:
         x: sequences seen ``[N]``, strictly ascending, any spacing.
-        y: the curve ``[N]``; samples that are not finite are ignored.
+        y: values of the curve ``[N]``; samples that are not finite are ignored.
         before: level before the change (a task's plateau), exact. None estimates it: of the levels near which
-            the curve spent ``LASTING`` of the record, twice as long as near some level between it and the final
-            one, that of the greatest time x distance from the final; else the median of the first ``LASTING``.
+            the curve spent ``LASTING_SHARE`` of the record, twice as long as near some level between it and the final
+            one, that of the greatest time x distance from the final; else the median of the first ``LASTING_SHARE``.
         after: level of a complete change. None, or one towards which the curve made less than 90 % of the way,
-            means the curve's own final level, the median of the last 2 ``LASTING``.
-        minimum_change, direction: smallest ``|after - before|`` that counts, > 0, in units of y, and its sign.
-        n_bootstrap: R, of the moving-block bootstrap (H. Kuensch, 1989); 0 leaves only the sampling resolution.
-        level, seed: coverage of the intervals, in (0, 1); the same seed >= 0 gives the same intervals.
+            means the curve's own final level, the median of the last 2 ``LASTING_SHARE``.
+        minimum_change: smallest ``|after - before|`` that counts, above 0, in units of y.
+        direction: sign that the change must have; None for any.
+        n_bootstrap: R, replicates of the moving-block bootstrap (H. Kuensch, 1989); 0 leaves only the sampling
+            resolution.
+        level: coverage of the intervals, in (0, 1).
+        seed: seed of the replicates, at least 0; an equal seed gives equal intervals.
 
     Returns:
         onset <= midpoint <= end, no interval narrower than the gap between the samples (or bins) around it. None:
-        fewer than ``FEWEST`` finite samples, or the change is below ``minimum_change`` or ``CREDIBLE``
+        fewer than ``FEWEST_SAMPLES`` finite samples, or the change is below ``minimum_change`` or ``CREDIBLE_ERRORS``
         standard errors, of the wrong sign, or did not last.
 
     Raises:
@@ -99,7 +105,7 @@ def find_transition(
     if minimum_change <= 0 or n_bootstrap < 0 or seed < 0 or not 0 < level < 1:
         raise ValueError("onset: expected minimum_change > 0, n_bootstrap >= 0, seed >= 0 and 0 < level < 1")
     x, y = _finite(x, y)
-    levels = _levels(_binned(x, y)[1], before, after, minimum_change, direction) if len(x) >= FEWEST else None
+    levels = _levels(_averaged(x, y)[1], before, after, minimum_change, direction) if len(x) >= FEWEST_SAMPLES else None
     if levels is None:
         return None
     (start, final), errors = levels
@@ -113,16 +119,16 @@ def _locate(
     x: np.ndarray, z: np.ndarray, drawn: Float[np.ndarray, "R 2"], rng: np.random.Generator, level: float
 ) -> tuple[Estimate, Estimate, Estimate] | None:
     """The three crossings, given replicated errors of the two levels; None if the change did not last."""
-    coarse = _binned(x, z)[1]
+    coarse = _averaged(x, z)[1]
     window = _window(coarse)
     if window is None:
         return None
     first, last, end_from = (i * len(x) // len(coarse) for i in window)  # from bins to samples
-    fine, z = _binned(x[first:last], z[first:last])
+    fine, z = _averaged(x[first:last], z[first:last])
     x, low = fine, int(np.searchsorted(fine, x[end_from]))
-    values, gaps = _crossings(x, z[None], np.zeros((1, 3)), low)
+    values, gaps = _three_crossings(x, z[None], np.zeros((1, 3)), low)
     shifts = drawn @ np.array([[1 - way for way in WAYS], WAYS])  # an error of a level moves a way by its share
-    replicates, _ = _crossings(x, _replicates(z, len(drawn), rng), shifts, low)
+    replicates, _ = _three_crossings(x, _replicates(z, len(drawn), rng), shifts, low)
     onset, midpoint, end = (_estimate(x, values[0, i], int(gaps[0, i]), replicates[:, i], level) for i in range(3))
     return onset, midpoint, end
 
@@ -142,11 +148,11 @@ def monotone(y: Float[np.ndarray, " N"]) -> tuple[Float[np.ndarray, " P"], Int[n
     return np.array(means), np.array(sizes)
 
 
-def _binned(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most ``BINS`` runs of neighbouring samples, equally long to within one."""
-    if len(x) <= BINS:
+def _averaged(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over at most ``MOST_SAMPLES`` runs of neighbouring samples, equally long to within one."""
+    if len(x) <= MOST_SAMPLES:
         return x, y
-    edges = np.linspace(0, len(x), BINS + 1).astype(int)
+    edges = np.linspace(0, len(x), MOST_SAMPLES + 1).astype(int)
     counts = np.diff(edges)
     return np.add.reduceat(x, edges[:-1]) / counts, np.add.reduceat(y, edges[:-1]) / counts
 
@@ -164,10 +170,10 @@ def _levels(
     y: np.ndarray, before: float | None, after: float | None, minimum_change: float, direction: Direction | None
 ) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """The two levels of a credible change and their standard errors (0 if given); None without one."""
-    final, final_error = _level(y[-2 * _lasting(len(y)) :])
+    final, final_error = _level(y[-2 * lasting_samples(len(y)) :])
     start, start_error = (before, 0.0) if before is not None else _plateau(y, final, minimum_change, direction)
     change = final - start
-    if abs(change) < max(minimum_change, CREDIBLE * math.hypot(start_error, final_error)):
+    if abs(change) < max(minimum_change, CREDIBLE_ERRORS * math.hypot(start_error, final_error)):
         return None
     if direction not in (None, "rise" if change > 0 else "fall"):
         return None
@@ -176,9 +182,9 @@ def _levels(
     return (float(start), final), (start_error, final_error)
 
 
-def _lasting(n: int) -> int:
-    """How many of n samples make a lasting stay."""
-    return max(3, math.ceil(LASTING * n))
+def lasting_samples(n: int) -> int:
+    """How many of the n samples of a record make a lasting stay: ``LASTING_SHARE`` of them, at least 3."""
+    return max(3, math.ceil(LASTING_SHARE * n))
 
 
 def _level(y: Float[np.ndarray, " N"]) -> tuple[float, float]:
@@ -196,13 +202,13 @@ def _plateau(y: np.ndarray, final: float, minimum_change: float, direction: Dire
     noise = 1.4826 * float(np.median(np.abs(np.diff(y)))) / math.sqrt(2)
     width = max(noise, 0.02 * float(grid[-1] - grid[0]), 1e-12)
     time = np.exp(-0.5 * ((grid[:, None] - y) / width) ** 2).sum(1)  # samples spent near each level
-    at = int(np.abs(grid - final).argmin())
-    valley = np.concatenate([np.minimum.accumulate(time[at::-1])[::-1], np.minimum.accumulate(time[at:])[1:]])
+    nearest = int(np.abs(grid - final).argmin())
+    valley = np.concatenate([np.minimum.accumulate(time[nearest::-1])[::-1], np.minimum.accumulate(time[nearest:])[1:]])
     # a mere slow spot of a decay towards the final level has no emptier level between: not a plateau
-    stays = (time >= _lasting(len(y))) & (valley <= 0.5 * time) & (np.abs(grid - final) >= minimum_change)
+    stays = (time >= lasting_samples(len(y))) & (valley <= 0.5 * time) & (np.abs(grid - final) >= minimum_change)
     stays &= (direction is None) | ((grid > final) == (direction == "fall"))
     if not stays.any():
-        return _level(y[: _lasting(len(y))])
+        return _level(y[: lasting_samples(len(y))])
     # time x distance: neither the brief untrained level nor a late, lower shelf hides the main plateau
     best = grid[np.where(stays, time * np.abs(grid - final), -1.0).argmax()]
     away = np.abs(y - best)
@@ -211,7 +217,7 @@ def _plateau(y: np.ndarray, final: float, minimum_change: float, direction: Dire
 
 def _window(z: Float[np.ndarray, " N"]) -> tuple[int, int, int] | None:
     """Samples from and up to which the change happens, generously, and from which it can end; None if none lasted."""
-    stay = _lasting(len(z))
+    stay = lasting_samples(len(z))
     from_middle, middle, lasted = _last_full(z, WAYS[1], stay)
     if not lasted:
         return None
@@ -255,12 +261,12 @@ def _estimate(x: Float[np.ndarray, " W"], value: float, gap: int, replicates: np
     return Estimate(value, min(low, left, value), max(high, right, value))
 
 
-def _crossings(x: np.ndarray, z: np.ndarray, shifts: np.ndarray, end_from: int) -> tuple[np.ndarray, np.ndarray]:
+def _three_crossings(x: np.ndarray, z: np.ndarray, shifts: np.ndarray, end_from: int) -> tuple[np.ndarray, np.ndarray]:
     """x of the three crossings ``[R, 3]`` of z ``[R, W]``, in order, and the index of the first sample beyond each."""
     n = z.shape[1]
-    middle = _split(z, WAYS[1], shifts[:, 1:2], 0, n)
-    onset = _split(z, WAYS[0], shifts[:, 0:1], 0, middle[:, None])
-    end = _split(z, WAYS[2], shifts[:, 2:3], np.maximum(middle, end_from)[:, None], n)
+    middle = _samples_before(z, WAYS[1], shifts[:, 1:2], 0, n)
+    onset = _samples_before(z, WAYS[0], shifts[:, 0:1], 0, middle[:, None])
+    end = _samples_before(z, WAYS[2], shifts[:, 2:3], np.maximum(middle, end_from)[:, None], n)
     gaps = np.stack([onset, middle, end], 1)
     left, right = np.clip(gaps - 1, 0, n - 1), np.clip(gaps, 0, n - 1)
     z_left, z_right = np.take_along_axis(z, left, 1), np.take_along_axis(z, right, 1)
@@ -269,17 +275,19 @@ def _crossings(x: np.ndarray, z: np.ndarray, shifts: np.ndarray, end_from: int) 
     return x[left] + share * (x[right] - x[left]), gaps
 
 
-def _split(z: np.ndarray, way: float, shift: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+def _samples_before(
+    z: np.ndarray, way: float, shift: np.ndarray, low: np.ndarray | int, high: np.ndarray | int
+) -> np.ndarray:
     """How many samples lie before the crossing, from ``low`` to ``high``; the last of equals."""
     n = z.shape[1]
     total = np.pad(np.cumsum(_pull(z, way, shift), axis=1), ((0, 0), (1, 0)))
-    at = np.arange(n + 1)
-    total = np.where((at >= low) & (at <= high), total, -np.inf)
+    before = np.arange(n + 1)
+    total = np.where((before >= low) & (before <= high), total, -np.inf)
     return n - total[:, ::-1].argmax(1)
 
 
 def _replicates(z: Float[np.ndarray, " W"], count: int, rng: np.random.Generator) -> Float[np.ndarray, "R W"]:
-    """The monotone fit plus blocks of its residuals, moved about and scaled to the noise of the place."""
+    """The monotone fit plus blocks of its residuals, drawn from anywhere and scaled to the noise near each sample."""
     n = len(z)
     means, sizes = monotone(z)
     block = math.ceil(n ** (1 / 3))
@@ -289,7 +297,7 @@ def _replicates(z: Float[np.ndarray, " W"], count: int, rng: np.random.Generator
     knots = np.stack([last - sizes + ramp, last - ramp + 1e-6], 1).ravel()
     fit = np.interp(np.arange(n), knots, np.repeat(means, 2))
     residual = z - np.repeat(means, sizes)
-    # noise differs from place to place; a pool of s samples has used up one of its s degrees of freedom
+    # noise differs along the curve; a pool of s samples has used up one of its s degrees of freedom
     reach = max(3, n // 8)
     near = np.ones(2 * reach + 1)
     power = np.convolve(residual**2, near)[reach : reach + n]
@@ -298,52 +306,5 @@ def _replicates(z: Float[np.ndarray, " W"], count: int, rng: np.random.Generator
     unit = residual / scale
     unit /= max(math.sqrt(float((unit**2).mean())), 1e-9)
     blocks = math.ceil(n / block)
-    taken = rng.integers(0, n - block + 1, size=(count, blocks, 1)) + np.arange(block)
-    return fit + SLACK * scale * unit[taken.reshape(count, blocks * block)[:, :n]]
-
-
-@dataclass(frozen=True)
-class Watch(_Record):
-    """What ``watch`` remembers: floats and None, for a checkpoint; ``Watch(**state.to_dict())`` is the state."""
-
-    last: float | None = None  # x of the last update
-    excess: float = 0.0  # net number of updates beyond the level, from 0 to the patience
-    since: float | None = None  # x of the first update of the present excess
-    announced: float | None = None  # x that was announced
-
-
-def watch(
-    state: Watch, x: float, y: float, *, before: float, after: float, way: float = 0.5, patience: float = 10.0
-) -> tuple[Watch, bool]:
-    """One update of the online test for a change: causal, pure, a few floating-point operations.
-
-    E. Page's cumulative sum ("Continuous inspection schemes", 1954): an update adds its distance beyond
-    ``before + way * (after - before)``, between -1 and 1; the sum stops at 0 and announces at ``patience``.
-    On the plateau every update pulls back, so a false alarm needs almost ``patience`` contrary samples in
-    a row, and no spike weighs more than one; the delay after a sharp change is ``patience`` updates.
-
-    Args:
-        state: what the last update returned; ``Watch()`` at the start.
-        x, y: sequences seen, more than before, and the curve there; a y that is not finite is skipped.
-        before, after: levels of the plateau and of a complete change.
-        way, patience: share of the way that counts as changed; net updates beyond it that announce, > 0.
-
-    Returns:
-        The new state, and True at the one update that announces. ``announced`` is then the x of the first
-        update of the excess, for way = 0.5 the online estimate of ``Transition.midpoint``.
-
-    Raises:
-        ValueError: x does not ascend, before equals after, or way or patience is out of range.
-    """
-    if before == after or not 0 < way < 1 or patience <= 0:
-        raise ValueError("watch: expected before != after, 0 < way < 1 and patience > 0")
-    if state.last is not None and not x > state.last:
-        raise ValueError(f"watch: x went from {state.last} to {x}, expected it to ascend")
-    x, y = float(x), float(y)
-    if not math.isfinite(y):
-        return replace(state, last=x), False
-    pull = (way - (y - before) / (after - before)) / min(way, 1 - way)
-    excess = min(max(state.excess - min(max(pull, -1.0), 1.0), 0.0), patience)
-    since = None if excess == 0.0 else x if state.since is None else state.since
-    fires = state.announced is None and excess >= patience
-    return Watch(x, excess, since, since if fires else state.announced), fires
+    samples = rng.integers(0, n - block + 1, size=(count, blocks, 1)) + np.arange(block)
+    return fit + RESIDUAL_SCALE * scale * unit[samples.reshape(count, blocks * block)[:, :n]]

@@ -7,7 +7,7 @@ H heads, E head width, N neurons of an MLP, V outputs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from opsin.errors import ConfigError
@@ -58,7 +58,7 @@ class SiteTable:
     """All sites of one model, in order of computation.
 
     Args:
-        sites: by name.
+        sites: every activation by its name, in order of computation.
         unembed_bias: whether the logits have a bias, which is no site.
     """
 
@@ -68,7 +68,7 @@ class SiteTable:
     def __getitem__(self, name: str) -> Site:
         return self.find(name, "site")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
     def find(self, name: str, field: str) -> Site:
@@ -120,7 +120,9 @@ def build_sites(
     if additive:
         rows.append(("hook_pos_embed", "MLD", "position vectors"))
     for layer in range(layers):
-        rows += [(f"blocks.{layer}.{name}", axes, meaning) for name, axes, meaning in _block(neurons is not None, norm)]
+        rows += [
+            (f"blocks.{layer}.{name}", axes, meaning) for name, axes, meaning in _block_sites(neurons is not None, norm)
+        ]
     if norm:
         rows.append(("ln_final.hook_scale", "MBL1", "standard deviation the last LayerNorm divides by"))
     rows.append(("ln_final.hook_normalized", "MBLD", "output of the last LayerNorm"))
@@ -129,7 +131,7 @@ def build_sites(
     return SiteTable(table, unembed_bias)
 
 
-def _block(mlp: bool, norm: bool) -> list[tuple[str, str, str]]:
+def _block_sites(mlp: bool, norm: bool) -> list[tuple[str, str, str]]:
     rows = [("hook_resid_pre", "MBLD", "residual stream entering the block")]
     if norm:
         rows.append(("ln1.hook_scale", "MBL1", "standard deviation the LayerNorm divides by"))

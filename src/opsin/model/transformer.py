@@ -44,7 +44,7 @@ class Transformer:
     """Shape of the decoder; sizes of input and output come from the task.
 
     Args:
-        layers: number of blocks.
+        layers: number of blocks, one after the other.
         width: D, of the residual stream.
         heads: H, heads a block; must divide ``width``.
         mlp_ratio: hidden width of the MLPs over ``width``; None for an attention-only model.
@@ -104,13 +104,22 @@ class Transformer:
             raise ConfigError(
                 "transformer.max_positions", self.max_positions, f"at least the task's {task.layout.positions}"
             )
+        return self.sites_of(task.layout.positions, task.n_outputs)
+
+    def sites_of(self, positions: int, outputs: int) -> SiteTable:
+        """Every activation of this model on any task with these sizes.
+
+        Args:
+            positions: L, length of a sequence.
+            outputs: V, number of classes that are predicted.
+        """
         return build_sites(
             layers=self.layers,
-            positions=task.layout.positions,
+            positions=positions,
             width=self.width,
             heads=self.heads,
             neurons=self.neurons,
-            outputs=task.n_outputs,
+            outputs=outputs,
             additive=self.positions != "rope",
             norm=self.norm,
             unembed_bias=self.unembed_bias,
@@ -311,7 +320,7 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
         scores = scores.masked_fill(future, MASKED_SCORE)
     scores = scope.tap("attn.hook_attn_scores", scores)
     pattern = scope.tap("attn.hook_pattern", scores.softmax(-1))
-    z = scope.tap("attn.hook_z", _read(pattern, v))  # M B L H E
+    z = scope.tap("attn.hook_z", _attended(pattern, v))  # M B L H E
     return scope.tap("hook_attn_out", linear(z.reshape(members, batch, length, width), scope["attn.W_O"]))
 
 
@@ -329,7 +338,7 @@ def _scores(q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"]) -> Flo
     return q @ k.transpose(-1, -2)
 
 
-def _read(pattern: Float[Tensor, "M B H L K"], v: Float[Tensor, "M B K H E"]) -> Float[Tensor, "M B L H E"]:
+def _attended(pattern: Float[Tensor, "M B H L K"], v: Float[Tensor, "M B K H E"]) -> Float[Tensor, "M B L H E"]:
     if pattern.shape[-1] <= BROADCAST_POSITIONS:
         return (pattern.permute(0, 1, 3, 4, 2)[..., None] * v[:, :, None]).sum(3)
     return (pattern @ v.transpose(2, 3)).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Populations: seeds x conditions, who is who, and which members train in one process.
+"""Populations: the members, seeds x conditions, and how they are cut into chunks that train in one process each.
 
 A chunk is an ordinary run of several members. Members share a chunk only if they share its graph: the same task and the
 same passes, so that no member pays for a pass that only another needs.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from opsin.errors import ConfigError
 
-OF_ALL = ("population", "run_folder", "tune")
+NOT_IN_CHUNKS = ("population", "run_folder", "tune")
 """Settings of a recipe that its chunks do not have."""
 
 PER_MEMBER = ("learning_rate", "weight_decay")
-"""Settings of the model that every member may have its own of."""
+"""Settings of the model that may differ between members."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,67 @@ class Member:
     """One model of a population.
 
     Args:
-        member: its number in the population.
-        condition: name.
-        seed: of its weights and data.
-        place: the how-manieth seed of its condition this is.
+        member: number of the member in the population, from 0.
+        condition: name of the condition that it is trained under.
+        seed: seed of its initial weights and of its data.
+        seed_index: index of that seed among the seeds of its condition, from 0.
     """
 
     member: int
     condition: str
     seed: int
-    place: int
+    seed_index: int
+
+
+@dataclass(frozen=True)
+class UntrainedPopulation:
+    """A population before it is trained.
+
+    Args:
+        recipe: resolved recipe of the population, as plain settings.
+        conditions: plain settings of every condition, by name.
+        grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
+            window. Empty where the recipe has no windows.
+        members: all members, in the order of their numbers.
+        graphs: what the graph of every condition depends on, by name; members of equal graphs may share a chunk.
+    """
+
+    recipe: Mapping[str, Any]
+    conditions: Mapping[str, Mapping[str, Any]]
+    grid: Mapping[str, Mapping[str, int] | None]
+    members: Sequence[Member]
+    graphs: Mapping[str, Hashable]
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How many members train in one process, and how many processes at once.
+
+    Args:
+        processes: number of processes that train at once, each a chunk on one thread.
+        members_per_process: largest number of members in one chunk.
+        chosen_by: what chose that number: ``recipe``, ``rule`` (by the machine) or ``timing`` (``--tune``).
+        tried: member-steps per second of all processes by number of members, where timing chose; else None.
+    """
+
+    processes: int
+    members_per_process: int
+    chosen_by: str
+    tried: Mapping[str, float] | None = None
+
+    def as_settings(self) -> dict[str, Any]:
+        """What ``population.json`` holds of it under ``arrangement``."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int] | None]]:
     """The conditions of a resolved recipe as plain settings, windows among them, and the window of each.
 
+    Args:
+        recipe: resolved recipe of a population, as plain settings.
+
     Returns:
-        Settings by name, and start and length by name; None for a condition that is no window. The
+        Settings by name; and start, length and unit by name, None for a condition that is no window. The
         second is empty where the recipe has no windows.
     """
     population = recipe["population"]
@@ -72,34 +116,39 @@ def members_of(seeds: int | Sequence[int], first: int, conditions: Sequence[str]
     """All members, condition by condition.
 
     Args:
-        seeds: a list, or how many from ``first`` on.
+        seeds: list of the seeds, or how many from ``first`` on.
+        first: first of the seeds where only their number is given.
+        conditions: names of the conditions, in the recipe's order.
+        paired: whether all conditions have the same seeds; else no two members share one.
     """
     chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
     # without pairing, seeds that no other condition has
     step = 0 if paired else max(chosen) - min(chosen) + 1
     return [
-        Member(index * len(chosen) + place, name, seed + index * step, place)
+        Member(index * len(chosen) + seed_index, name, seed + index * step, seed_index)
         for index, name in enumerate(conditions)
-        for place, seed in enumerate(chosen)
+        for seed_index, seed in enumerate(chosen)
     ]
 
 
-def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes: int, most: int) -> list[list[Member]]:
-    """Chunks, largest first: members of one graph, at most so many, all processes busy where they suffice.
+def cut_into_chunks(
+    members: Sequence[Member], graphs: Mapping[str, Hashable], chunking: Chunking
+) -> list[list[Member]]:
+    """Chunks, largest first: members of one graph, at most so many, all processes busy where members suffice.
 
     Args:
-        graphs: of each condition; equal ones may share a chunk.
-        processes: that run at once.
-        most: members of one chunk.
+        members: all members of the population.
+        graphs: what the graph of every condition depends on, by name; members of equal graphs may share a chunk.
+        chunking: number of processes, and largest number of members in a chunk.
     """
     groups: dict[Hashable, list[Member]] = defaultdict(list)
     for member in members:
         groups[graphs[member.condition]].append(member)
     # an even share keeps the last process from working alone at the end
-    share = max(1, -(-len(members) // processes))
+    share = max(1, -(-len(members) // chunking.processes))
     chunks: list[list[Member]] = []
     for group in groups.values():
-        size = min(most, share, len(group))
+        size = min(chunking.members_per_process, share, len(group))
         parts = -(-len(group) // size)
         bounds = [round(part * len(group) / parts) for part in range(parts + 1)]
         chunks += [group[a:b] for a, b in pairwise(bounds)]
@@ -107,20 +156,26 @@ def arrange(members: Sequence[Member], graphs: Mapping[str, Hashable], processes
 
 
 def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
-    """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population."""
-    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in OF_ALL})
-    own = [conditions[member.condition] or {} for member in members]
+    """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population.
+
+    Args:
+        recipe: resolved recipe of the population, as plain settings.
+        conditions: plain settings of every condition, by name.
+        members: members of the chunk, by slot.
+    """
+    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in NOT_IN_CHUNKS})
+    settings_of = [conditions[member.condition] or {} for member in members]
     model = found["model"]
     model["seed"] = [member.seed for member in members]
     for name in PER_MEMBER:
-        values = [model[name] if (value := settings.get(name)) is None else value for settings in own]
+        values = [model[name] if (value := settings.get(name)) is None else value for settings in settings_of]
         model[name] = values[0] if len({*values}) == 1 else values
-    paths = [settings.get("initial") for settings in own]
-    places = [
-        None if path is None else {"path": path, "place": m.place} for path, m in zip(paths, members, strict=True)
+    paths = [settings.get("initial") for settings in settings_of]
+    starts = [
+        None if path is None else {"path": path, "place": m.seed_index} for path, m in zip(paths, members, strict=True)
     ]
-    model["initial"] = places if any(places) else None
-    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, own[0].get("task") or {})
+    model["initial"] = starts if any(starts) else None
+    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings_of[0].get("task") or {})
     found["trainer"]["callbacks"] = _callbacks(found["trainer"].get("callbacks"), conditions, members)
     found["trainer"]["enable_progress_bar"] = False
     return found
@@ -144,15 +199,15 @@ def _callbacks(common: Any, conditions: Mapping[str, Any], members: Sequence[Mem
 
 
 def _acting_in(slots: list[int], callback: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A callback of a condition as one of its chunk, for some members."""
+    """A callback of a condition as one of its chunk, for the members at these slots."""
     _refuse_members(callback, where)
-    own = copy.deepcopy(dict(callback))
-    own.setdefault("init_args", {})["members"] = slots
-    return own
+    settings = copy.deepcopy(dict(callback))
+    settings.setdefault("init_args", {})["members"] = slots
+    return settings
 
 
 def _refuse_members(callback: Mapping[str, Any], where: str) -> None:
-    # they would be those of every chunk, whoever these are
+    # the numbers would be slots of every chunk, whichever members it holds
     members = (callback.get("init_args") or {}).get("members")
     if members is not None:
         raise ConfigError(where, {"members": members}, "no members: a condition chooses them")
@@ -172,18 +227,35 @@ def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return found
 
 
-def document(chunks: Sequence[Sequence[Member]], conditions: Sequence[str], **about: Any) -> dict[str, Any]:
-    """What ``population.json`` says: who trains where, and whatever else is given."""
+def population_document(
+    chunks: Sequence[Sequence[Member]], conditions: Sequence[str], **settings: Any
+) -> dict[str, Any]:
+    """The content of ``population.json``.
+
+    Args:
+        chunks: members of every chunk, by slot.
+        conditions: names of the conditions, in the recipe's order.
+        settings: further entries of the document, by name.
+    """
     rows = [
-        {**asdict(member), "chunk": number, "slot": slot}
+        {**_member_entry(member), "chunk": number, "slot": slot}
         for number, chunk in enumerate(chunks)
         for slot, member in enumerate(chunk)
     ]
-    return {"members": sorted(rows, key=lambda row: row["member"]), "conditions": list(conditions), **about}
+    return {"members": sorted(rows, key=lambda row: row["member"]), "conditions": list(conditions), **settings}
+
+
+def _member_entry(member: Member) -> dict[str, Any]:
+    return {"member": member.member, "condition": member.condition, "seed": member.seed, "place": member.seed_index}
 
 
 def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:
-    """The resolved recipe of one member of a run, as a run of its own; of a single run, the recipe itself."""
+    """The resolved recipe of one member of a run, as a run of its own; of a single run, the recipe itself.
+
+    Args:
+        recipe: resolved recipe of the run, as plain settings.
+        member: index of the member in the run, its slot where the run is a chunk.
+    """
     found = copy.deepcopy(dict(recipe))
     model, seeds = found["model"], recipe["model"]["seed"]
     if isinstance(seeds, int) or len(seeds) == 1:
@@ -211,7 +283,7 @@ def _for_member(callback: Mapping[str, Any], member: int) -> dict[str, Any]:
     settings = dict(found.get("init_args") or {})
     if "members" in settings:
         settings["members"] = None
-    # of Reinitialise: a draw for each member
+    # Reinitialise has a draw for every member
     if isinstance(settings.get("seed"), list):
         settings["seed"] = settings["seed"][member]
     return found | {"init_args": settings}

@@ -1,4 +1,4 @@
-"""The folder of a population at its end: who its members are, and their chunks' tables as one.
+"""The folder of a population at its end: its members, and their chunks' tables as one.
 
 A population's folder holds
 
@@ -17,22 +17,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
-from opsin.records.schema import COLUMNS, DIVERGED, EARLY
-
-LOSS = "train/loss"
-COMPLETE, UNFINISHED = "complete", "unfinished"
-STATUSES = (COMPLETE, EARLY, DIVERGED, UNFINISHED)
+from opsin.records.folder import write_atomically
+from opsin.records.schema import (
+    CHUNKS_FOLDER,
+    COMPLETE,
+    FINISHED_EARLY,
+    METRICS_COLUMNS,
+    METRICS_FILE,
+    POPULATION_FILE,
+    STATUSES,
+    SUMMARY_FILE,
+    TRAIN_LOSS,
+    UNFINISHED,
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,11 @@ class TrainedMember:
     """One model of a population.
 
     Args:
-        member: its number among all, from 0.
+        member: number of the member in the population, from 0.
         condition, seed: what it was trained under; no other member has both.
-        chunk, slot: the chunk that trained it, and its index there.
+        chunk, slot: the chunk that trained it, and its index among the members of that chunk.
         status: one of ``STATUSES``; unfinished if its chunk has no summary.
-        record: its part of the chunk's summary, as ``PhaseChange`` describes it; empty if unfinished.
+        record: the member's part of the chunk's summary, as ``PhaseChange`` describes it; empty if unfinished.
     """
 
     member: int
@@ -58,7 +65,7 @@ class TrainedMember:
     @property
     def counts(self) -> bool:
         """Whether it was trained as far as it should be: a diverged or unfinished member enters no mean."""
-        return self.status in (COMPLETE, EARLY)
+        return self.status in (COMPLETE, FINISHED_EARLY)
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,9 @@ class Losses:
     """What the members' tables hold.
 
     Args:
-        sequences: after how many some member has a record of its training loss.
-        values: training loss (nats) then; nan where a member has no record.
-        last: of each metric that is compared, every member's last value; nan without one.
+        sequences: numbers of training sequences after which some member has a record of its training loss, ascending.
+        values: training loss (nats) of every member after so many; nan where a member has no record.
+        last: every member's last value of each metric that is compared, by name; nan without one.
     """
 
     sequences: Int[np.ndarray, " n"]
@@ -78,7 +85,16 @@ class Losses:
 
 @dataclass(frozen=True)
 class TrainedPopulation:
-    """All members, in the order of their numbers, and the conditions in the recipe's order."""
+    """A population at its end, finished or not.
+
+    Args:
+        path: the folder of the population.
+        conditions: names of the conditions, in the recipe's order.
+        members: all members, in the order of their numbers.
+        grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
+            window. Empty where the recipe has no windows.
+        compare: names of the metrics whose last values are compared.
+    """
 
     path: Path
     conditions: tuple[str, ...]
@@ -91,6 +107,16 @@ class TrainedPopulation:
         return sorted((m for m in self.members if m.condition == condition), key=lambda m: m.seed)
 
 
+def is_population(path: Path) -> bool:
+    """Whether a folder is that of a population and whole."""
+    return (path / POPULATION_FILE).exists()
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """What ``population.json`` says in the folder of a population."""
+    return json.loads((path / POPULATION_FILE).read_text())
+
+
 def read_population(path: Path) -> TrainedPopulation:
     """Read ``population.json`` and the summaries of the chunks.
 
@@ -98,30 +124,30 @@ def read_population(path: Path) -> TrainedPopulation:
         ConfigError: member numbers are not 0 to M - 1, two members share condition and seed, a condition is unknown, or
             a chunk's summary has no such slot.
     """
-    content = json.loads((path / "population.json").read_text())
+    content = read_document(path)
     conditions = tuple(content["conditions"])
     rows = sorted(content["members"], key=lambda row: row["member"])
     if [row["member"] for row in rows] != list(range(len(rows))):
         raise ConfigError("population.members", [row["member"] for row in rows], "each number from 0 once")
     summaries = {chunk: _summary(chunk_folder(path, chunk)) for chunk in {row["chunk"] for row in rows}}
-    members, seen = [], set()
+    members, known = [], set()
     for row in rows:
-        who = row["condition"], row["seed"]
+        condition_and_seed = row["condition"], row["seed"]
         if row["condition"] not in conditions:
             raise ConfigError("population.members", row["condition"], "one of " + ", ".join(conditions))
-        if who in seen:
-            raise ConfigError("population.members", who, "one member of each condition and seed")
-        seen.add(who)
+        if condition_and_seed in known:
+            raise ConfigError("population.members", condition_and_seed, "one member of each condition and seed")
+        known.add(condition_and_seed)
         status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
-        place = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
-        members.append(TrainedMember(**place, status=status, record=record))
+        settings = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
+        members.append(TrainedMember(**settings, status=status, record=record))
     grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
     return TrainedPopulation(path, conditions, tuple(members), grid, compare)
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:
     """Run folder of a chunk of the population at ``path``."""
-    return path / "chunks" / f"{chunk:02d}"
+    return path / CHUNKS_FOLDER / f"{chunk:02d}"
 
 
 def rows_of_chunk(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
@@ -132,15 +158,14 @@ def rows_of_chunk(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
     """
     folder = folder.absolute()
     path = folder.parent.parent
-    if not (path / "population.json").exists():
+    if not is_population(path):
         return None
-    rows = json.loads((path / "population.json").read_text())["members"]
-    own = [row for row in rows if chunk_folder(path, row["chunk"]) == folder]
-    return (path, sorted(own, key=lambda row: row["slot"])) if own else None
+    rows = [row for row in read_document(path)["members"] if chunk_folder(path, row["chunk"]) == folder]
+    return (path, sorted(rows, key=lambda row: row["slot"])) if rows else None
 
 
 def _summary(folder: Path) -> Mapping[str, Any] | None:
-    file = folder / "summary.json"
+    file = folder / SUMMARY_FILE
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -153,7 +178,7 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
         raise ConfigError("population.members", slot, f"a slot from 0 to {len(rows) - 1} of {folder}")
     status = rows[slot].get("status", COMPLETE)
     if status not in STATUSES:
-        raise ConfigError(f"{folder}/summary.json", status, "one of " + ", ".join(STATUSES))
+        raise ConfigError(f"{folder}/{SUMMARY_FILE}", status, "one of " + ", ".join(STATUSES))
     return status, rows[slot]
 
 
@@ -167,34 +192,34 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
     killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
 
     Returns:
-        The losses and last values it met on the way.
+        The losses and the last values that the tables hold.
 
     Raises:
         ConfigError: a chunk's table has other columns, or a row of a slot that no member has.
     """
-    met = _Met(
+    kept = _KeptNumbers(
         [(array("q"), array("d")) for _ in population.members],
         {metric: np.full(len(population.members), math.nan) for metric in population.compare},
-        {member.member for member in population.members if member.status == EARLY},
+        {member.member for member in population.members if member.status == FINISHED_EARLY},
     )
-    target = population.path / "metrics.csv"
-    part = target.with_name(target.name + ".part")
-    with part.open("w") as merged:
-        merged.write(",".join(COLUMNS) + "\n")
+
+    def merge(table: BinaryIO) -> None:
+        table.write(f"{','.join(METRICS_COLUMNS)}\n".encode())
         for chunk in sorted({member.chunk for member in population.members}):
-            _merge_chunk(population, chunk, merged, met)
-    os.replace(part, target)
-    return met.losses()
+            _merge_chunk(population, chunk, table, kept)
+
+    write_atomically(population.path / METRICS_FILE, merge)
+    return kept.losses()
 
 
 @dataclass(frozen=True)
-class _Met:
+class _KeptNumbers:
     """What is kept of the tables while they are merged.
 
     Args:
-        curves: of every member, the sequences and values of its training loss.
-        last: of each metric that is compared, every member's newest value.
-        early: members that ended early, of whose steps after that there are records without a number.
+        curves: sequences and values of the training loss of every member, by its number.
+        last: every member's newest value of each metric that is compared, by name.
+        early: members that finished early, of whose steps after that there are records without a number.
     """
 
     curves: list[tuple[array[int], array[float]]]
@@ -202,15 +227,15 @@ class _Met:
     early: Collection[int]
 
     def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
-        """One record."""
-        if metric == LOSS:
+        """Keep what is needed of one record of one member."""
+        if metric == TRAIN_LOSS:
             self.curves[member][0].append(int(sequences))
             self.curves[member][1].append(value)
         if metric in self.last and not (member in self.early and math.isnan(value)):
             self.last[metric][member] = value
 
     def losses(self) -> Losses:
-        """All of it, on one axis."""
+        """The numbers of all members on one axis of sequences."""
         known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
         sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
         values = np.full((len(sequences), len(known)), math.nan)
@@ -219,24 +244,24 @@ class _Met:
         return Losses(sequences, values, self.last)
 
 
-def _merge_chunk(population: TrainedPopulation, chunk: int, merged: TextIO, met: _Met) -> None:
-    source = chunk_folder(population.path, chunk) / "metrics.csv"
+def _merge_chunk(population: TrainedPopulation, chunk: int, merged: BinaryIO, kept: _KeptNumbers) -> None:
+    source = chunk_folder(population.path, chunk) / METRICS_FILE
     if not source.exists():
         return
     members = {str(m.slot): m.member for m in population.members if m.chunk == chunk}
     with source.open() as lines:
-        for step, sequences, metric, slot, rest in _split(lines, source):
+        for step, sequences, metric, slot, rest in _table_rows(lines, source):
             if slot not in members:
                 raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
             member = members[slot]
-            merged.write(f"{step},{sequences},{metric},{member},{rest}")
-            if metric == LOSS or metric in met.last:
-                met.keep(metric, member, sequences, float(rest.rsplit(",", 1)[1]))
+            merged.write(f"{step},{sequences},{metric},{member},{rest}".encode())
+            if metric == TRAIN_LOSS or metric in kept.last:
+                kept.keep(metric, member, sequences, float(rest.rsplit(",", 1)[1]))
 
 
-def _split(lines: TextIO, source: Path) -> Iterator[list[str]]:
+def _table_rows(lines: TextIO, source: Path) -> Iterator[list[str]]:
     header = lines.readline().rstrip("\n")
-    if header != ",".join(COLUMNS):
-        raise ConfigError(str(source), header, "the columns " + ",".join(COLUMNS))
+    if header != ",".join(METRICS_COLUMNS):
+        raise ConfigError(str(source), header, "the columns " + ",".join(METRICS_COLUMNS))
     # a process killed while it wrote leaves half a line, without its end
     return (line.split(",", 4) for line in lines if line.endswith("\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -19,8 +20,8 @@ class Condition:
         callbacks: writers that act in these members only.
         by_seed: writers that act in the member of one seed only, by seed: for what training has put elsewhere in each,
             as the numbers of neurons.
-        learning_rate: of these members; the recipe's when None.
-        weight_decay: of these members; the recipe's when None.
+        learning_rate: learning rate of these members; the recipe's when None.
+        weight_decay: weight decay of these members; the recipe's when None.
         task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
         initial: run folder, checkpoint or snapshot whose weights these members start from. Where it
             holds several members, the n-th seed takes the n-th.
@@ -34,7 +35,7 @@ class Condition:
     initial: str | None = None
 
     def __post_init__(self) -> None:
-        for callback in (*self.callbacks, *(own for each in self.by_seed.values() for own in each)):
+        for callback in (*self.callbacks, *chain.from_iterable(self.by_seed.values())):
             if not hasattr(callback, "members"):
                 expected = "one that acts in chosen members; trainer.callbacks are for all"
                 raise ConfigError("population.conditions: callbacks", type(callback).__name__, expected)
@@ -46,9 +47,9 @@ class Windows:
 
     Args:
         callbacks: writers, without a schedule of their own.
-        starts: first position of a window, each with every length.
-        lengths: of the windows.
-        unit: what both count.
+        starts: first positions of the windows, each with every length.
+        lengths: lengths of the windows, each with every start.
+        unit: what starts and lengths count, optimizer steps or training sequences.
     """
 
     callbacks: list[Callback]
@@ -68,15 +69,15 @@ class Population:
     """The members of a recipe: every seed in every condition.
 
     Args:
-        seeds: a list, or how many from ``model.seed`` on.
-        conditions: by name; the first is the one that others are compared with.
+        seeds: list of the seeds, or how many from ``model.seed`` on.
+        conditions: settings of the conditions by name; all are compared with the first.
         windows: further conditions, one for every start and length.
         paired: the n-th seed has the same initial weights and data in all conditions, so that differences
-            are caused by the condition; else every member has a seed of its own, and no differences are told.
+            are caused by the condition; else every member has a seed of its own, and no differences are reported.
         compare: recorded metrics of one number a member whose last value is compared between conditions, beside
             onset and loss.
-        processes: that train at once, each on one thread; the machine's cores when None.
-        members_per_process: at most so many in one chunk; by a rule on the machine when None.
+        processes: number of processes that train at once, each on one thread; the machine's cores when None.
+        members_per_process: largest number of members in one chunk; by a rule on the machine when None.
     """
 
     seeds: int | list[int] = 4

@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from opsin.metrics.compare import first_lasting_fall, mean_interval, mean_over_run, paired_difference
-from opsin.population.folder import COMPLETE, UNFINISHED, Losses, TrainedMember, TrainedPopulation
-from opsin.records.schema import DIVERGED, EARLY
+from opsin.metrics.compare import mean_interval, mean_over_run, paired_difference
+from opsin.metrics.cusum import first_lasting_fall
+from opsin.population.folder import Losses, TrainedMember, TrainedPopulation
+from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, UNFINISHED
 
 Row = dict[str, Any]
 
@@ -36,11 +37,16 @@ FORMED, NO_PLATEAU, NOT_FORMED = "formed", "no plateau", "not formed"
 FALLEN = 0.25  # share below the plateau from which a loss without an onset counts as fallen, as in PhaseChange
 QUANTITIES = ("onset", "below_half", "final_loss", "mean_loss", "strongest_strength")
 POSITIVE = ("onset", "below_half", "final_loss", "mean_loss")
-FEW = 6  # conditions up to which each is compared with each
+ALL_PAIRS_UP_TO = 6  # conditions; of more, every one is compared with the first alone
 
 
 def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[Row]]:
-    """The three tables: ``members``, ``conditions`` and ``differences``, each a list of rows with the same keys."""
+    """The three tables: ``members``, ``conditions`` and ``differences``, each a list of rows with the same keys.
+
+    Args:
+        population: the population, whose members need not all have finished.
+        losses: training losses of its members, and last values of the metrics that are compared.
+    """
     members = [member_row(member, losses) for member in population.members]
     under = {name: [row for row in members if row["condition"] == name] for name in population.conditions}
     quantities = (*QUANTITIES, *population.compare)
@@ -110,9 +116,9 @@ def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> fl
     if not member.counts:
         return None
     # members of other batches have records at other numbers of sequences
-    own = np.isfinite(losses.values[:, member.member])
-    x, y = losses.sequences[own], losses.values[own, member.member]
-    if member.status == EARLY and final is not None:
+    recorded = np.isfinite(losses.values[:, member.member])
+    x, y = losses.sequences[recorded], losses.values[recorded, member.member]
+    if member.status == FINISHED_EARLY and final is not None:
         after = losses.sequences[losses.sequences > x[-1]] if len(x) else losses.sequences
         x, y = np.append(x, after), np.append(y, np.full(len(after), final))
     return mean_over_run(x, y)
@@ -127,7 +133,13 @@ def _number(value: float | None) -> float | None:
 
 
 def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[str]) -> Row:
-    """Counts of members and the mean of every quantity with its 95 % interval over the seeds."""
+    """Counts of members and the mean of every quantity with its 95 % interval over the seeds.
+
+    Args:
+        condition: name of the condition, as in the recipe.
+        members: rows of the members of this condition, from the table ``members``.
+        quantities: columns of these rows whose mean is taken.
+    """
     status, outcome = [row["status"] for row in members], [row["outcome"] for row in members]
     row: Row = {
         "condition": condition,
@@ -146,38 +158,43 @@ def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[s
 
 
 def with_intervals(row: Row) -> list[str]:
-    """What a condition's row has a mean of."""
+    """Names of the quantities of which the row of a condition has a mean."""
     return [name for name in row if f"{name}_low" in row]
 
 
 def _by_seed(members: Sequence[Row], quantity: str) -> dict[int, float | None]:
     """The quantity of every member that trained as far as it should."""
-    return {row["seed"]: row[quantity] for row in members if row["status"] in (COMPLETE, EARLY)}
+    return {row["seed"]: row[quantity] for row in members if row["status"] in (COMPLETE, FINISHED_EARLY)}
 
 
 # ---- comparisons ----------------------------------------------------------------------------------
 
 
 def _comparisons(conditions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each condition against the first; of ``FEW``, each against every one before it."""
+    """Each condition against the first; of up to ``ALL_PAIRS_UP_TO``, each against every one before it."""
     for earlier, later in combinations(conditions, 2):
-        if len(conditions) <= FEW or earlier == conditions[0]:
+        if len(conditions) <= ALL_PAIRS_UP_TO or earlier == conditions[0]:
             yield later, earlier
 
 
 def difference_rows(
-    condition: str, against: str, members: Sequence[Row], others: Sequence[Row], quantities: Sequence[str]
+    condition: str, against: str, members: Sequence[Row], compared: Sequence[Row], quantities: Sequence[str]
 ) -> list[Row]:
     """Every quantity of one condition minus that of the other, paired by seed.
 
     ``pairs`` are the seeds that trained as far as they should under both; ``formed_pairs`` of them have the quantity
     under both, ``only_condition`` and ``only_against`` under one alone, ``neither`` under none. ``no_plateau`` counts
     the pairs in which either member had none. ``low`` and ``high`` are a paired bootstrap interval of 95 %.
+
+    Args:
+        condition, against: names of the two conditions, the second of which is subtracted.
+        members, compared: rows of the members of the first condition, and of the second.
+        quantities: columns of these rows that are compared.
     """
-    no_plateau = {row["seed"] for row in (*members, *others) if row["outcome"] == NO_PLATEAU}
+    no_plateau = {row["seed"] for row in (*members, *compared) if row["outcome"] == NO_PLATEAU}
     rows: list[Row] = []
     for quantity in quantities:
-        first, second = _by_seed(members, quantity), _by_seed(others, quantity)
+        first, second = _by_seed(members, quantity), _by_seed(compared, quantity)
         found = paired_difference(first, second)
         rows.append(
             {

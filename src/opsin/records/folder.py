@@ -1,26 +1,33 @@
-"""The files of a run folder: written whole or not at all, read without running code."""
+"""The files of a run folder: written whole or not at all, read without running code.
+
+Legend: M members.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import yaml
 
 from opsin.records.history import tidy_rows
-from opsin.records.schema import COLUMNS
+from opsin.records.schema import METRICS_COLUMNS, METRICS_FILE
+
+PART_SUFFIX = ".part"
+"""Ends the name of a file that is being written; one that is left over is the half of a killed process."""
 
 
 class RunFolder:
     """Writer of a run folder.
 
     Args:
-        path: made if it does not exist.
+        path: the run folder, made if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,21 +37,26 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """The tidy table of numbers."""
-        return self.path / "metrics.csv"
+        return self.path / METRICS_FILE
 
     def start_metrics(self) -> None:
         """Begin the table anew: a resumed run writes again what its checkpoint holds, and nothing after it."""
-        write_atomically(self.metrics, ",".join(COLUMNS) + "\n")
+        write_atomically(self.metrics, ",".join(METRICS_COLUMNS) + "\n")
 
     def append_metrics(self, records: list[tuple[int, str, np.ndarray]], batch_size: int) -> None:
-        """Append records and hand them to the operating system, so that a killed process loses none."""
+        """Append records and hand them to the operating system, so that a killed process loses none.
+
+        Args:
+            records: step, name of the metric, and its values ``[M, ...]`` of each record.
+            batch_size: sequences of a training step, which turn steps into sequences.
+        """
         if records:
             with self.metrics.open("a") as file:
                 file.write("".join(line + "\n" for line in tidy_rows(records, batch_size)))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Write one JSON document."""
-        return write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+        """Write one JSON document into the folder."""
+        return write_json(self.path / name, content)
 
 
 def load_saved(path: Path) -> dict[str, Any] | None:
@@ -56,10 +68,34 @@ def load_saved(path: Path) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else None
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write so that a reader sees the old text or the new, never half of it."""
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> Path:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
+
+    Args:
+        path: the file; folders on the way to it are made.
+        content: text, bytes, or a function that writes into the open binary file it is given.
+
+    Returns:
+        The path of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    part = path.with_name(path.name + PART_SUFFIX)
+    if isinstance(content, str):
+        part.write_text(content)
+    elif isinstance(content, bytes):
+        part.write_bytes(content)
+    else:
+        with part.open("wb") as file:
+            content(file)
+    os.replace(part, path)
     return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON document for people and programs, atomically."""
+    return write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_yaml(path: Path, settings: Mapping[str, Any]) -> Path:
+    """Write plain settings as YAML in their order, atomically."""
+    return write_atomically(path, yaml.safe_dump(dict(settings), sort_keys=False))

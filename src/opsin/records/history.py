@@ -1,4 +1,4 @@
-"""The run folder: one tidy schema, read and write.
+"""What a run has measured so far: in memory, in checkpoints, and as the lines of metrics.csv.
 
 A run's folder holds
 
@@ -8,6 +8,8 @@ A run's folder holds
     checkpoints/    what a resume needs
     summary.json    onset, final strengths, wall time
     summary.png     loss with the onset marked, strength of every head
+
+Legend: M members, n records of a metric.
 """
 
 from __future__ import annotations
@@ -22,20 +24,11 @@ from jaxtyping import Float, Int
 
 from opsin.records.schema import ROW_AXES
 
-
-def log_spaced(last: int, per_decade: int) -> set[int]:
-    """Step 0 and steps from 1 to ``last``, ``per_decade`` in each tenfold, rounded; fewer where they coincide."""
-    steps, k = {0}, 0
-    while (step := round(10 ** (k / per_decade))) <= last:
-        steps.add(step)
-        k += 1
-    return steps
-
-
 NEVER = np.iinfo(np.int64).max
+"""The step of what has not happened."""
 
 Question = Callable[[np.ndarray], np.ndarray]
-"""Of one record ``[M, ...]``: yes or no for each member."""
+"""From the values ``[M, ...]`` of one record to yes or no for each member, ``[M]``."""
 
 
 @dataclass
@@ -45,13 +38,13 @@ class Series:
     Args:
         steps: optimizer steps finished when each value was taken.
         values: ``[n, M]`` or ``[n, M, layers, heads]``, float32.
-        places: where each record stands among all records of the run.
+        order: number of each record among all records of the run, from 0.
     """
 
     steps: list[int] = field(default_factory=list)
     values: list[Float[np.ndarray, "M ..."]] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    _asked: dict[Question, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    order: list[int] = field(default_factory=list)
+    _answered: dict[Question, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def arrays(self) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M ..."]]:
         """Steps and stacked values."""
@@ -60,12 +53,15 @@ class Series:
     def first(self, question: Question) -> Int[np.ndarray, " M"]:
         """Steps finished at the first record to which the answer is yes, for each member; ``NEVER`` where none is.
 
-        Every record is asked once, however often this is called, as long as the question is the same object.
+        Every record is looked at once, however often this is called, as long as the question is the same object.
+
+        Args:
+            question: from the values of one record to yes or no for each member.
         """
-        asked, found = self._asked.get(question, (0, np.array(NEVER)))
-        for step, values in zip(self.steps[asked:], self.values[asked:], strict=True):
+        count, found = self._answered.get(question, (0, np.array(NEVER)))
+        for step, values in zip(self.steps[count:], self.values[count:], strict=True):
             found = np.minimum(found, np.where(question(values), step, NEVER))
-        self._asked[question] = (len(self.steps), found)
+        self._answered[question] = (len(self.steps), found)
         return found
 
 
@@ -73,7 +69,7 @@ class History:
     """Everything a run has measured so far, in memory; checkpoints carry it and metrics.csv mirrors it.
 
     Args:
-        batch_size: sequences a step, to state positions in sequences.
+        batch_size: sequences of a training step, which turn steps into sequences.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -83,7 +79,13 @@ class History:
         self._count = 0
 
     def record(self, metric: str, step: int, values: torch.Tensor | np.ndarray) -> None:
-        """Add the values of one metric, ``[M]`` or ``[M, layers, heads]``, after ``step`` steps."""
+        """Add the values of one metric.
+
+        Args:
+            metric: name of the metric, as in ``metrics.csv``.
+            step: optimizer steps finished when it was measured.
+            values: one number a member, ``[M]``, or one a head, ``[M, layers, heads]``; copied.
+        """
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu().numpy()
         # a copy: what was measured must not change with the tensor it was read from
@@ -91,7 +93,7 @@ class History:
         series = self._series.setdefault(metric, Series())
         series.steps.append(step)
         series.values.append(array)
-        series.places.append(self._count)
+        series.order.append(self._count)
         self._count += 1
         self._unwritten.append((step, metric, array))
 
@@ -116,15 +118,15 @@ class History:
 
     def take_unwritten(self) -> list[tuple[int, str, np.ndarray]]:
         """Records since the last call, in order of recording."""
-        taken, self._unwritten = self._unwritten, []
-        return taken
+        unwritten, self._unwritten = self._unwritten, []
+        return unwritten
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, for a checkpoint that loads with ``weights_only=True``."""
         state = {}
         for name, series in self._series.items():
             steps, values = (torch.from_numpy(array) for array in series.arrays())
-            state[name] = {"steps": steps, "values": values, "places": torch.tensor(series.places)}
+            state[name] = {"steps": steps, "values": values, "places": torch.tensor(series.order)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,17 +136,22 @@ class History:
             for name, entry in state.items()
         }
         rows = [
-            (place, (step, name, value))
+            (number, (step, name, value))
             for name, series in self._series.items()
-            for place, step, value in zip(series.places, series.steps, series.values, strict=True)
+            for number, step, value in zip(series.order, series.steps, series.values, strict=True)
         ]
         self._unwritten = [record for _, record in sorted(rows, key=lambda row: row[0])]
         self._count = len(rows)
 
 
 def tidy_rows(records: list[tuple[int, str, np.ndarray]], batch_size: int) -> Iterator[str]:
-    """CSV lines, one per number; axes a metric does not have stay empty."""
+    """CSV lines, one per number; axes a metric does not have stay empty.
+
+    Args:
+        records: step, name of the metric, and its values ``[M, ...]`` of each record.
+        batch_size: sequences of a training step, which turn steps into sequences.
+    """
     for step, metric, array in records:
         for index in np.ndindex(array.shape):
-            where = [str(i) for i in index] + [""] * (len(ROW_AXES) - len(index))
-            yield ",".join([str(step), str(step * batch_size), metric, *where, repr(float(array[index]))])
+            axes = [str(i) for i in index] + [""] * (len(ROW_AXES) - len(index))
+            yield ",".join([str(step), str(step * batch_size), metric, *axes, repr(float(array[index]))])

@@ -1,14 +1,85 @@
-"""The words that a run writes: columns of metrics.csv, names of metrics, ways a member ends."""
+"""The words that a run writes: names of its files, columns of metrics.csv, names of metrics, ways a member ends.
+
+Whoever writes or reads a run folder or the folder of a population takes these words from here. The file imports
+nothing, so that every wing may import it.
+"""
 
 from __future__ import annotations
 
-EARLY, DIVERGED = "finished early", "diverged"
-"""How members end that learn no more."""
+# ---- files of a run folder ------------------------------------------------------------------------
+
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration of a run, or of a population."""
+
+METRICS_FILE = "metrics.csv"
+"""One row a number, with ``METRICS_COLUMNS``."""
+
+SUMMARY_FILE = "summary.json"
+"""What a run or a population found; written at its end."""
+
+SUMMARY_PICTURE = "summary.png"
+"""The picture of one run; drawn at its end."""
+
+LAST_CHECKPOINT = "checkpoints/last.ckpt"
+"""What a resume continues from."""
+
+LOG_FILE = "log.txt"
+"""What the process of a chunk printed."""
+
+# ---- files of a population's folder ---------------------------------------------------------------
+
+POPULATION_FILE = "population.json"
+"""Members, conditions and chunks; written last, so that a folder with this file is whole."""
+
+CHUNKS_FOLDER = "chunks"
+"""Holds the run folders of the chunks, ``00``, ``01``, ..."""
+
+RECIPE_FILE = "recipe.yaml"
+"""In the folder of a chunk: the recipe that it is trained by."""
+
+FORK_CHECKPOINT = "checkpoints/fork.ckpt"
+"""In the folder of a branch: the state that it starts from."""
+
+# ---- metrics --------------------------------------------------------------------------------------
+
+ROW_AXES = ("member", "layer", "head")
+"""Columns that say which of a metric's values a row holds; those that a metric does not have are empty."""
+
+METRICS_COLUMNS = ("step", "sequences", "metric", *ROW_AXES, "value")
+"""The header of ``metrics.csv``."""
+
+TRAIN_LOSS = "train/loss"
+"""Name of the training loss, a mean over the steps since the last record."""
+
+STEP_METRICS = (TRAIN_LOSS, "train/accuracy", "train/grad_norm")
+"""Metrics that every run records of its training steps."""
 
 BASE_LINE = "none"
-"""Name of the set without interventions."""
+"""Name of the set of progress measures without interventions."""
 
-COLUMNS = ("step", "sequences", "metric", "member", "layer", "head", "value")
-ROW_AXES = ("member", "layer", "head")
+# ---- how a member ends ----------------------------------------------------------------------------
 
-STEP_METRICS = ("train/loss", "train/accuracy", "train/grad_norm")
+COMPLETE = "complete"
+"""Trained to the last step; not written, since a summary without a status means it."""
+
+FINISHED_EARLY = "finished early"
+"""Ended by ``StopWhen`` before the last step."""
+
+DIVERGED = "diverged"
+"""Ended where its loss or gradient was no finite number."""
+
+UNFINISHED = "unfinished"
+"""Its chunk has no summary yet."""
+
+STATUSES = (COMPLETE, FINISHED_EARLY, DIVERGED, UNFINISHED)
+"""All ways in which a member of a population can stand at its end."""
+
+
+def number_name(metric: str, index: tuple[int, ...]) -> str:
+    """Name under which loggers receive one number: ``METRIC``, and ``METRIC/LAYER:HEAD`` of a head.
+
+    Args:
+        metric: name of the metric, as in ``metrics.csv``.
+        index: layer and head of the number; empty for a metric with one number a member.
+    """
+    return f"{metric}/{':'.join(map(str, index))}" if index else metric

@@ -6,18 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opsin.figures.population import save_population
-from opsin.figures.windows import save_critical_period
-from opsin.population.folder import COMPLETE, UNFINISHED, merge_metrics, read_population
+from opsin.figures.critical_period import critical_period_figure
+from opsin.figures.population import population_figure
+from opsin.figures.style import save_figure
+from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
 from opsin.records.folder import write_atomically
-from opsin.records.schema import DIVERGED, EARLY
+from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, SUMMARY_FILE, UNFINISHED
 from opsin.reports.columns import aligned
 
-MOST_NAMED = 4  # members of one status that the report names
-WORDS = {
+MOST_NAMED_MEMBERS = 4  # members of one status that the report names
+STATUS_WORDS = {
     COMPLETE: "trained to the end",
-    EARLY: "finished early",
+    FINISHED_EARLY: "finished early",
     DIVERGED: "diverged",
     UNFINISHED: "in chunks that have not finished",
 }
@@ -30,7 +31,7 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     these three; ``population.png``; and ``critical_period.png`` where the conditions form a grid of windows.
 
     Args:
-        path: of the population; members of chunks that have not finished are counted and enter no mean.
+        path: folder of the population; members of chunks that have not finished are counted and enter no mean.
 
     Returns:
         The content of ``summary.json``.
@@ -43,10 +44,10 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     summary = summarise(population, losses)
     for name, rows in summary.items():
         write_atomically(path / f"{name}.csv", as_csv(rows))
-    write_atomically(path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    save_population(losses, summary, path / "population.png")
+    write_atomically(path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    save_figure(population_figure(losses, summary), path / "population.png")
     if population.grid:
-        save_critical_period(population.grid, summary, path / "critical_period.png")
+        save_figure(critical_period_figure(population.grid, summary), path / "critical_period.png")
     return summary
 
 
@@ -54,8 +55,8 @@ def population_report(summary: Mapping[str, Sequence[Row]], folder: Path) -> str
     """The lines printed when a population ends: its members, every condition, the differences from the first, files.
 
     Args:
-        summary: what ``finish_population`` returns.
-        folder: of the population.
+        summary: rows of the tables by name of the table, as ``finish_population`` returns them.
+        folder: folder of the population, where its files are.
     """
     rows = _member_lines(summary["members"])
     rows += _condition_lines(summary["conditions"])
@@ -67,13 +68,13 @@ def population_report(summary: Mapping[str, Sequence[Row]], folder: Path) -> str
 def _member_lines(members: Sequence[Row]) -> list[tuple[str, str]]:
     conditions = len({row["condition"] for row in members})
     rows = [("population", f"{_count(len(members), 'member')} of {_count(conditions, 'condition')}")]
-    for status, words in WORDS.items():
-        of = [row for row in members if row["status"] == status]
-        if status == COMPLETE or not of:
+    for status, words in STATUS_WORDS.items():
+        ended = [row for row in members if row["status"] == status]
+        if status == COMPLETE or not ended:
             continue
-        names = [f"{row['condition']} seed {row['seed']}{_stopped(row)}" for row in of[:MOST_NAMED]]
-        more = [f"and {len(of) - MOST_NAMED} more"] if len(of) > MOST_NAMED else []
-        rows.append(("", f"{len(of)} {words}: {', '.join(names + more)}"))
+        names = [f"{row['condition']} seed {row['seed']}{_stopped(row)}" for row in ended[:MOST_NAMED_MEMBERS]]
+        more = [f"and {len(ended) - MOST_NAMED_MEMBERS} more"] if len(ended) > MOST_NAMED_MEMBERS else []
+        rows.append(("", f"{len(ended)} {words}: {', '.join(names + more)}"))
     return rows
 
 
@@ -87,25 +88,25 @@ def _condition_lines(conditions: Sequence[Row]) -> list[tuple[str, str]]:
         cells.append(
             (
                 row["condition"],
-                f"{row['formed']} of {row['members']}{_others(row)}",
+                f"{row['formed']} of {row['members']}{_without_onset(row)}",
                 _interval(row, "onset", ",.0f"),
                 _interval(row, "below_half", ",.0f"),
                 _interval(row, "final_loss", ".4f"),
             )
         )
     lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
-    if not (compared := _compared(conditions)):
+    if not (compared := _compared_metrics(conditions)):
         return lines
     found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
     return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
 
 
-def _compared(conditions: Sequence[Row]) -> list[str]:
+def _compared_metrics(conditions: Sequence[Row]) -> list[str]:
     """Metrics that the recipe compares."""
     return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
 
 
-def _others(row: Row) -> str:
+def _without_onset(row: Row) -> str:
     """Why members of a condition have no onset, where the reason is not that nothing formed."""
     reasons = {"no_plateau": "without a plateau", "diverged": "diverged", "unfinished": "unfinished"}
     return "".join(f", {row[name]} {reason}" for name, reason in reasons.items() if row[name])
@@ -116,13 +117,13 @@ def _difference_lines(summary: Mapping[str, Sequence[Row]]) -> list[tuple[str, s
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
-    compared = _compared(summary["conditions"])
+    compared = _compared_metrics(summary["conditions"])
     shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
     shown |= {"final_loss": ("final loss, nats", "+.4f")} | {name: (name, "+.4f") for name in compared}
     cells = [("condition", *(heading for heading, _ in shown.values()))]
     for condition in dict.fromkeys(row["condition"] for row in rows):
-        of = {row["quantity"]: row for row in rows if row["condition"] == condition}
-        cells.append((condition, *(_difference(of[name], style) for name, (_, style) in shown.items())))
+        by_quantity = {row["quantity"]: row for row in rows if row["condition"] == condition}
+        cells.append((condition, *(_difference(by_quantity[name], style) for name, (_, style) in shown.items())))
     heading = f"from {first}, paired by seed [95 % bootstrap interval]"
     return [("differences", heading), *(("", line) for line in aligned(cells))]
 

@@ -1,4 +1,4 @@
-"""What a run says in the terminal."""
+"""What a run prints in the terminal when it ends."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 
 from opsin.reports.columns import aligned
 
-MOST_NAMED = 4  # heads, and members, that the final report names
-
-
-# ---- the end of a run -----------------------------------------------------------------------------
+MOST_LISTED = 4  # heads, and members, that the final report names
 
 
 def final_report(summary: Mapping[str, Any], folder: Path) -> str:
     """The lines printed when a run ends: what changed when, the strongest heads, losses, time, files.
 
     Args:
-        summary: of the run; a part that it lacks (no ``PhaseChange`` callback, no trackers) is left out.
-        folder: of the run.
+        summary: content of ``summary.json``; a part that it lacks (no ``PhaseChange`` callback, no trackers) is left
+            out.
+        folder: run folder, where the files are.
     """
     rows: list[tuple[str, str]] = []
     if "members" in summary:
@@ -55,7 +53,7 @@ def _head_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
             ("heads", f"none formed; strongest {name} with induction strength {record['heads'][name]['strength']:.2f}")
         ]
-    texts = [_head(name, record["heads"][name]) for name in formed[:MOST_NAMED]]
+    texts = [_head(name, record["heads"][name]) for name in formed[:MOST_LISTED]]
     texts[0] += "  layer:head, final induction strength, midpoint of its rise"
     rest = len(formed) - len(texts)
     if rest:
@@ -87,14 +85,14 @@ def _population_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
     else:
         span = f"{min(changed):,.0f} to {max(changed):,.0f}"
         rows = [("phase change", f"in {len(changed)} of {len(members)} members, onset from {span} training sequences")]
-    for index, member in enumerate(members[:MOST_NAMED]):
+    for index, member in enumerate(members[:MOST_LISTED]):
         onset, best = member["onset"], member["strongest_heads"][:1]
         when = f"onset {onset['value']:,.0f} [{onset['low']:,.0f} to {onset['high']:,.0f}]" if onset else "no change"
         head = f", strongest head {best[0]} {member['heads'][best[0]]['strength']:.2f}" if best else ""
         loss = "" if member["final_loss"] is None else f", final loss {member['final_loss']:.4f}"
         rows.append((f"  member {index}", when + head + loss))
-    if len(members) > MOST_NAMED:
-        rows.append(("", f"and {len(members) - MOST_NAMED} more, in summary.json"))
+    if len(members) > MOST_LISTED:
+        rows.append(("", f"and {len(members) - MOST_LISTED} more, in summary.json"))
     return rows
 
 

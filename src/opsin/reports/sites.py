@@ -10,18 +10,16 @@ from opsin.interventions.plan import Plan
 from opsin.model.sites import AXES, Site, SiteTable
 from opsin.reports.columns import aligned
 
-WIDEST = 30  # characters of a column of the plan, which is wrapped
-
-
-# ---- opsin sites ----------------------------------------------------------------------------------
+WIDEST_COLUMN = 30  # characters of a column of the plan, which is wrapped
 
 
 def sites_report(sites: SiteTable, members: int, batch: int, plan: Plan) -> str:
     """The table that ``opsin sites`` prints: every site, the legend of the axes, and the plan.
 
     Args:
-        members: M of the run.
-        batch: B of the task.
+        sites: all activations of the recipe's model.
+        members: M, number of members of the run.
+        batch: B, number of sequences in a batch of the task.
         plan: what the recipe's writers do, in order of application.
     """
     rows = [("site", "shape", "meaning", "what may be done to it")]
@@ -42,7 +40,7 @@ def _shape(site: Site, members: int, batch: int) -> str:
 
 
 def _reached_by(site: Site) -> str:
-    """Callbacks, and the arguments of theirs that mean this site without naming it."""
+    """Callbacks, and their arguments, that mean this site without naming it."""
     special = {
         "attn.hook_v": ", Ablate heads (zero), Preserve",
         "attn.hook_rot_q": ", Preserve",
@@ -65,5 +63,5 @@ def _plan_lines(plan: Plan) -> list[str]:
     for number, row in enumerate(described, 1):
         # the value's gradient rule has a column of its own
         plain = {**row, "value": re.sub(r",? ?gradient='\w+'", "", row["value"]).removesuffix("()")}
-        rows += zip_longest([str(number)], *(wrap(text, WIDEST) for text in plain.values()), fillvalue="")
+        rows += zip_longest([str(number)], *(wrap(text, WIDEST_COLUMN) for text in plain.values()), fillvalue="")
     return [f"plan {plan.digest()}, in order of application:", *aligned(rows)]

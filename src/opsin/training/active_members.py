@@ -1,13 +1,14 @@
-"""The training step of those members that still learn, so that one that has ended costs nothing any more.
+"""The training step of the members that still learn, so that one that has ended costs nothing any more.
 
-Everywhere else a run keeps all its members. Once so many have ended that half of the places would do, the step runs on
-copies of the others (and, where these are fewer, of some that have ended, to fill the places), which are written back
-before anybody looks. Halves, since every number of places has a compiled graph of its own: at most log2(M) more.
+Everywhere else a run keeps all its members. Once so many have ended that half of the slots would do, the step runs on
+copies of the remaining ones (and, where these are fewer, of some that have ended, to fill the slots), which are written
+back before anything else reads them. Halves, since every number of slots has a compiled graph of its own: at most
+log2(M) more.
 
-Who is copied is a function of who has ended, and when, so a resumed run makes the same steps. Other sizes run other
-kernels: what the others learn from there on differs by rounding from what they had learned beside all.
+Which members are copied is a function of which have ended, and when, so a resumed run makes the same steps. A graph of
+another size runs other kernels: what the remaining members learn from there on differs by rounding.
 
-Legend: M members, C places, I interventions, S optimizer steps.
+Legend: M members, C slots of the smaller step, I rows of a plan, S optimizer steps.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from opsin.interventions.apply import Constants, Moment
-from opsin.training.optimizers import AdamState, Hyper
+from opsin.interventions.apply import Constants
+from opsin.training.adam import AdamState, Hyper
+from opsin.training.step_inputs import StepCounts, StepGates
 
-RunStep = Callable[[AdamState, Hyper, Constants, Mapping[str, Tensor], Moment], Float[Tensor, "3 _"]]
+RunStep = Callable[[AdamState, Hyper, Constants, Mapping[str, Tensor], StepGates, StepCounts], Float[Tensor, "3 _"]]
+"""A training step of any number of members."""
 
 
-def places(members: int, ended: Mapping[int, Mapping[str, Any]], last: int) -> list[int] | None:
-    """Which members have a place in the step; None where all have.
+def members_in_step(members: int, ended: Mapping[int, Mapping[str, Any]], last: int) -> list[int] | None:
+    """Which members have a slot in the step; None where all have.
 
     Args:
-        members: M.
+        members: M, models of the run.
         ended: members that learn no more, with the step at which each was ``stopped_at``.
-        last: those stopped after this many steps keep their place: a smaller graph would not repay itself.
+        last: members that stopped after more steps than this keep their slot: a smaller graph would not repay itself.
     """
     gone = [member for member in range(members) if member in ended and ended[member]["stopped_at"] <= last]
     stay = [member for member in range(members) if member not in gone]
@@ -44,23 +47,29 @@ def places(members: int, ended: Mapping[int, Mapping[str, Any]], last: int) -> l
 
 @dataclass
 class _Copies:
-    """What one set of places works on, and what it was copied from."""
+    """What the smaller step works on, and what it was copied from.
 
-    at: Int[Tensor, " C"]
-    everyone: tuple[AdamState, Moment]
+    Args:
+        members: number of the member in every slot.
+        origin: state and counts of all members, to which the copies are written back.
+        state: parameters and running moments of the members in the step.
+        constants: tensors of the run, cut to the members in the step.
+        counts: what the smaller step counts.
+    """
+
+    members: Int[Tensor, " C"]
+    origin: tuple[AdamState, StepCounts]
     state: AdamState
     constants: Constants
-    fired: Int[Tensor, "I C"]
-    alive: Bool[Tensor, " C"]
-    missed: Mapping[str, Tensor]
+    counts: StepCounts
 
 
-class Crew:
+class ActiveMembers:
     """Runs the step of some members as if it were that of all.
 
     Args:
-        step: of all members, or of any number.
-        members: M.
+        step: training step of any number of members.
+        members: M, models of the run.
     """
 
     def __init__(self, step: RunStep, members: int) -> None:
@@ -69,50 +78,62 @@ class Crew:
         self._copies: _Copies | None = None
 
     def choose(self, chosen: Sequence[int] | None) -> None:
-        """Who has a place from the next step on; None for all."""
+        """Decide which members have a slot from the next step on.
+
+        Args:
+            chosen: their numbers in the run; None for all members.
+        """
         self.write_back()
         self.chosen = chosen
 
     def __call__(
-        self, state: AdamState, hyper: Hyper, constants: Constants, draw: Mapping[str, Tensor], moment: Moment
+        self,
+        state: AdamState,
+        hyper: Hyper,
+        constants: Constants,
+        draw: Mapping[str, Tensor],
+        gates: StepGates,
+        counts: StepCounts,
     ) -> Float[Tensor, "3 M"]:
-        """Make one step; members without a place have no results (nan)."""
+        """Make one step, with the arguments of ``Step``; members without a slot have no results (nan)."""
         if self.chosen is None:
-            return self.step(state, hyper, constants, draw, moment)
+            return self.step(state, hyper, constants, draw, gates, counts)
         if self._copies is None:
-            self._copies = self._copy(state, constants, moment)
-        own, at = self._copies, self._copies.at
-        now = Moment(moment.gates[:, at], moment.clock[at], own.fired, own.alive, own.missed)
+            self._copies = self._copy(state, constants, counts)
+        copies, at = self._copies, self._copies.members
+        cut_gates = StepGates(gates.strength[:, at], gates.clock[at])
         rates = Hyper(hyper.learning_rate[at], hyper.weight_decay[at], hyper.clip[at], hyper.correction)
-        found = self.step(own.state, rates, own.constants, {name: x[at] for name, x in draw.items()}, now)
+        cut_draw = {name: x[at] for name, x in draw.items()}
+        found = self.step(copies.state, rates, copies.constants, cut_draw, cut_gates, copies.counts)
         return found.new_full((len(found), self.members), torch.nan).index_copy(1, at, found)
 
-    def _copy(self, state: AdamState, constants: Constants, moment: Moment) -> _Copies:
-        at = torch.tensor(self.chosen, device=moment.alive.device)
+    def _copy(self, state: AdamState, constants: Constants, counts: StepCounts) -> _Copies:
+        at = torch.tensor(self.chosen, device=counts.alive.device)
 
-        def some(tensors: Sequence[Tensor]) -> list[Tensor]:
+        def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
             # what is one for all members stays one
             return [x[at] if len(x) == self.members else x for x in tensors]
 
         with torch.no_grad():
             parameters = [x[at].requires_grad_() for x in state.parameters]
-            own = AdamState(state.names, parameters, some(state.exp_avg), some(state.exp_avg_sq))
-            masks, supplied, fresh = (some(x) for x in (constants.masks, constants.supplied, constants.fresh))
-            given = replace(constants, masks=masks, supplied=supplied, fresh=fresh)
-            missed = {name: x[at] for name, x in moment.missed.items()}
-        return _Copies(at, (state, moment), own, given, moment.fired[:, at], moment.alive[at], missed)
+            cut_state = AdamState(state.names, parameters, cut(state.exp_avg), cut(state.exp_avg_sq))
+            masks, supplied, fresh = (cut(x) for x in (constants.masks, constants.supplied, constants.fresh))
+            cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh)
+            skipped = {name: x[at] for name, x in counts.skipped.items()}
+            cut_counts = StepCounts(counts.fired[:, at], counts.alive[at], skipped)
+        return _Copies(at, (state, counts), cut_state, cut_constants, cut_counts)
 
     def write_back(self) -> None:
         """Bring everything the steps have changed to where all members are kept."""
         if self._copies is None:
             return
-        own, (state, moment) = self._copies, self._copies.everyone
+        copies, (state, counts) = self._copies, self._copies.origin
         with torch.no_grad():
             for name in ("parameters", "exp_avg", "exp_avg_sq"):
-                for to, new in zip(getattr(state, name), getattr(own.state, name), strict=True):
-                    to[own.at] = new.detach()
-            moment.fired[:, own.at] = own.fired
-            moment.alive[own.at] = own.alive
-            for name, new in own.missed.items():
-                moment.missed[name][own.at] = new
+                for tensor, new in zip(getattr(state, name), getattr(copies.state, name), strict=True):
+                    tensor[copies.members] = new.detach()
+            counts.fired[:, copies.members] = copies.counts.fired
+            counts.alive[copies.members] = copies.counts.alive
+            for name, new in copies.counts.skipped.items():
+                counts.skipped[name][copies.members] = new
         self._copies = None

@@ -5,54 +5,60 @@ Legend: M members, S optimizer steps of one Lightning batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Moment, Scene, constants_of, run_passes
+from opsin.interventions.apply import constants_of
+from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
-from opsin.interventions.plan import Plan, Writer, build_plan
-from opsin.interventions.weights import WeightWriter, fresh_values, weight_table
+from opsin.interventions.plan import Plan
+from opsin.interventions.weights import WeightWriter, weight_table
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.records.history import History
-from opsin.records.schema import STEP_METRICS
+from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
-from opsin.training.active_members import Crew, places
+from opsin.training.active_members import ActiveMembers, members_in_step
+from opsin.training.adam import Adam
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
-from opsin.training.gates import Control
-from opsin.training.objective import evaluate, scored_logits
+from opsin.training.gates import GateController
+from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
-from opsin.training.probe import PROBE_SEED, observe
+from opsin.training.probe import ForwardPasses
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
+from opsin.training.step_inputs import StepGates
+from opsin.training.weight_updates import drawn_values
 
 
 class OpsinModule(pl.LightningModule):
     """Trains M transformers on one task, with whatever interventions the callbacks ask for.
 
     Args:
-        task: what is learned.
-        transformer: shape of the model.
+        task: what the members learn, with its data.
+        transformer: shape of the model that every member has.
         seed: seeds initialisation and data; a list trains one member per seed.
-        learning_rate: of Adam; a list has one for each member.
-        weight_decay: decoupled (AdamW); a list has one for each member.
+        learning_rate: step size of Adam; a list has one for each member.
+        weight_decay: decoupled weight decay (AdamW); a list has one for each member.
         gradient_clip: largest gradient norm of a member; None for none.
-        betas: of Adam.
-        eps: of Adam, added outside the square root.
+        betas: decay of the two running moments of Adam, in [0, 1).
+        eps: what Adam adds to the square root of the second moment.
         lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
             plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
         steps_per_batch: optimizer steps that one Lightning batch carries.
@@ -62,7 +68,7 @@ class OpsinModule(pl.LightningModule):
         evaluation_size: sequences of each evaluation set.
         compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
             present and the run has at least 5,000 optimizer steps.
-        threads: of this process; small models want one.
+        threads: threads of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
         initial: for each member, whose weights it starts from; its own initialisation where None.
     """
@@ -104,10 +110,9 @@ class OpsinModule(pl.LightningModule):
         self.events: list[Event] = []
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
-        self._saved_control: dict[str, Any] | None = None
+        self._saved_gates: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
-        self._evaluation_batches: dict[tuple[str, int], Batch] = {}
 
     def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
         values = init_parameters(self.transformer, self.task, self.seeds)
@@ -145,12 +150,27 @@ class OpsinModule(pl.LightningModule):
         names = tuple(self.sites.find(site, "sites").name for site in sites)
         self._listeners.append(Listener(every, names, notify))
 
+    def record(self, step: int, metrics: Mapping[str, Float[Tensor, "M ..."]]) -> None:
+        """Record values in the history, and hand them to the Trainer's loggers under the step they belong to.
+
+        Args:
+            step: optimizer steps finished when the values were measured.
+            metrics: values ``[M]`` or ``[M, layers, heads]`` by name; loggers receive the latter as
+                ``METRIC/LAYER:HEAD``.
+        """
+        for metric, values in metrics.items():
+            self.history.record(metric, step, values)
+        if self.trainer.loggers:
+            numbers = {**_logged(metrics), "sequences": step * self.task.batch_size}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers, step=step)
+
     def on_event(self, handler: Callable[[Event], None]) -> None:
         """Call ``handler`` with every event announced from now on."""
         self._event_handlers.append(handler)
 
     def announce(self, event: Event) -> None:
-        """Tell everybody."""
+        """Add an event to the run, and call every handler with it."""
         self.events.append(event)
         for handler in self._event_handlers:
             handler(event)
@@ -171,13 +191,14 @@ class OpsinModule(pl.LightningModule):
             raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
-        self._listeners, self._event_handlers, self._saved_control = [], [], None
+        self._listeners, self._event_handlers, self._saved_gates = [], [], None
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         if self.plan.feedback:
             validates = bool(trainer.limit_val_batches)
             self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
-        self.step = Step(self.transformer, self.task, self.plan, (self.betas[0], self.betas[1]), self.eps)
+        adam = Adam((self.betas[0], self.betas[1]), self.eps)
+        self.step = Step(self.transformer, self.task, self.plan, adam)
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
@@ -188,7 +209,7 @@ class OpsinModule(pl.LightningModule):
             donor.check(self.task)
         return plan
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = MemberAdam(
             self.members.named_parameters(), self.learning_rate, self.weight_decay, self.gradient_clip, self.betas
         )
@@ -209,16 +230,25 @@ class OpsinModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         dtype = next(self.members.parameters()).dtype
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
-        fresh = fresh_values(self.plan.changes, self.transformer, self.task, self.seeds)
-        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, fresh)
-        self.control = Control(
+        drawn = drawn_values(self.plan.changes, self.transformer, self.task, self.seeds)
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, drawn)
+        self.gates = GateController(
             self.plan, self.constants, self.seeds, self.history, self.idle, self.announce, self.ended
         )
-        if self._saved_control is not None:
-            self.control.load_state_dict(self._saved_control)
-        self.probe = self._evaluation_batch("train", self.probe_size)
+        if self._saved_gates is not None:
+            self.gates.load_state_dict(self._saved_gates)
+        self.forward_passes = ForwardPasses(
+            self.transformer,
+            self.task,
+            self.plan,
+            self.constants,
+            self.gates,
+            self.parameters_by_name,
+            lambda: self.steps_done,
+        )
+        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
         run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
-        self._crew = Crew(run_step, self.n_members)
+        self._active_members = ActiveMembers(run_step, self.n_members)
         # a graph for fewer members must repay its making, as the first must
         self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
 
@@ -234,36 +264,38 @@ class OpsinModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         results: list[Tensor] = []
-        self._crew.choose(places(self.n_members, self.ended, self._last_leave))
+        self._active_members.choose(members_in_step(self.n_members, self.ended, self._last_leave))
         draws = drawn_steps(self.task, self.seeds, first, count)
-        for index, moment in enumerate(self.control.moments(first, count)):
+        for index, gates in enumerate(self.gates.during(first, count)):
             draw = {name: tensor.to(self.device) for name, tensor in next(draws).items()}
-            optimizer.step(partial(self._update, draw, moment, results))
+            optimizer.step(partial(self._update, draw, gates, results))
             self._step_schedulers()
             done = first + index + 1
             self._log_steps(done, results)
             last = done == self.trainer.max_steps
-            self._notify(done, [each for each in self._listeners if last or done % each.every == 0])
-        self._crew.write_back()
+            self._notify(done, [listener for listener in self._listeners if last or done % listener.every == 0])
+        self._active_members.write_back()
         self._finish_batch(first, torch.stack(results))
-        self.control.check_idle(finished=self.steps_done == self.trainer.max_steps)
+        self.gates.check_idle(finished=self.steps_done == self.trainer.max_steps)
 
     def on_train_batch_end(self, *_: Any) -> None:
         # Lightning's callbacks have been told by now, so whoever ends a member has ended it
         if len(self.ended) == self.n_members and self.steps_done < self.trainer.max_steps:
-            # those whose turn it was have looked already
-            self._notify(self.steps_done, [each for each in self._listeners if self.steps_done % each.every])
-            self.control.check_idle(finished=True)
+            # listeners whose turn it was have been notified already
+            done = self.steps_done
+            self._notify(done, [listener for listener in self._listeners if done % listener.every])
+            self.gates.check_idle(finished=True)
 
     def on_fit_end(self) -> None:
         # once its callbacks have written what there is
-        if problem := self.control.all_diverged():
+        if problem := self.gates.all_diverged():
             raise problem
 
-    def _update(self, draw: dict[str, Tensor], moment: Moment, results: list[Tensor]) -> None:
+    def _update(self, draw: dict[str, Tensor], gates: StepGates, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MemberAdam)
-        results.append(self._crew(optimizer.adam_state(), optimizer.hyper(), self.constants, draw, moment))
+        state, hyper = optimizer.adam_state(), optimizer.hyper()
+        results.append(self._active_members(state, hyper, self.constants, draw, gates, self.gates.counts))
 
     def _step_schedulers(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -275,22 +307,11 @@ class OpsinModule(pl.LightningModule):
             return
         window = (done - 1) % self.log_every + 1
         means = torch.stack(results[-window:]).mean(0)
-        for name, values in zip(STEP_METRICS, means, strict=True):
-            self.history.record(name, done, values)
-        self.log_everywhere({name: values for name, values in zip(STEP_METRICS, means, strict=True)}, done)
-
-    def log_everywhere(self, metrics: dict[str, Float[Tensor, " M"]], step: int) -> None:
-        """Hand per-member numbers to the Trainer's loggers, under the optimizer step they belong to."""
-        if not self.trainer.loggers:
-            return
-        suffixes = [""] if self.n_members == 1 else [f"/member_{member}" for member in range(self.n_members)]
-        flat = {name + s: float(v) for name, values in metrics.items() for s, v in zip(suffixes, values, strict=True)}
-        for logger in self.trainer.loggers:
-            logger.log_metrics({**flat, "sequences": step * self.task.batch_size}, step=step)
+        self.record(done, dict(zip(STEP_METRICS, means, strict=True)))
 
     def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
-        self.control.check_diverged(first, results[:, 0].isfinite())
-        self.trainer.should_stop |= self.control.all_diverged() is not None
+        self.gates.check_diverged(first, results[:, 0].isfinite())
+        self.trainer.should_stop |= self.gates.all_diverged() is not None
         means = results.nanmean((0, 2))
         for name, value in zip(STEP_METRICS, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)
@@ -300,12 +321,12 @@ class OpsinModule(pl.LightningModule):
         # Lightning counts one optimizer step a batch where it labels what it logs itself
         self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(results) - 1
 
-    # ---- looking --------------------------------------------------------------------------------
+    # ---- what readers see -----------------------------------------------------------------------
 
     def _notify(self, done: int, due: Sequence[Listener]) -> None:
         if not due:
             return
-        self._crew.write_back()
+        self._active_members.write_back()
         sites = {site for listener in due for site in listener.sites}
         activations = self.observe(self.probe, sites) if sites else {}
         observation = Observation(done, self.probe, activations)
@@ -315,38 +336,28 @@ class OpsinModule(pl.LightningModule):
     def observe(
         self, batch: Batch, sites: Collection[str], without: Collection[Intervention] = ()
     ) -> dict[str, Tensor]:
-        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step."""
-        moment = self.control.moment(max(self.steps_done - 1, 0), without)
-        parameters = self.parameters_by_name()
-        scene = Scene(self.transformer, parameters, self.constants, batch, moment.gates, moment.clock)
-        with torch.no_grad():
-            tap = run_passes(self.plan, scene)
-        return observe(self.transformer, parameters, self.constants.table, batch, tap, sites)
+        """Activations ``[M, B, ...]`` on a batch, under the interventions (but some) as they stood at the last step.
 
-    def _evaluation_batch(self, name: str, size: int) -> Batch:
-        """Fixed sequences of an evaluation set, the same for every member and every run of the task."""
-        if (name, size) not in self._evaluation_batches:
-            draw = self.task.draw([PROBE_SEED], 0, 1, f"eval/{name}", size)
-            first = {key: tensor[0].to(self.device) for key, tensor in draw.items()}
-            one = self.task.assemble(self.constants.bank, first)
-            self._evaluation_batches[name, size] = one.shared_by(self.n_members)
-        return self._evaluation_batches[name, size]
+        Args:
+            batch: sequences that the model sees.
+            sites: names of the activations; the forward pass ends where the last of them has been computed.
+            without: interventions of the run's own pass that are switched off.
+        """
+        return self.forward_passes.observe(batch, sites, without)
 
     def evaluation_set(self, name: str) -> Batch:
         """The sequences of one of the task's evaluation sets, those that validation sees."""
-        return self._evaluation_batch(name, self.evaluation_size)
+        return self.forward_passes.evaluation_set(name, self.evaluation_size)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
-        named = {f"val/{name}/{metric}": values for metric, values in evaluate(logits, data).items()}
-        for metric, values in named.items():
+        metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
+        for metric, values in metrics.items():
             self.log(metric, values.mean(), logger=False, batch_size=1)
-            if not self.trainer.sanity_checking:
-                self.history.record(metric, self.steps_done, values)
         if not self.trainer.sanity_checking:
-            self.log_everywhere(named, self.steps_done)
+            self.record(self.steps_done, metrics)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -355,7 +366,7 @@ class OpsinModule(pl.LightningModule):
             "history": self.history.state_dict(),
             "events": [vars(event) for event in self.events],
             "plan": self.plan.digest(),
-            "control": self.control.state_dict(),
+            "control": self.gates.state_dict(),
             "seeds": self.seeds,
             "transformer": asdict(self.transformer),
         }
@@ -368,13 +379,24 @@ class OpsinModule(pl.LightningModule):
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
-        self._saved_control = saved["control"]
+        self._saved_gates = saved["control"]
 
 
 def _numbers(count: int) -> DataLoader:
     """0, 1, ... ``count`` - 1, one at a time."""
     # a loader without a generator of its own draws from the global one
     return DataLoader(range(count), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def _logged(metrics: Mapping[str, Float[Tensor, "M ..."]]) -> dict[str, float]:
+    """One number per key; those of several members end in ``/member_0``, ``/member_1``, ..."""
+    numbers: dict[str, float] = {}
+    for metric, values in metrics.items():
+        suffixes = [""] if len(values) == 1 else [f"/member_{member}" for member in range(len(values))]
+        for index in np.ndindex(values.shape[1:]):
+            name, members = number_name(metric, index), values[(slice(None), *index)].tolist()
+            numbers |= {name + suffix: float(value) for suffix, value in zip(suffixes, members, strict=True)}
+    return numbers
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

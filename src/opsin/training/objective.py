@@ -30,7 +30,7 @@ def restrict(logits: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"])
     return logits + ABSENT_LOGIT * (~plausible[:, :, None]).to(logits.dtype)
 
 
-def evaluate(logits: Float[Tensor, "M B Q V"], batch: Batch) -> dict[str, Float[Tensor, " M"]]:
+def evaluation_metrics(logits: Float[Tensor, "M B Q V"], batch: Batch) -> dict[str, Float[Tensor, " M"]]:
     """Loss and accuracy, and where the task names plausible outputs the accuracy and probability among them."""
     metrics = {"loss": cross_entropy(logits, batch).mean((1, 2)), "accuracy": accuracy(logits, batch)}
     if batch.plausible is not None:

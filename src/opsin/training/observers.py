@@ -1,4 +1,4 @@
-"""What callbacks are told: events, and what the probe shows after a step.
+"""How readers follow a run: events, and what the probe shows after a step.
 
 Legend: M members, B batch.
 """
@@ -24,7 +24,7 @@ class Event:
     Args:
         kind: a word, for example ``"phase change"``.
         step: optimizer steps finished when it was noticed.
-        member: whose.
+        member: number of the member that it happened to.
         message: one line for people.
     """
 
@@ -39,9 +39,9 @@ class Observation:
     """What the probe showed after some step.
 
     Args:
-        step: optimizer steps finished.
-        batch: the probe.
-        activations: the sites that were asked for, ``[M, B, ...]``.
+        step: number of optimizer steps finished.
+        batch: sequences of the probe that were shown.
+        activations: activations ``[M, B, ...]`` of the sites that were wanted, by name.
     """
 
     step: int
@@ -51,7 +51,13 @@ class Observation:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who wants to be told what the probe shows, and how often (in optimizer steps)."""
+    """A reader's request to be notified of what the probe shows.
+
+    Args:
+        every: optimizer steps between two notifications.
+        sites: names of the activations that it wants to see.
+        notify: function that is called with what the probe shows.
+    """
 
     every: int
     sites: tuple[str, ...]

@@ -1,35 +1,36 @@
 """The optimizer object that Lightning, its checkpoints and the learning-rate schedulers see.
 
-The arithmetic of an update is in ``opsin.training.step``, fused with the loss and the gradient. This object
-holds the state that arithmetic changes, and counts.
+The arithmetic of an update is in ``opsin.training.adam``; the step fuses it with the loss and the gradient. This object
+holds the state that the arithmetic changes, and counts.
+
+Legend: M members.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from opsin.errors import ConfigError
+from opsin.training.adam import AdamState, Hyper
 
 
 class MemberAdam(torch.optim.Optimizer):
     """Adam whose state carries the member axis and whose step is handed in as a closure.
 
     Args:
-        named_parameters: names and tensors ``[M, ...]``.
-        learning_rate: of every member, or one for each. Members of one rate and decay share a group of
+        named_parameters: names of the parameters and their tensors ``[M, ...]``.
+        learning_rate: one rate for all members, or one for each. Members of one rate and decay share a group of
             ``param_groups``, through which a scheduler changes each as it would change that of a run of its own; the
             parameters are all in the first.
-        weight_decay: decoupled, likewise.
+        weight_decay: decoupled weight decay, one for all members or one for each.
         clip: largest gradient norm of a member; None for no clipping.
-        betas: decay of the running moments.
+        betas: decay of the two running moments, in [0, 1).
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class MemberAdam(torch.optim.Optimizer):
         named = list(named_parameters)
         self.names = [name for name, _ in named]
         members = named[0][1].shape[0]
-        kinds, self._group_of = member_groups(learning_rate, weight_decay, members)
-        (rate, decay), *others = kinds
+        pairs, self._group_of = member_groups(learning_rate, weight_decay, members)
+        (rate, decay), *further = pairs
         defaults = {"lr": rate, "weight_decay": decay, "clip": clip, "betas": betas, "steps": 0}
         super().__init__([tensor for _, tensor in named], defaults)
-        for rate, decay in others:
+        for rate, decay in further:
             self.add_param_group({"params": [], "lr": rate, "weight_decay": decay})
         for parameter in self.parameters:
             zeros = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
@@ -73,13 +74,16 @@ class MemberAdam(torch.optim.Optimizer):
         group, like = self.param_groups[0], self.parameters[0]
         clip = float("inf") if group["clip"] is None else group["clip"]
         correction = [1 - beta ** (self.steps + 1) for beta in group["betas"]]
-        own = [self.param_groups[place] for place in self._group_of]
-        each = (tuple(g["lr"] for g in own), tuple(g["weight_decay"] for g in own), (clip,) * like.shape[0])
-        rate, decay, clip = (_as_tensor(values, like.dtype, like.device) for values in each)
+        groups = [self.param_groups[index] for index in self._group_of]
+        values = (tuple(g["lr"] for g in groups), tuple(g["weight_decay"] for g in groups), (clip,) * like.shape[0])
+        rate, decay, clip = (_as_tensor(per_member, like.dtype, like.device) for per_member in values)
         return Hyper(rate, decay, clip, torch.tensor(correction, dtype=like.dtype, device=like.device))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update by calling the fused step.
+
+        Args:
+            closure: the fused training step, which changes parameters and moments in place.
 
         Raises:
             ValueError: no closure; this optimizer has no arithmetic of its own.
@@ -93,6 +97,11 @@ class MemberAdam(torch.optim.Optimizer):
 
 def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[float]) -> None:
     """Refuse a schedule that members cannot share, and one that changes what the step was built with.
+
+    Args:
+        scheduler: learning-rate scheduler that was built on the optimizer.
+        optimizer: the optimizer whose rates it changes.
+        betas: decay of the two running moments that the step was built with.
 
     Raises:
         ConfigError: it follows one loss, or cycles the betas.
@@ -109,10 +118,19 @@ def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[fl
 def member_groups(
     learning_rate: float | Sequence[float], weight_decay: float | Sequence[float], members: int
 ) -> tuple[list[tuple[float, float]], list[int]]:
-    """The different pairs of rate and decay, in the order of the first members that have them, and each member's."""
-    pairs = list(zip(_for_each(learning_rate, members), _for_each(weight_decay, members), strict=True))
-    kinds = list(dict.fromkeys(pairs))
-    return kinds, [kinds.index(pair) for pair in pairs]
+    """The different pairs of rate and decay, and which of them each member has.
+
+    Args:
+        learning_rate: one rate for all members, or one for each.
+        weight_decay: one decay for all members, or one for each.
+        members: M, models of the run.
+
+    Returns:
+        The pairs, in the order of the first members that have them, and the index of every member's pair.
+    """
+    per_member = list(zip(_for_each(learning_rate, members), _for_each(weight_decay, members), strict=True))
+    pairs = list(dict.fromkeys(per_member))
+    return pairs, [pairs.index(pair) for pair in per_member]
 
 
 def _for_each(value: float | Sequence[float], members: int) -> list[float]:
@@ -122,71 +140,3 @@ def _for_each(value: float | Sequence[float], members: int) -> list[float]:
 @functools.lru_cache(maxsize=64)
 def _as_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """Parameters (leaves that require grad) and their running moments, in the same order."""
-
-    names: Sequence[str]
-    parameters: Sequence[Tensor]
-    exp_avg: Sequence[Tensor]
-    exp_avg_sq: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """Optimizer hyper-parameters; tensors, so that changing them changes no graph.
-
-    Args:
-        learning_rate: per member.
-        weight_decay: decoupled, per member.
-        clip: largest gradient norm, per member; infinity for none.
-        correction: bias corrections 1 - beta1^t and 1 - beta2^t of this step.
-    """
-
-    learning_rate: Float[Tensor, " M"]
-    weight_decay: Float[Tensor, " M"]
-    clip: Float[Tensor, " M"]
-    correction: Float[Tensor, "2"]
-
-
-def member_norm(tensors: Sequence[Float[Tensor, "M ..."]]) -> Float[Tensor, " M"]:
-    """2-norm over all tensors, per member."""
-    return torch.stack([tensor.square().flatten(1).sum(-1) for tensor in tensors]).sum(0).sqrt()
-
-
-def adam_update(
-    state: AdamState,
-    gradients: Sequence[Tensor],
-    norm: Float[Tensor, " M"],
-    hyper: Hyper,
-    alive: Bool[Tensor, " M"],
-    betas: tuple[float, float],
-    eps: float,
-    corrections: Mapping[str, Sequence[Tensor]] | None = None,
-) -> None:
-    """Adam with decoupled weight decay and per-member clipping, in place and elementwise over members.
-
-    Kingma and Ba 2015, algorithm 1, eps outside the square root; decay as Loshchilov and Hutter 2019.
-
-    Args:
-        alive: members that are updated; the others stay as they are, bit for bit.
-        corrections: the two bias corrections of parameters that have their own, by name.
-    """
-    # a comparison, since the quotient of an overflown norm and no clipping is no number
-    scale = torch.where(norm > hyper.clip, hyper.clip / norm, torch.ones_like(norm))
-    for name, parameter, gradient, mean, square in zip(
-        state.names, state.parameters, gradients, state.exp_avg, state.exp_avg_sq, strict=True
-    ):
-        rate, decay, shrink, living = (
-            x.view(-1, *[1] * (gradient.dim() - 1)) for x in (hyper.learning_rate, hyper.weight_decay, scale, alive)
-        )
-        correction = (corrections or {}).get(name, hyper.correction)
-        gradient = gradient * shrink
-        first = betas[0] * mean + (1 - betas[0]) * gradient
-        second = betas[1] * square + (1 - betas[1]) * gradient * gradient
-        move = (first / correction[0]) / ((second / correction[1]).sqrt() + eps)
-        moved = parameter * (1 - rate * decay) - rate * move
-        for old, new in ((mean, first), (square, second), (parameter, moved)):
-            old.copy_(torch.where(living, new, old))

@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.interventions.apply import Constants, Scene, constants_of, run_passes
+from opsin.interventions.apply import Constants, PassInputs, constants_of, run_passes
+from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.intervention import Intervention, Pass, Source, Supply
-from opsin.interventions.plan import Plan, Writer, build_plan, covered_members
+from opsin.interventions.plan import Plan
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.model.sites import SiteTable
@@ -35,50 +36,40 @@ class Copies:
     """Where on the member axis each set finds its members.
 
     Args:
-        members: M.
-        sets: S.
+        members: M, models of the run.
+        sets: S, number of sets, the base line among them.
     """
 
     members: int
     sets: int
 
-    def of_set(self, item: Intervention, place: int) -> Intervention:
-        """The same intervention in the copies of one set; passes that it takes from hold for every set."""
-        chosen = range(self.members) if item.selection.members is None else item.selection.members
-        own = tuple(place * self.members + member for member in chosen)
-        return replace(item, selection=replace(item.selection, members=own), value=self._of_all(item.value))
+    def in_set(self, item: Intervention, number: int) -> Intervention:
+        """The intervention in the copies of one set; passes that it takes from hold for every set.
 
-    def _of_all(self, part: Any) -> Any:
-        """The same value with members selected in every set, wherever a pass inside it selects some."""
+        Args:
+            item: intervention as its writer wants it in the M members.
+            number: index of the set; 0 is the base line.
+        """
+        members = range(self.members) if item.selection.members is None else item.selection.members
+        copies = tuple(number * self.members + member for member in members)
+        return replace(item, selection=replace(item.selection, members=copies), value=self._in_every_set(item.value))
+
+    def _in_every_set(self, part: Any) -> Any:
+        """The value with members selected in every set, wherever a pass inside it selects some."""
         if isinstance(part, tuple):
-            return tuple(self._of_all(each) for each in part)
+            return tuple(self._in_every_set(item) for item in part)
         if isinstance(part, Selection) and part.members is not None:
             everywhere = tuple(s * self.members + member for s in range(self.sets) for member in part.members)
             return replace(part, members=everywhere)
         if not is_dataclass(part) or isinstance(part, (type, Supply)):
             return part
         found = {field.name: getattr(part, field.name) for field in fields(part)}
-        changed = {name: new for name, old in found.items() if (new := self._of_all(old)) is not old}
+        changed = {name: new for name, old in found.items() if (new := self._in_every_set(old)) is not old}
         return replace(part, **changed) if changed else part
 
     def repeat(self, x: Float[Tensor, "M ..."] | Int[Tensor, "M ..."] | Bool[Tensor, "M ..."]) -> Tensor:
         """``[C, ...]``: all members of the first set, all of the second, and so on."""
         return x.expand(self.sets, *x.shape).flatten(0, 1)
-
-    def batch(self, batch: Batch) -> Batch:
-        """The same sequences for every set."""
-        features, plausible = (None if x is None else self.repeat(x) for x in (batch.features, batch.plausible))
-        truth = batch.truth
-        return replace(
-            batch,
-            features=features,
-            tokens=self.repeat(batch.tokens),
-            targets=self.repeat(batch.targets),
-            plausible=plausible,
-            truth=replace(
-                truth, query=self.repeat(truth.query), match=self.repeat(truth.match), other=self.repeat(truth.other)
-            ),
-        )
 
 
 @dataclass(frozen=True)
@@ -86,9 +77,9 @@ class Measures:
     """Named sets of interventions, checked and planned for one batched pass. Build with ``build_measures``.
 
     Args:
-        names: of the sets, the base line first.
-        copies: of the members.
-        plan: of all sets, for C members.
+        names: name of every set, the base line first.
+        copies: where on the member axis each set finds its members.
+        plan: interventions of all sets, planned for C members.
     """
 
     names: tuple[str, ...]
@@ -97,20 +88,28 @@ class Measures:
 
     def covers(self) -> Bool[Tensor, "S M"]:
         """Which members each set intervenes in."""
-        own = torch.from_numpy(covered_members(self.plan, self.copies.sets * self.copies.members))
-        return own[list(self.plan.passes[-1].items)].any(0).view(self.copies.sets, self.copies.members)
+        covered = torch.from_numpy(self.plan.covered_members(self.copies.sets * self.copies.members))
+        return covered[[row.gate for row in self.plan.passes[-1].rows]].any(0).view(self.copies.sets, -1)
 
 
 @dataclass(frozen=True)
-class _OfSet:
-    """Everything one set wants overwritten, in its own copies."""
+class _SetWriter:
+    """Everything that one set wants overwritten, in the copies of that set alone.
+
+    Args:
+        writers: the writers of the set.
+        copies: where on the member axis each set finds its members.
+        number: index of the set; 0 is the base line.
+    """
 
     writers: Sequence[Writer]
     copies: Copies
-    place: int
+    number: int
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:
-        return [self.copies.of_set(item, self.place) for writer in self.writers for item in writer.interventions(sites)]
+        return [
+            self.copies.in_set(item, self.number) for writer in self.writers for item in writer.interventions(sites)
+        ]
 
 
 def build_measures(
@@ -119,8 +118,11 @@ def build_measures(
     """Check every set as if it were the plan of a run, and plan all of them together.
 
     Args:
-        members: M of the run.
-        field_name: the setting that holds the sets, for messages.
+        sets: writers of every set, by its name.
+        sites: activations of the model that is trained.
+        members: M, models of the run.
+        batch_size: sequences a training step sees.
+        field_name: setting that holds the sets, for messages.
 
     Raises:
         ConfigError: a set that could not be the plan of a run, or that changes while training; names the set.
@@ -133,7 +135,7 @@ def build_measures(
         except ConfigError as error:
             raise ConfigError(f"{field_name}.{name}.{error.field}", error.value, error.expected) from error
     copies = Copies(members, len(sets) + 1)
-    restricted = [_OfSet(writers, copies, place) for place, writers in enumerate(sets.values(), 1)]
+    restricted = [_SetWriter(writers, copies, number) for number, writers in enumerate(sets.values(), 1)]
     plan = build_plan(restricted, sites, members * copies.sets, 1, batch_size)
     return Measures((BASE_LINE, *sets), copies, plan)
 
@@ -152,18 +154,23 @@ def _refuse_moving(items: Iterable[Intervention]) -> None:
 
 
 def measure_constants(measures: Measures, constants: Constants) -> Constants:
-    """The constants of the batched pass, from those of the run."""
+    """The constants of the batched pass.
+
+    Args:
+        measures: sets of interventions, planned.
+        constants: tensors of the run.
+    """
     table = constants.table
-    own = constants_of(measures.plan, constants.bank, table, measures.copies.members, table.dtype)
-    return replace(own, supplied=[measures.copies.repeat(tensor) for tensor in own.supplied])
+    found = constants_of(measures.plan, constants.bank, table, measures.copies.members, table.dtype)
+    return replace(found, supplied=[measures.copies.repeat(tensor) for tensor in found.supplied])
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSets:
     """What weights would do under every set.
 
     Args:
-        loss: mean over the batch, in nats.
+        loss: mean loss over the batch, in nats.
         accuracy: share of scored positions whose most likely output is the target.
         changed: whether some activation of the member was overwritten by something else than it was.
     """
@@ -173,34 +180,36 @@ class Measured:
     changed: Bool[Tensor, "S M"]
 
 
-def evaluate(
+def measure(
     measures: Measures,
     model: Transformer,
     parameters: Parameters,
     constants: Constants,
     batch: Batch,
     clock: Int[Tensor, "M 2"],
-) -> Measured:
+) -> MeasuredSets:
     """Evaluate M members under every set in one pass of S x M members, without gradient.
 
     Values from other passes cost one pass of S x M members for each different pass.
 
     Args:
-        parameters: of the M members.
-        constants: from ``measure_constants``.
-        batch: of the M members.
-        clock: seed of every member and the number of the step.
+        measures: sets of interventions, planned.
+        model: shape of the model that is trained.
+        parameters: weights ``[M, ...]`` of the members, by name.
+        constants: what ``measure_constants`` has made.
+        batch: sequences that every member sees.
+        clock: seed of every member and the number of the optimizer step.
     """
     copies, plan = measures.copies, measures.plan
     weights = {name: copies.repeat(x) for name, x in parameters.items()}
     gates = constants.table.new_ones(len(plan.interventions), copies.sets * copies.members)
-    scene = Scene(model, weights, constants, copies.batch(batch), gates, copies.repeat(clock))
+    inputs = PassInputs(model, weights, constants, batch.map(copies.repeat), gates, copies.repeat(clock))
     fired: dict[int, Tensor] = {}
     with torch.no_grad():
-        tap = run_passes(plan, scene, fired)
-        logits = scored_logits(forward(weights, constants.table, scene.batch, model, tap), scene.batch)
-        loss = cross_entropy(logits, scene.batch).mean((1, 2))
-        right = accuracy(logits, scene.batch)
-    changed = torch.stack([fired[index] for index in plan.passes[-1].items]).any(0)
+        tap = run_passes(plan, inputs, fired)
+        logits = scored_logits(forward(weights, constants.table, inputs.batch, model, tap), inputs.batch)
+        loss = cross_entropy(logits, inputs.batch).mean((1, 2))
+        right = accuracy(logits, inputs.batch)
+    changed = torch.stack([fired[row.gate] for row in plan.passes[-1].rows]).any(0)
     shape = (copies.sets, copies.members)
-    return Measured(loss.view(shape), right.view(shape), changed.view(shape))
+    return MeasuredSets(loss.view(shape), right.view(shape), changed.view(shape))

@@ -1,6 +1,6 @@
 """One training step as a pure function of tensors; eager and compiled are the same function.
 
-Legend: M members, B batch, L positions, Q scored positions, V outputs, I interventions.
+Legend: M members, B batch, L positions, Q scored positions, V outputs, I rows of a plan.
 """
 
 from __future__ import annotations
@@ -12,24 +12,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.interventions.apply import Constants, Moment, Scene, run_passes
+from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
 from opsin.model.transformer import Transformer, forward
 from opsin.task import Task
+from opsin.training.adam import Adam, AdamState, Hyper
 from opsin.training.objective import accuracy, cross_entropy, scored_logits
-from opsin.training.optimizers import AdamState, Hyper, adam_update, member_norm
-from opsin.training.weight_updates import Changing, moving
+from opsin.training.step_inputs import StepCounts, StepGates
+from opsin.training.weight_updates import WeightUpdate
 
 
 @dataclass(frozen=True)
 class Step:
-    """The step of one run: everything that is fixed before training and shapes the graph."""
+    """The step of one run: everything that is fixed before training and shapes the graph.
+
+    Args:
+        model: shape of the model that is trained.
+        task: what the members learn, with its data.
+        plan: interventions and changes of weights of the run.
+        adam: what of the optimizer never changes.
+    """
 
     model: Transformer
     task: Task
     plan: Plan
-    betas: tuple[float, float]
-    eps: float
+    adam: Adam
 
     def __call__(
         self,
@@ -37,45 +44,37 @@ class Step:
         hyper: Hyper,
         constants: Constants,
         draw: Mapping[str, Tensor],
-        moment: Moment,
+        gates: StepGates,
+        counts: StepCounts,
     ) -> Float[Tensor, "3 M"]:
-        """Gather, draw weights anew, forward, loss, gradient and Adam where nothing is frozen, in place.
+        """Gather the batch, draw weights anew, forward, loss, gradient, update where nothing is frozen; in place.
+
+        Args:
+            state: parameters and their running moments.
+            hyper: learning rate, decay, clipping and bias corrections of this step.
+            constants: tensors of the run that no gradient moves.
+            draw: the task's random choices for this step, ``[M, B, ...]``.
+            gates: strength of every row of the plan, and the clock.
+            counts: what the run counts.
 
         Returns:
             Loss (nats, before the update), accuracy and gradient norm (of what may move) of every member.
         """
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
-        scene = Scene(self.model, parameters, constants, batch, moment.gates, moment.clock)
-        changing = self._changing(state, constants, moment)
-        with torch.no_grad():
-            renewed = changing.renew()
+        update = WeightUpdate(self.plan.changes, state, constants, gates, counts)
         fired: dict[int, Tensor] = {}
-        tap = run_passes(self.plan, scene, fired)
+        tap = run_passes(
+            self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
+        )
         logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
         loss = cross_entropy(logits, batch).mean((1, 2))
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
         with torch.no_grad():
-            held = changing.held()
-            norm = member_norm(moving(dict(zip(state.names, gradients, strict=True)), held))
-            # in place, so that what made it stop is the last that it saw
-            moment.alive.logical_and_(loss.isfinite() & norm.isfinite())
-            before, corrections = changing.copies(held), changing.corrections(hyper.correction, self.betas)
-            adam_update(state, gradients, norm, hyper, moment.alive, self.betas, self.eps, corrections)
-            counts = [*(fired[index] for index in sorted(fired)), *renewed, *changing.hold(held, before)]
-            if counts:
-                moment.fired.add_(torch.stack(counts) & moment.alive)
-            seen = torch.stack([loss.detach(), accuracy(logits, batch), norm])
-            return seen.masked_fill(~moment.alive, torch.nan)
-
-    def _changing(self, state: AdamState, constants: Constants, moment: Moment) -> Changing:
-        """The changes of weights of one step."""
-        first = len(self.plan.interventions)
-        strengths = [
-            moment.gates[row].view(-1, *[1] * (mask.dim() - 1)) * mask
-            for row, mask in enumerate(constants.masks[first:], first)
-        ]
-        tensors = zip(state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
-        by_name = dict(zip(state.names, tensors, strict=True))
-        return Changing(self.plan.changes, strengths, constants.fresh, moment.missed, moment.clock, by_name)
+            norm, changed = update.apply(gradients, loss, hyper, self.adam)
+            changed = [*(fired[gate] for gate in sorted(fired)), *changed]
+            if changed:
+                counts.fired.add_(torch.stack(changed) & counts.alive)
+            results = torch.stack([loss.detach(), accuracy(logits, batch), norm])
+            return results.masked_fill(~counts.alive, torch.nan)

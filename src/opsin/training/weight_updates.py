@@ -1,103 +1,176 @@
-"""x."""
+"""One optimizer update under the plan's changes of weights: some are drawn anew before it, some stand still through it.
+
+Everything here is traced into the compiled step, so what is fixed before training is Python and what may change is a
+tensor. A plan without changes of weights leaves no trace in the graph.
+
+Legend: M members, I rows of a plan.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opsin.interventions.apply import overwrite
-from opsin.interventions.weights import Frozen, WeightChange
+from opsin.interventions.apply import Constants, overwrite
+from opsin.interventions.plan import PlannedChange
+from opsin.interventions.weights import Fresh, Frozen
+from opsin.model.transformer import Transformer, init_parameters
+from opsin.task import Task
+from opsin.training.adam import Adam, AdamState, Hyper, adam_update, member_norm
+from opsin.training.step_inputs import StepCounts, StepGates
+
+ByParameter = Mapping[str, Float[Tensor, "M ..."]]
+"""A tensor for some of the parameters, by name, broadcastable to them."""
 
 
-@dataclass(frozen=True)
-class Changing:
-    """The weight changes of one step at work, in place; without any it leaves no trace in the graph.
+class WeightUpdate:
+    """The update of one step: draws weights anew when it is made, and everything else when it is ``applied``.
+
+    Between the two the step computes loss and gradient from the weights that this object has drawn. At strength 1 a
+    frozen entry and its running moments stay as they are, bit for bit; its gradient does not count in the norm, and an
+    update that passes it by does not count in its bias correction.
 
     Args:
-        changes: the plan's.
-        strengths: of each at every entry of its parameter, ``[M, ...]``.
-        fresh: ``fresh_values``.
-        missed: updates that have passed by each entry; counted up.
-        clock: seed of every member and the number of the step.
-        tensors: every parameter with its two running moments, by name.
+        changes: rows of the plan that change weights.
+        state: parameters and their running moments, changed in place.
+        constants: tensors of the run; holds the masks and the values that are drawn.
+        gates: strength of every row of the plan at this step.
+        counts: what the run counts, changed in place.
     """
 
-    changes: Sequence[WeightChange]
-    strengths: Sequence[Float[Tensor, "M ..."]]
-    fresh: Sequence[Float[Tensor, "..."]]
-    missed: Mapping[str, Float[Tensor, "M ..."]]
-    clock: Int[Tensor, "M 2"]
-    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    def __init__(
+        self,
+        changes: Sequence[PlannedChange],
+        state: AdamState,
+        constants: Constants,
+        gates: StepGates,
+        counts: StepCounts,
+    ) -> None:
+        self.state, self.counts = state, counts
+        self.steps = gates.clock[:, 1]
+        tensors = zip(state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
+        self._tensors = dict(zip(state.names, tensors, strict=True))
+        strengths = [
+            (row.change, _with_axes(gates.strength[row.gate], constants.masks[row.gate]) * constants.masks[row.gate])
+            for row in changes
+        ]
+        self._draws = [(change, strength) for change, strength in strengths if change.kind != Frozen()]
+        self._freezes = [(change, strength) for change, strength in strengths if change.kind == Frozen()]
+        with torch.no_grad():
+            self._drawn = self._draw(constants.fresh)
 
-    def renew(self) -> list[Bool[Tensor, " M"]]:
-        """Set what a draw sets at this step, before it is used; returns whether that changed anything, per draw."""
-        fired = []
-        draws = [index for index, change in enumerate(self.changes) if change.kind != Frozen()]
-        for index, fresh in zip(draws, self.fresh, strict=True):
-            name, on = self.changes[index].parameter, self.strengths[index] > 0
-            parameter, *moments = self.tensors[name]
-            fired.append(((parameter != fresh) & on).flatten(1).any(1))
-            parameter.copy_(torch.where(on, fresh, parameter))
+    def _draw(self, values: Sequence[Float[Tensor, "..."]]) -> list[Bool[Tensor, " M"]]:
+        """Set what is drawn anew at this step; returns whether that changed anything, per draw."""
+        changed = []
+        for (change, strength), value in zip(self._draws, values, strict=True):
+            selected = strength > 0
+            parameter, *moments = self._tensors[change.parameter]
+            changed.append(((parameter != value) & selected).flatten(1).any(1))
+            parameter.copy_(torch.where(selected, value, parameter))
             for moment in moments:
-                moment.copy_(moment.masked_fill(on, 0.0))
-            missed = self.missed[name]
-            missed.copy_(torch.where(on, _along(self.clock[:, 1], missed).to(missed.dtype), missed))
-        return fired
+                moment.copy_(moment.masked_fill(selected, 0.0))
+            skipped = self.counts.skipped[change.parameter]
+            skipped.copy_(torch.where(selected, _with_axes(self.steps, skipped).to(skipped.dtype), skipped))
+        return changed
 
-    def held(self) -> dict[str, Float[Tensor, "M ..."]]:
-        """How still every frozen parameter stands; of several freezes of an entry the strongest counts."""
+    def apply(
+        self, gradients: Sequence[Float[Tensor, "M ..."]], loss: Float[Tensor, " M"], hyper: Hyper, adam: Adam
+    ) -> tuple[Float[Tensor, " M"], list[Bool[Tensor, " M"]]]:
+        """Move every weight that may move, in every member whose loss and gradient are numbers.
+
+        Args:
+            gradients: gradient of every parameter, in the order of the state.
+            loss: loss of every member, to see which have stopped being numbers.
+            hyper: learning rate, decay, clipping and bias corrections of this step.
+            adam: what of the optimizer never changes.
+
+        Returns:
+            Gradient norm of what may move, and for every change of weights whether it changed anything, in the
+            plan's order: draws, then freezes.
+        """
+        held = self._held()
+        norm = member_norm(_free_gradients(dict(zip(self.state.names, gradients, strict=True)), held))
+        # in place, so that what made a member stop is the last that it saw
+        self.counts.alive.logical_and_(loss.isfinite() & norm.isfinite())
+        before = {name: [tensor.detach().clone() for tensor in self._tensors[name]] for name in held}
+        corrections = self._corrections(hyper.correction, adam.betas)
+        adam_update(self.state, gradients, norm, hyper, self.counts.alive, adam, corrections)
+        return norm, [*self._drawn, *self._hold(held, before)]
+
+    def _held(self) -> dict[str, Float[Tensor, "M ..."]]:
+        """How still every frozen parameter stands, in [0, 1]; of several freezes of an entry the strongest counts."""
         held: dict[str, Tensor] = {}
-        for change, strength in zip(self.changes, self.strengths, strict=True):
-            if change.kind == Frozen():
-                name = change.parameter
-                held[name] = torch.maximum(held[name], strength) if name in held else strength
+        for change, strength in self._freezes:
+            name = change.parameter
+            held[name] = torch.maximum(held[name], strength) if name in held else strength
         return held
 
-    def copies(self, held: Collection[str]) -> dict[str, list[Tensor]]:
-        """What is frozen, as it is before the update."""
-        return {name: [tensor.detach().clone() for tensor in self.tensors[name]] for name in held}
-
-    def corrections(
-        self, everywhere: Float[Tensor, "2"], betas: tuple[float, float]
+    def _corrections(
+        self, usual: Float[Tensor, "2"], betas: tuple[float, float]
     ) -> dict[str, list[Float[Tensor, "M ..."]]]:
         """Bias corrections of the parameters that are ever changed: by the updates that each entry has had.
 
-        An entry that has missed none has exactly those of all others.
+        An entry that no update has passed by has exactly those of all other parameters.
         """
+        rates = [math.log(beta) if beta else -math.inf for beta in betas]
         found = {}
-        for name, missed in self.missed.items():
-            had = _along(self.clock[:, 1], missed) + 1 - missed
-            rates = [math.log(beta) if beta else -math.inf for beta in betas]
+        for name, skipped in self.counts.skipped.items():
+            updates = _with_axes(self.steps, skipped) + 1 - skipped
             found[name] = [
-                torch.where(missed == 0, usual, -torch.expm1(had * rate))
-                for usual, rate in zip(everywhere, rates, strict=True)
+                torch.where(skipped == 0, correction, -torch.expm1(updates * rate))
+                for correction, rate in zip(usual, rates, strict=True)
             ]
         return found
 
-    def hold(
-        self, held: Mapping[str, Float[Tensor, "M ..."]], before: Mapping[str, Sequence[Tensor]]
-    ) -> list[Bool[Tensor, " M"]]:
+    def _hold(self, held: ByParameter, before: Mapping[str, Sequence[Tensor]]) -> list[Bool[Tensor, " M"]]:
         """Take the update back where weights are frozen; returns whether it would have moved them, per freeze."""
-        fired = [
-            ((self.tensors[change.parameter][0] != before[change.parameter][0]) & (strength > 0)).flatten(1).any(1)
-            for change, strength in zip(self.changes, self.strengths, strict=True)
-            if change.kind == Frozen()
+        changed = [
+            ((self._tensors[change.parameter][0] != before[change.parameter][0]) & (strength > 0)).flatten(1).any(1)
+            for change, strength in self._freezes
         ]
         for name, still in held.items():
-            for tensor, old in zip(self.tensors[name], before[name], strict=True):
+            for tensor, old in zip(self._tensors[name], before[name], strict=True):
                 tensor.copy_(_between(tensor, old, still))
-            self.missed[name].add_(still)
-        return fired
+            self.counts.skipped[name].add_(still)
+        return changed
 
 
-def moving(
-    gradients: Mapping[str, Float[Tensor, "M ..."]], held: Mapping[str, Float[Tensor, "M ..."]]
-) -> list[Float[Tensor, "M ..."]]:
+def drawn_values(
+    changes: Sequence[PlannedChange], model: Transformer, task: Task, seeds: Sequence[int]
+) -> list[Float[Tensor, "..."]]:
+    """What each draw sets its parameter to, ``[M, ...]`` or ``[1, ...]``: a pure function of the configuration.
+
+    Args:
+        changes: rows of the plan that change weights; those that freeze have no such value.
+        model: shape of the model that is trained.
+        task: what is learned, which decides on the sizes of input and output.
+        seeds: seeds of the run, one per member.
+    """
+    draws = [(row.change.kind, row.change.parameter) for row in changes if isinstance(row.change.kind, Fresh)]
+    drawn = {kind: init_parameters(model, task, kind.seeds(seeds)) for kind in {kind: None for kind, _ in draws}}
+    return [drawn[kind][parameter] for kind, parameter in draws]
+
+
+def no_skipped_updates(changes: Sequence[PlannedChange], members: int) -> dict[str, Float[Tensor, "M ..."]]:
+    """Zeros: how many updates have passed by the entries of every parameter that is ever changed.
+
+    Args:
+        changes: rows of the plan that change weights; no tensor has more axes longer than 1 than their masks have.
+        members: M, models of the run.
+    """
+    shapes: dict[str, torch.Size] = {}
+    for row in changes:
+        smallest = (members, *[1] * (row.mask.dim() - 1))
+        name = row.change.parameter
+        shapes[name] = torch.broadcast_shapes(row.mask.shape, shapes.get(name, smallest))
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def _free_gradients(gradients: ByParameter, held: ByParameter) -> list[Float[Tensor, "M ..."]]:
     """The gradients as far as their weights may move."""
     return [
         _between(gradient, torch.zeros_like(gradient), held[name]) if name in held else gradient
@@ -105,7 +178,7 @@ def moving(
     ]
 
 
-def _along(x: Tensor, like: Tensor) -> Tensor:
+def _with_axes(x: Tensor, like: Tensor) -> Tensor:
     """``x`` [M] with the axes of ``like`` [M, ...]."""
     return x.view(-1, *[1] * (like.dim() - 1))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from opsin.callbacks import Ablate, ConfidenceStudy, EntropyNeurons, KeepRun, WeightsAndBiases
-from opsin.callbacks.readers.confidence_study import _parts
+from opsin.callbacks.readers.confidence_study import _halves
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
@@ -18,7 +18,6 @@ from opsin.model.transformer import Transformer, forward
 from opsin.tasks import Characters, Repeats
 from opsin.training.module import OpsinModule
 from tests.callbacks.readers.test_neurons import Sent
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import ToyTokens, train
 
 MODEL = Transformer(layers=2, width=12, heads=2, mlp_ratio=2.0)
@@ -146,25 +145,6 @@ def test_without_candidates_the_nearest_are_shown_and_called_so(tmp_path):
     assert titles[1] == "Not candidates: mean activation"
 
 
-def test_training_does_not_notice_the_study(tmp_path):
-    alone, watched = module([1, 2]), module([1, 2])
-    train(alone, 20)
-    before = torch.get_rng_state()
-    train(watched, 20, ConfidenceStudy(draws=3), KeepRun(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
-    for left, right in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_a_resumed_run_leaves_the_study_of_an_uninterrupted_one(tmp_path):
-    saved, study = tmp_path / "middle.ckpt", {"draws": 3}
-    whole = train(module([1, 2]), 40, ConfidenceStudy(**study), KeepRun(tmp_path / "whole"), SaveAt(20, saved))
-    resumed = train(module([1, 2]), 40, ConfidenceStudy(**study), KeepRun(tmp_path / "resumed"), resume=str(saved))
-    assert whole.summary["confidence"] == resumed.summary["confidence"]
-    for name in ("confidence.csv", "confidence.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
-
-
 def test_a_callback_that_trains_a_second_model_studies_that_one(tmp_path):
     study = ConfidenceStudy(draws=2)
     first = train(module(1), 10, study, KeepRun(tmp_path / "first")).summary["confidence"]
@@ -226,7 +206,7 @@ def test_sequences_too_short_to_be_recognised_stop_the_run_before_it_starts(tmp_
 def test_the_first_half_alone_says_what_a_neuron_is_held_at(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
     text = Characters(str(tmp_path / "text.txt"), positions=20, heldout=0.0)
-    first, repeated = _parts(text.batch(0, 0, "eval/repeated"))
+    first, repeated = _halves(text.batch(0, 0, "eval/repeated"))
     # three characters tell where a copy is, and the first two of the second half are not enough
     assert first.tolist() == [True] * 10 + [False] * 10
     assert repeated.tolist() == [False] * 12 + [True] * 8

@@ -22,15 +22,15 @@ from opsin.callbacks import (
     TokenFrequencyNeurons,
     WeightsAndBiases,
 )
-from opsin.callbacks.readers import last_layer as last_neurons
-from opsin.callbacks.readers.neurons import Measured
+from opsin.callbacks.readers import last_layer
+from opsin.callbacks.readers.neurons import NeuronMeasurement
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
-from opsin.metrics.neurons import ReadOut, logit_var, mean_ablation_effects, null_share, weight_norm
+from opsin.metrics.mean_ablation import mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, logit_var, null_share, weight_norm
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from opsin.training.observers import recorded_metrics
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import ToyTokens, train
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -126,7 +126,7 @@ def test_the_control_is_put_through_the_same_rule(monkeypatch):
 
     train(model, 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [0, 0]
-    monkeypatch.setattr(last_neurons, "random_outputs", one_that_the_unembedding_does_not_see)
+    monkeypatch.setattr(last_layer, "random_outputs", one_that_the_unembedding_does_not_see)
     train(model := module([1, 2]), 5, EntropyNeurons())
     assert model.history["entropy_neurons/control_candidates"].values[-1].tolist() == [1, 1]
 
@@ -146,32 +146,6 @@ def test_a_run_that_ends_early_leaves_the_table_of_its_last_step(tmp_path):
 
 
 NAMES = ("entropy_neurons", "token_frequency_neurons")
-
-
-def test_training_does_not_notice_that_neurons_are_watched(tmp_path):
-    alone, watched = module([1, 2]), module([1, 2])
-    train(alone, 20)
-    before = torch.get_rng_state()
-    train(watched, 20, *both(every=3), KeepRun(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
-    for left, right in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_a_resumed_run_leaves_the_files_and_the_summary_of_an_uninterrupted_one(tmp_path):
-    saved = tmp_path / "middle.ckpt"
-    whole = train(module([1, 2]), 60, *both(every=4), KeepRun(tmp_path / "whole"), SaveAt(30, saved))
-    resumed = train(module([1, 2]), 60, *both(every=4), KeepRun(tmp_path / "resumed"), resume=str(saved))
-    assert whole.summary["entropy_neurons"] == resumed.summary["entropy_neurons"]
-    assert whole.events == resumed.events
-    for name in NAMES:
-        files = [{p.name: p.read_bytes() for p in (tmp_path / f / name).iterdir()} for f in ("whole", "resumed")]
-        late = {key for key in files[0] if int(key[5:12]) > 30}
-        assert late and {key: files[0][key] for key in late} == files[1]
-        pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("whole", "resumed")]
-        assert pictures[0] == pictures[1]
-    tables = [(tmp_path / folder / "metrics.csv").read_text() for folder in ("whole", "resumed")]
-    assert tables[0] == tables[1] and tables[0].count("entropy_neurons/candidates") == 2 * 16
 
 
 def test_a_member_s_state_is_that_of_its_single_run(tmp_path):
@@ -218,7 +192,7 @@ def test_the_summary_names_the_candidates_strongest_first_as_ablate_takes_them()
     columns["entropy_total"] = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
     numbers = {f"control_{name}": torch.tensor([0.5]) for name in ("candidates", "total")}
     numbers["control_mediated"] = torch.tensor([torch.nan])
-    found = callback._member_summary(Measured(20, columns, numbers), 0)
+    found = callback._member_summary(NeuronMeasurement(20, columns, numbers), 0)
     assert [each["neuron"] for each in found["candidates"]] == ["1:3", "1:1"]
     assert found["candidates"][0]["total"] == 2.0 and found["control_mediated"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -10,7 +10,6 @@ from opsin.callbacks import KeepRun
 from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
-from opsin.records.history import log_spaced
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
@@ -48,11 +47,6 @@ def steps_in(folder) -> set[int]:
 
 def content(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "snapshots").iterdir()}
-
-
-def test_log_spaced_steps_of_a_known_case():
-    assert log_spaced(100, 4) == {0, 1, 2, 3, 6, 10, 18, 32, 56, 100}
-    assert log_spaced(9, 1) == {0, 1}
 
 
 def test_without_a_phase_change_only_log_spaced_steps_and_the_last_are_written(tmp_path):

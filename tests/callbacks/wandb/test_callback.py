@@ -187,7 +187,7 @@ def cli_recipe(folder, steps):
             },
         },
         "model": {"transformer": TINY, "learning_rate": 1e-4, "steps_per_batch": 20},
-        "trainer": {"max_steps": steps, "callbacks": [{"class_path": "opsin.callbacks.wandb.WeightsAndBiases"}]},
+        "trainer": {"max_steps": steps, "callbacks": [{"class_path": "opsin.callbacks.WeightsAndBiases"}]},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -270,7 +270,7 @@ def test_a_run_outlives_its_observer(tmp_path, monkeypatch, caplog):
 
 def test_an_unreachable_server_means_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(opsin_wandb, "CONNECT_SECONDS", 1)
-    monkeypatch.setattr(opsin_wandb, "SETTINGS", {**opsin_wandb.SETTINGS, "base_url": "http://127.0.0.1:9"})
+    monkeypatch.setattr(opsin_wandb, "WANDB_SETTINGS", {**opsin_wandb.WANDB_SETTINGS, "base_url": "http://127.0.0.1:9"})
     monkeypatch.setattr(opsin_wandb, "has_key", lambda: True)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with caplog.at_level("INFO"):

@@ -211,7 +211,7 @@ def test_a_summary_sent_again_is_the_same_run_one_step_on_and_never_the_same_twi
 
 
 def test_a_population_without_the_callback_or_with_a_disabled_one_sends_nothing(tmp_path):
-    off = {"class_path": "opsin.callbacks.wandb.WeightsAndBiases", "init_args": {"mode": "disabled"}}
+    off = {"class_path": "opsin.callbacks.WeightsAndBiases", "init_args": {"mode": "disabled"}}
     for name, callbacks in (("without", WATCHERS[:1]), ("disabled", [off])):
         send_population(tmp_path / name, population(tmp_path / name, *callbacks))
         assert not list((tmp_path / name).glob("wandb*"))

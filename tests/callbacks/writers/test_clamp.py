@@ -22,11 +22,11 @@ CONTEXT = hand_batch(classes=[[0, 1, 0], [0, 1, 1]], labels=[[2, 3], [1, 0]], an
 def copier():
     """Weights of the copier, M = 1."""
     values = {name: torch.zeros_like(value) for name, value in weights(COPIER, FOUR, [0]).items()}
-    one = torch.eye(4, dtype=torch.float64)
-    values["embed.W_E"][0, :, :4] = one
-    values["blocks.0.attn.W_QKV"][0, :4, 16:20] = values["blocks.0.attn.W_QKV"][0, :4, 20:24] = one
-    values["blocks.0.attn.W_O"][0, :4, 4:], values["blocks.0.attn.W_O"][0, 4:, 4:] = one, 10 * one
-    values["unembed.W_U"][0, 4:] = one
+    identity = torch.eye(4, dtype=torch.float64)
+    values["embed.W_E"][0, :, :4] = identity
+    values["blocks.0.attn.W_QKV"][0, :4, 16:20] = values["blocks.0.attn.W_QKV"][0, :4, 20:24] = identity
+    values["blocks.0.attn.W_O"][0, :4, 4:], values["blocks.0.attn.W_O"][0, 4:, 4:] = identity, 10 * identity
+    values["unembed.W_U"][0, 4:] = identity
     return values
 
 
@@ -55,8 +55,8 @@ def test_an_induction_clamp_makes_a_head_copy_the_right_label():
 def test_a_match_clamp_copies_the_label_of_the_same_input():
     expect(copied(Clamp(heads=["0:1"], pattern="match")), [0, 0, 10.2, 0.2], [10.2, 0.2, 0, 0])
     soft = math.exp(2) / (math.exp(2) + 1)  # cosines 1 and 0 at temperature 1/2
-    both = [10 * soft + 0.2, 10 * (1 - soft) + 0.2]
-    expect(copied(Clamp(heads=["0:1"], pattern="match", temperature=0.5)), [0, 0, *both], [*both, 0, 0])
+    labels = [10 * soft + 0.2, 10 * (1 - soft) + 0.2]
+    expect(copied(Clamp(heads=["0:1"], pattern="match", temperature=0.5)), [0, 0, *labels], [*labels, 0, 0])
 
 
 def test_a_previous_token_clamp_shows_the_query_the_label_before_it():

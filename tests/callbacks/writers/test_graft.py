@@ -1,11 +1,11 @@
 """Claims about grafts: which blocks are the donor's, where gradient goes, and which donors are refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from opsin.callbacks import Ablate, Graft, InductionHeads, KeepRun, Preserve, Snapshots
+from opsin.callbacks import Ablate, Graft, InductionHeads, KeepRun, PathPatch, Preserve, Snapshots
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from, read_donor
@@ -13,10 +13,10 @@ from opsin.interventions.intervention import Intervention, Overwrite, Relative, 
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.interventions.values.passes import FromPass
-from opsin.model.transformer import Transformer, forward, position_table
+from opsin.model.transformer import Transformer, forward, layer_norm, linear, position_table
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, train, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, train, weights
 
 TASK = few_shot()
 DEEP = Transformer(layers=3, width=8, heads=4, mlp_ratio=2.0, positions="sinusoidal")
@@ -29,7 +29,7 @@ def donor(model=SMALL, seed=7):
     return donor_from(f"donor {seed}", model, {name: value[:1] for name, value in values.items()})
 
 
-def theirs(giver, batch, tap=None):
+def run_donor(giver, batch, tap=None):
     """The donor's own logits and activations on a batch, one row per member."""
     values = {name: x.expand(batch.tokens.shape[0], *x.shape[1:]) for name, x in giver.parameters.items()}
     return run(giver.model, values, batch, tap)
@@ -45,7 +45,7 @@ class Case:
     def run(self, *writers, values=None):
         values = self.values if values is None else values
         plan = plan_of(self.model, TASK, *writers)
-        return run(self.model, values, self.batch, run_passes(plan, scene_of(plan, self.model, values, self.batch)))
+        return run(self.model, values, self.batch, run_passes(plan, inputs_of(plan, self.model, values, self.batch)))
 
     def loss(self, values, *writers):
         last = self.run(*writers, values=values)[0][:, :, -1]
@@ -59,7 +59,7 @@ class Case:
 
 def lower_names(values, layer):
     """Parameters that act at or below the output of a block."""
-    blocks = tuple(f"blocks.{each}." for each in range(layer + 1))
+    blocks = tuple(f"blocks.{below}." for below in range(layer + 1))
     return {name for name in values if name.startswith(("embed.", "pos_embed.", *blocks))}
 
 
@@ -68,7 +68,7 @@ def test_the_lower_blocks_hand_on_what_the_donor_would(giver):
     case = Case()
     _, plain = case.run()
     _, seen = case.run(Graft(giver, 0))
-    assert torch.equal(seen[CUT], theirs(giver, case.batch)[1][CUT]) and not torch.allclose(seen[CUT], plain[CUT])
+    assert torch.equal(seen[CUT], run_donor(giver, case.batch)[1][CUT]) and not torch.allclose(seen[CUT], plain[CUT])
     # what lies above is the model's own, on the donor's output
     above = run(case.model, case.values, case.batch, lambda name, x: seen[CUT] if name == CUT else x)
     assert torch.equal(seen["hook_logits"], above[1]["hook_logits"])
@@ -88,7 +88,7 @@ def test_the_upper_blocks_answer_as_the_donor_would_from_the_cut_on(giver):
     _, plain = case.run()
     logits, seen = case.run(Graft(giver, 0, part="upper"))
     assert torch.equal(seen[CUT], plain[CUT])
-    expected, _ = theirs(giver, case.batch, lambda name, x: plain[CUT] if name == CUT else x)
+    expected, _ = run_donor(giver, case.batch, lambda name, x: plain[CUT] if name == CUT else x)
     assert torch.equal(logits, expected) and not torch.allclose(logits, plain["hook_logits"])
 
 
@@ -115,7 +115,7 @@ def test_a_clamp_of_the_donor_acts_in_the_donor_alone():
     for part in ("lower", "upper"):
         _, seen = case.run(Graft(giver, 0, part=part, donor_callbacks=[silent]))
         assert (seen["blocks.0.attn.hook_v"] != 0).all()
-    embedding = theirs(giver, case.batch)[1]["blocks.0.hook_resid_pre"]
+    embedding = run_donor(giver, case.batch)[1]["blocks.0.hook_resid_pre"]
     _, seen = case.run(Graft(giver, 0, donor_callbacks=[silent]))
     assert torch.equal(seen[CUT], embedding)
 
@@ -124,7 +124,7 @@ def test_what_a_clamp_of_the_donor_preserves_is_the_donors_own():
     case, giver = Case(), donor(DEEP)
     inside = [Ablate(sites=["blocks.0.hook_attn_out"]), Preserve(["patterns"])]
     _, seen = case.run(Graft(giver, 1, donor_callbacks=inside))
-    _, plain = theirs(giver, case.batch)
+    _, plain = run_donor(giver, case.batch)
 
     def tap(name, x):
         if name == "blocks.0.hook_attn_out":
@@ -132,7 +132,7 @@ def test_what_a_clamp_of_the_donor_preserves_is_the_donors_own():
         return plain[name] if name.endswith("hook_pattern") else x
 
     name = "blocks.1.hook_resid_post"
-    assert torch.equal(seen[name], theirs(giver, case.batch, tap)[1][name])
+    assert torch.equal(seen[name], run_donor(giver, case.batch, tap)[1][name])
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Bias(Value):
 
     needs = (Weight("unembed.b_U"),)
 
-    def __call__(self, x, batch, *taken):
-        return Overwrite(taken[0][:, None, None].expand_as(x))
+    def __call__(self, x, batch, *inputs):
+        return Overwrite(inputs[0][:, None, None].expand_as(x))
 
 
 class AnswerWithBias(Ablate):
@@ -167,9 +167,9 @@ def test_grafts_of_equal_weights_share_one_pass_that_keeps_what_they_take():
     # the second is read from elsewhere
     again = donor_from("elsewhere", SMALL, {name: x.clone() for name, x in donor().parameters.items()})
     plan = plan_of(SMALL, TASK, Graft(donor(), 0), Graft(again, 1), Preserve(["keys"]))
-    given, plain, own = plan.passes
-    assert len(plan.donors) == 1 and (given.donor, plain.donor, own.donor) == (0, None, None)
-    assert given.keeps == (CUT, "blocks.1.hook_resid_post") and given.items == ()
+    of_donor, plain, trained = plan.passes
+    assert len(plan.donors) == 1 and (of_donor.donor, plain.donor, trained.donor) == (0, None, None)
+    assert of_donor.keeps == (CUT, "blocks.1.hook_resid_post") and of_donor.rows == ()
 
 
 def test_other_weights_are_another_donor_and_another_plan():
@@ -192,7 +192,7 @@ class Skipped(Ablate):
     """A block that hands on what it was given, taken from the same pass."""
 
     def interventions(self, sites):
-        value = FromPass(Source("blocks.0.hook_resid_pre", Relative.THIS))
+        value = FromPass(Source("blocks.0.hook_resid_pre", Relative.SAME_PASS))
         return [Intervention("Skipped", CUT, Selection(), value)]
 
 
@@ -203,6 +203,31 @@ def test_what_a_donor_takes_from_its_own_pass_lets_no_gradient_out():
     below = lower_names(Case().values, 1)
     for name, gradient in Case().gradients(Graft(donor(), 1, donor_callbacks=[inside])).items():
         assert (gradient == 0).all() == (name in below), name
+
+
+def test_a_path_into_the_read_out_of_a_donor_without_an_unembedding_bias_is_patched_without_one():
+    model = replace(SMALL, unembed_bias=False)
+    giver, case = donor(model), Case()
+    assert giver.sites(TASK.layout.positions).unembed_bias is False
+    patched = case.run(Graft(giver, 0, part="upper", donor_callbacks=[PathPatch(["1:0"], ["logits"])]))[0]
+    handed = case.run()[1][CUT]
+
+    def join(name, activation):
+        return handed if name == CUT else activation
+
+    plain, seen = run_donor(giver, case.batch, join)
+    written = torch.einsum("mbld,mdw->mblw", seen["blocks.1.attn.hook_z"][:, :, :, 0], _rows_of_head(giver, 1, 0))
+    resid = seen["blocks.1.hook_resid_post"] - written
+    names = ("ln_final.w", "ln_final.b", "unembed.W_U")
+    weight, bias, unembed = (giver.parameters[name].expand(2, *giver.parameters[name].shape[1:]) for name in names)
+    torch.testing.assert_close(patched, linear(layer_norm(resid, weight, bias), unembed), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(patched, plain)
+
+
+def _rows_of_head(giver, layer, head):
+    """The rows of W_O that belong to one head, one copy per member."""
+    rows = giver.parameters[f"blocks.{layer}.attn.W_O"].unflatten(1, (giver.model.heads, -1))[:, head]
+    return rows.expand(2, *rows.shape[1:])
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -220,20 +245,20 @@ def module(seed=1, compiled=False, **task):
 def finished(tmp_path_factory):
     """A run of two members with a checkpoint and snapshots: its folder and its final weights."""
     folder = tmp_path_factory.mktemp("donor")
-    given = train(module([3, 4]), 20, KeepRun(folder), Snapshots(per_decade=1))
-    return folder, {name: x.detach().clone() for name, x in given.parameters_by_name().items()}
+    run = train(module([3, 4]), 20, KeepRun(folder), Snapshots(per_decade=1))
+    return folder, {name: x.detach().clone() for name, x in run.parameters_by_name().items()}
 
 
 @pytest.mark.parametrize(
     ("part", "compiled"), [("lower", False), ("upper", False), pytest.param("upper", True, marks=pytest.mark.slow)]
 )
 def test_training_moves_what_the_donor_does_not_give_and_never_the_donor(finished, part, compiled):
-    folder, given = finished
+    folder, final = finished
     model = module([5, 6], compiled)
     start = {name: x.detach().clone() for name, x in model.parameters_by_name().items()}
     train(model, 20, Graft(str(folder), 0, part, member=1))
     for name, x in model.constants.donors[0].items():
-        assert torch.equal(x, given[name][1:]) and not x.requires_grad
+        assert torch.equal(x, final[name][1:]) and not x.requires_grad
     still = {name for name, x in model.parameters_by_name().items() if torch.equal(x, start[name])}
     below = lower_names(start, 0)
     assert still == (below if part == "lower" else start.keys() - below)
@@ -245,10 +270,10 @@ def test_training_moves_what_the_donor_does_not_give_and_never_the_donor(finishe
 @pytest.mark.parametrize("name", ["", "checkpoints/last.ckpt", "snapshots/step_0000020.pt"])
 @pytest.mark.parametrize("member", [0, 1])
 def test_a_donor_is_read_from_a_run_folder_a_checkpoint_and_a_snapshot(finished, name, member):
-    folder, given = finished
+    folder, final = finished
     found = read_donor("Graft", folder / name, member)
-    assert found.model == SHAPE and found.parameters.keys() == given.keys()
-    assert all(torch.equal(x, given[key][member : member + 1]) for key, x in found.parameters.items())
+    assert found.model == SHAPE and found.parameters.keys() == final.keys()
+    assert all(torch.equal(x, final[key][member : member + 1]) for key, x in found.parameters.items())
     batch = batch_of(module().task)
     table = position_table(SHAPE, batch.layout.positions)
     alone = forward({key: x.expand(2, *x.shape[1:]) for key, x in found.parameters.items()}, table, batch, SHAPE)

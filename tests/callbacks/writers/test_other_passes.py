@@ -12,7 +12,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 DEEP = Transformer(layers=3, width=8, heads=2)
 
@@ -27,7 +27,7 @@ class Case:
     def tap(self, *writers, values=None, gate=1.0):
         plan = plan_of(self.model, self.task, *writers)
         values = self.values if values is None else values
-        return run_passes(plan, scene_of(plan, self.model, values, self.batch, gate))
+        return run_passes(plan, inputs_of(plan, self.model, values, self.batch, gate))
 
     def run(self, *writers):
         return run(self.model, self.values, self.batch, self.tap(*writers))
@@ -94,8 +94,8 @@ def test_a_copied_pattern_is_the_logit_of_the_label_it_falls_on():
     for member in range(2):
         for item in range(tokens.shape[1]):
             expected = torch.full((case.task.n_outputs,), -1e9, dtype=torch.float64)
-            for place, token in enumerate(tokens[member, item]):
-                expected[token] = scores[member, item, 2 * place + 1]
+            for index, token in enumerate(tokens[member, item]):
+                expected[token] = scores[member, item, 2 * index + 1]
             assert torch.equal(logits[member, item, -1], expected)
     assert torch.equal(logits[:, :, :-1], plain["hook_logits"][:, :, :-1])
 
@@ -175,17 +175,17 @@ def test_the_gradient_through_every_pass_is_the_finite_difference(writers):
 
 def test_equal_passes_are_one_pass_and_nothing_is_kept_that_nobody_reads():
     plan = plan_of(SMALL, few_shot(), Preserve(["keys"]), HeadTemperature({"0:0": 2.0}), CopyFromPattern("1:0"))
-    plain, own = plan.passes
-    assert own.keeps == () and not plain.inner
+    plain, trained = plan.passes
+    assert trained.keeps == () and not plain.nested
     names = [f"blocks.{layer}.attn.hook_{what}" for layer in (0, 1) for what in ("attn_scores", "rot_k")]
-    assert plain.keeps == tuple(sorted(names)) and plain.items == ()
+    assert plain.keeps == tuple(sorted(names)) and plain.rows == ()
 
 
 def test_a_pass_is_planned_after_those_it_takes_from():
     plan = plan_of(SMALL, few_shot(), PerfectPreviousInput())
-    plain, moved, own = plan.passes
+    plain, moved, trained = plan.passes
     assert plain.keeps == ("blocks.0.hook_resid_pre",) and moved.keeps == ("blocks.1.attn.hook_pattern",)
-    assert len(moved.items) == 1 and len(own.items) == 2
+    assert len(moved.rows) == 1 and len(trained.rows) == 2
 
 
 def test_a_gate_of_zero_leaves_the_run_as_it_is():

@@ -24,7 +24,7 @@ from opsin.callbacks import (
 from opsin.errors import ConfigError
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 VALUES = {name: value[:1] for name, value in weights(SMALL, TASK).items()}
@@ -55,7 +55,7 @@ WRITERS = {
 
 def seen_with(*writers, model=SMALL, values=VALUES):
     plan = plan_of(model, TASK, *writers, members=1)
-    return run(model, values, BATCH, run_passes(plan, scene_of(plan, model, values, BATCH)))[1]
+    return run(model, values, BATCH, run_passes(plan, inputs_of(plan, model, values, BATCH)))[1]
 
 
 @dataclass
@@ -165,26 +165,26 @@ def test_each_alone_holds_and_did_not_before(name, plain):
         assert not getattr(Held(plain, plain), name)()
 
 
-@pytest.mark.parametrize(("one", "other"), COMPOSED)
-def test_two_that_share_no_entry_compose_in_any_order_of_the_recipe(one, other, plain):
-    seen = seen_with(WRITERS[one][0](), WRITERS[other][0]())
-    swapped = seen_with(WRITERS[other][0](), WRITERS[one][0]())
+@pytest.mark.parametrize(("first", "second"), COMPOSED)
+def test_two_that_share_no_entry_compose_in_any_order_of_the_recipe(first, second, plain):
+    seen = seen_with(WRITERS[first][0](), WRITERS[second][0]())
+    swapped = seen_with(WRITERS[second][0](), WRITERS[first][0]())
     assert all(torch.equal(seen[site], swapped[site]) for site in seen)
     held = Held(seen, plain)
-    assert getattr(held, one)() and getattr(held, other)()
+    assert getattr(held, first)() and getattr(held, second)()
 
 
-@pytest.mark.parametrize(("one", "other"), CONTESTED)
-def test_two_that_share_an_entry_are_refused_without_an_order(one, other):
+@pytest.mark.parametrize(("first", "second"), CONTESTED)
+def test_two_that_share_an_entry_are_refused_without_an_order(first, second):
     with pytest.raises(ConfigError, match="two different orders"):
-        plan_of(SMALL, TASK, WRITERS[one][0](), WRITERS[other][0](), members=1)
+        plan_of(SMALL, TASK, WRITERS[first][0](), WRITERS[second][0](), members=1)
 
 
-@pytest.mark.parametrize(("one", "other"), [pair for pair in CONTESTED if pair[0] != pair[1]])
-def test_of_two_with_an_order_the_later_holds(one, other, plain):
-    for first, last in ((one, other), (other, one)):
-        held = Held(seen_with(WRITERS[first][0](order=0), WRITERS[last][0](order=1)), plain)
-        assert getattr(held, last)(), f"{last} after {first}"
+@pytest.mark.parametrize(("first", "second"), [pair for pair in CONTESTED if pair[0] != pair[1]])
+def test_of_two_with_an_order_the_later_holds(first, second, plain):
+    for earlier, later in ((first, second), (second, first)):
+        held = Held(seen_with(WRITERS[earlier][0](order=0), WRITERS[later][0](order=1)), plain)
+        assert getattr(held, later)(), f"{later} after {earlier}"
 
 
 def test_all_pairs_were_looked_at():

@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)
@@ -26,7 +26,7 @@ KEYS = "blocks.1.attn.hook_k"
 
 def seen_with(*writers, values=VALUES, gate=1.0):
     plan = plan_of(SMALL, TASK, *writers)
-    return run(SMALL, values, BATCH, run_passes(plan, scene_of(plan, SMALL, values, BATCH, gate)))[1]
+    return run(SMALL, values, BATCH, run_passes(plan, inputs_of(plan, SMALL, values, BATCH, gate)))[1]
 
 
 def readers_of_block_zero(model):
@@ -38,10 +38,10 @@ def readers_of_block_zero(model):
 
 def test_a_path_is_patched_at_the_named_positions_and_members_alone():
     plain, cut = seen_with(), seen_with(PathPatch(["0:1"], ["1:0.k"]))
-    some = seen_with(PathPatch(["0:1"], ["1:0.k"], positions=[2, 4], members=[1]))
+    chosen = seen_with(PathPatch(["0:1"], ["1:0.k"], positions=[2, 4], members=[1]))
     expected = plain[KEYS].clone()
     expected[1, :, [2, 4], 0] = cut[KEYS][1, :, [2, 4], 0]
-    assert torch.equal(some[KEYS], expected) and not torch.equal(expected, plain[KEYS])
+    assert torch.equal(chosen[KEYS], expected) and not torch.equal(expected, plain[KEYS])
 
 
 def test_a_gate_of_zero_leaves_the_run_as_it_is_and_half_a_gate_goes_half_way():
@@ -51,12 +51,12 @@ def test_a_gate_of_zero_leaves_the_run_as_it_is_and_half_a_gate_goes_half_way():
 
 
 def test_several_senders_add_up_and_receivers_are_patched_each_by_itself():
-    both = seen_with(PathPatch(["0:0", "0:1"], ["1:0.k", "1:1.v"]))
+    together = seen_with(PathPatch(["0:0", "0:1"], ["1:0.k", "1:1.v"]))
     apart = seen_with(PathPatch(["0:0", "0:1"], ["1:0.k"]), PathPatch(["0:1", "0:0", "0:1"], ["1:1.v", "1:1.v"]))
-    assert torch.equal(both["hook_logits"], apart["hook_logits"])
+    assert torch.equal(together["hook_logits"], apart["hook_logits"])
     without = seen_with(Ablate(heads=["0:0", "0:1"]))
     for name, head in ((KEYS, 0), ("blocks.1.attn.hook_v", 1)):
-        torch.testing.assert_close(both[name][:, :, :, head], without[name][:, :, :, head], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(together[name][:, :, :, head], without[name][:, :, :, head], rtol=1e-11, atol=1e-12)
 
 
 def test_receivers_that_differ_in_their_head_alone_are_one_intervention():
@@ -67,8 +67,8 @@ def test_receivers_that_differ_in_their_head_alone_are_one_intervention():
 
 def test_of_two_patches_of_one_receiver_the_later_holds():
     alone = seen_with(PathPatch(["embed"], ["1:0.k"]))
-    both = seen_with(PathPatch(["embed"], ["1:0.k"], order=1), PathPatch(["0:1"], ["1:0.k"], order=0))
-    assert torch.equal(both["hook_logits"], alone["hook_logits"])
+    patched = seen_with(PathPatch(["embed"], ["1:0.k"], order=1), PathPatch(["0:1"], ["1:0.k"], order=0))
+    assert torch.equal(patched["hook_logits"], alone["hook_logits"])
 
 
 def test_two_patches_of_one_receiver_without_an_order_stop_the_build():
@@ -84,19 +84,19 @@ def test_other_heads_of_one_layer_may_be_patched_apart():
 
 def test_the_plain_pass_is_shared_and_only_what_is_read_is_kept():
     writers = [PathPatch(["0:1"], ["1:0.k", "logits"], "plain"), PathPatch(["embed"], ["1:0.v"], "plain")]
-    plain, own = plan_of(SMALL, TASK, *writers).passes
+    plain, trained = plan_of(SMALL, TASK, *writers).passes
     assert plain.keeps == ("blocks.0.attn.hook_z", "hook_embed")
     kept = ("blocks.0.attn.hook_z", "blocks.0.hook_attn_out", "blocks.0.hook_resid_pre", "blocks.1.hook_attn_out")
-    assert own.keeps == kept
+    assert trained.keeps == kept
     (alone,) = plan_of(SMALL, TASK, PathPatch(["embed"], ["1:0.v"])).passes
     assert alone.keeps == ("blocks.0.hook_attn_out",)
 
 
 def test_inside_a_donor_it_is_the_donors_weights_that_are_patched():
-    theirs = weights(SMALL, TASK, seeds=(5, 6))
-    donor = donor_from("donor", SMALL, {name: value[:1] for name, value in theirs.items()})
+    donors = weights(SMALL, TASK, seeds=(5, 6))
+    donor = donor_from("donor", SMALL, {name: value[:1] for name, value in donors.items()})
     path, end = PathPatch(["0:1"], ["1:0.k"]), "blocks.1.hook_resid_post"
-    expected = seen_with(path, values={name: value[:1].expand_as(value) for name, value in theirs.items()})
+    expected = seen_with(path, values={name: value[:1].expand_as(value) for name, value in donors.items()})
     grafted = seen_with(Graft(donor, 1, "lower", donor_callbacks=[path]))
     torch.testing.assert_close(grafted[end], expected[end], rtol=1e-12, atol=1e-12)
 

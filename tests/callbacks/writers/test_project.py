@@ -12,8 +12,9 @@ import torch
 from opsin.callbacks import Ablate, InductionHeads, KeepRun, Project
 from opsin.errors import ConfigError, IdleError
 from opsin.interventions.schedules import Schedule
+from opsin.interventions.values.directions import LearnedDirections, WeightDirections
 from opsin.interventions.values.nullspace import learn_directions
-from opsin.interventions.values.subspaces import LearnedDirections, WeightDirections, along
+from opsin.interventions.values.subspaces import along
 from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
@@ -111,10 +112,10 @@ def test_only_the_selected_heads_positions_and_members_are_projected():
 
 
 def test_one_after_another_in_their_order():
-    one, other = torch.eye(8)[:1].tolist(), (torch.eye(8)[:1] + torch.eye(8)[1:2]).tolist()
-    x = seen(Project(MIDDLE, one, order=1), Project(MIDDLE, other, order=2))[MIDDLE]
-    y = seen(Project(MIDDLE, one, order=2), Project(MIDDLE, other, order=1))[MIDDLE]
-    assert (x @ torch.tensor(other[0]).double()).abs().max() < 1e-12 and (y[..., 0].abs().max() < 1e-12)
+    axis, diagonal = torch.eye(8)[:1].tolist(), (torch.eye(8)[:1] + torch.eye(8)[1:2]).tolist()
+    x = seen(Project(MIDDLE, axis, order=1), Project(MIDDLE, diagonal, order=2))[MIDDLE]
+    y = seen(Project(MIDDLE, axis, order=2), Project(MIDDLE, diagonal, order=1))[MIDDLE]
+    assert (x @ torch.tensor(diagonal[0]).double()).abs().max() < 1e-12 and (y[..., 0].abs().max() < 1e-12)
     assert x[..., 0].abs().max() > 0.1
 
 

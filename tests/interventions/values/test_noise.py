@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.interventions.values.noise import WORD, another_example, box_muller, keys, mixed, normals
+from opsin.interventions.values.noise import UINT32_MAX, another_example, box_muller, hashed_normals, keys, mixed
 
-WORDS = st.integers(0, WORD)
+WORDS = st.integers(0, UINT32_MAX)
 LIKE = torch.zeros(1, 32, 5, 64, dtype=torch.float64)
 
 
@@ -16,7 +16,7 @@ def clock(*pairs):
 
 
 def drawn(pairs, like=LIKE, salt=1):
-    return normals(clock(*pairs), like.expand(len(pairs), *like.shape[1:]), salt)
+    return hashed_normals(clock(*pairs), like.expand(len(pairs), *like.shape[1:]), salt)
 
 
 def correlation(a, b):
@@ -63,17 +63,17 @@ def test_the_noise_of_one_entry_over_the_steps_is_normal_too():
 
 @pytest.mark.parametrize("of", [lambda x: x, torch.square, torch.abs], ids=["value", "square", "size"])
 def test_neighbouring_entries_steps_seeds_and_sites_are_uncorrelated(of):
-    here = of(drawn([(seed, step) for seed in range(10) for step in range(10)]))
-    bound = 4 / here.numel() ** 0.5
+    noise = of(drawn([(seed, step) for seed in range(10) for step in range(10)]))
+    bound = 4 / noise.numel() ** 0.5
     for axis in (1, 2, 3):
-        length = here.shape[axis]
-        assert abs(correlation(here.narrow(axis, 0, length - 1), here.narrow(axis, 1, length - 1))) < 1.2 * bound
+        length = noise.shape[axis]
+        assert abs(correlation(noise.narrow(axis, 0, length - 1), noise.narrow(axis, 1, length - 1))) < 1.2 * bound
     later = of(drawn([(seed, step + 10) for seed in range(10) for step in range(10)]))
     next_step = of(drawn([(seed, step + 1) for seed in range(10) for step in range(10)]))
     next_seed = of(drawn([(seed + 1, step) for seed in range(10) for step in range(10)]))
     elsewhere = of(drawn([(seed, step) for seed in range(10) for step in range(10)], salt=2))
-    for other in (later, next_step, next_seed, elsewhere):
-        assert abs(correlation(here, other)) < bound
+    for shifted in (later, next_step, next_seed, elsewhere):
+        assert abs(correlation(noise, shifted)) < bound
 
 
 def test_no_two_steps_hold_the_same_numbers_in_another_order():
@@ -81,13 +81,13 @@ def test_no_two_steps_hold_the_same_numbers_in_another_order():
     assert seen.unique().numel() == seen.numel()
 
 
-def test_normals_are_a_function_of_seed_step_salt_and_place():
+def test_normals_are_a_function_of_seed_step_salt_and_index():
     pairs = [(3, 5), (2**40 + 3, 5), (3, 6), (4, 5)]
-    one = drawn(pairs)
-    assert torch.equal(one, drawn(pairs)), "the same call gives the same"
-    assert torch.equal(one[[2, 0, 3, 1]], drawn([pairs[i] for i in (2, 0, 3, 1)])), "a slot does not matter"
-    assert torch.equal(one[1:2], drawn(pairs[1:2])), "neighbours do not matter"
-    everything = torch.cat([one.flatten(), drawn(pairs, salt=2).flatten()])
+    noise = drawn(pairs)
+    assert torch.equal(noise, drawn(pairs)), "the same call gives the same"
+    assert torch.equal(noise[[2, 0, 3, 1]], drawn([pairs[i] for i in (2, 0, 3, 1)])), "a slot does not matter"
+    assert torch.equal(noise[1:2], drawn(pairs[1:2])), "neighbours do not matter"
+    everything = torch.cat([noise.flatten(), drawn(pairs, salt=2).flatten()])
     assert everything.unique().numel() == everything.numel(), "no number occurs twice"
 
 
@@ -106,7 +106,7 @@ def test_normals_in_single_precision_are_those_in_double_precision_rounded():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_extreme_bits_give_finite_numbers(dtype):
-    ends = torch.tensor([0, 1, WORD - 1, WORD])
+    ends = torch.tensor([0, 1, UINT32_MAX - 1, UINT32_MAX])
     x = box_muller(ends[:, None].expand(4, 4), ends.expand(4, 4), dtype)
     assert x.isfinite().all() and 6.7 < x.abs().max() < 6.8
 
@@ -114,7 +114,7 @@ def test_the_extreme_bits_give_finite_numbers(dtype):
 def test_keys_of_many_seeds_and_steps_are_spread_evenly():
     at = torch.cartesian_prod(torch.arange(100), torch.arange(500))
     found = keys(at, 1)
-    assert found.min() >= 0 and found.max() <= WORD
+    assert found.min() >= 0 and found.max() <= UINT32_MAX
     counts = torch.bincount(found >> 24, minlength=256).double()
     expected = len(at) / 256
     # chi-squared of 255 degrees of freedom
@@ -123,9 +123,9 @@ def test_keys_of_many_seeds_and_steps_are_spread_evenly():
 
 @given(st.integers(2, 40), st.integers(0, 2**62), st.integers(0, 10**9))
 def test_another_example_is_another_one_and_each_stands_in_once(examples, seed, step):
-    (other,) = another_example(clock((seed, step)), examples).tolist()
-    assert sorted(other) == list(range(examples))
-    assert all(index != found for index, found in enumerate(other))
+    (sources,) = another_example(clock((seed, step)), examples).tolist()
+    assert sorted(sources) == list(range(examples))
+    assert all(index != found for index, found in enumerate(sources))
 
 
 def test_every_other_example_has_its_turn():

@@ -15,7 +15,7 @@ from opsin.interventions.apply import run_passes
 from opsin.interventions.values.noise import another_example
 from opsin.interventions.values.paths import read_receiver, read_sender, written
 from opsin.model.transformer import Transformer
-from tests.helpers.toys import SMALL, batch_of, few_shot, plan_of, run, scene_of, weights
+from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)
@@ -26,7 +26,7 @@ FULL = Transformer(layers=3, width=8, heads=2, mlp_ratio=1.5, positions="learned
 def seen_with(model, values, *writers, gate=1.0):
     """All activations under these writers."""
     plan = plan_of(model, TASK, *writers)
-    return run(model, values, BATCH, run_passes(plan, scene_of(plan, model, values, BATCH, gate)))[1]
+    return run(model, values, BATCH, run_passes(plan, inputs_of(plan, model, values, BATCH, gate)))[1]
 
 
 # ---- the slow version: one member, one head, one reader, one contribution at a time ----------------------------------
@@ -89,11 +89,11 @@ def slow(model, p, terms, paths=(), instead=None):
 
 def replacements(model, p, terms, paths, by, member):
     """What each sender's contribution is replaced by; mean and resample are of what goes on under the patch itself."""
-    others = another_example(torch.tensor([[0, 0], [1, 0]]), len(BATCH.tokens[0]))[member].numpy()
+    sources = another_example(torch.tensor([[0, 0], [1, 0]]), len(BATCH.tokens[0]))[member].numpy()
     how = {
         "zero": np.zeros_like,
         "mean": lambda term: np.broadcast_to(term.mean(0), term.shape),
-        "resample": lambda term: term[others],
+        "resample": lambda term: term[sources],
         "plain": lambda term: term,
     }[by]
     plain = slow(model, p, terms)[1]

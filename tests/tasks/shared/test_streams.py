@@ -5,12 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.tasks.shared.streams import below, by_mass, without_replacement, zipf_masses
-
-
-def near(counts, shares, sigmas=5):
-    """Whether counts are those of draws with these probabilities."""
-    n, shares = counts.sum(), np.asarray(shares)
-    return (np.abs(counts - n * shares) <= sigmas * np.sqrt(n * shares * (1 - shares)) + 1e-9).all()
+from tests.helpers.token_tasks import near
 
 
 def test_the_second_class_has_the_distribution_of_those_left():

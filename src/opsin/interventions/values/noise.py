@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-WORD = 2**32 - 1
-_EXAMPLES = 0x6578616D
+UINT32_MAX = 2**32 - 1
+_EXAMPLES_SALT = 0x6578616D
 
 
 def mixed(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
@@ -26,9 +26,9 @@ def mixed(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     (github.com/skeeto/hash-prospector, two-round functions; exact bias 0.165).
     """
     # both factors are below 2**31, so no product of 64 bits overflows, which compilers leave undefined
-    x = (x + 0x1E3779B9) & WORD  # else 0 would stay 0
-    x = ((x ^ (x >> 16)) * 0x604BAA5D) & WORD
-    x = ((x ^ (x >> 15)) * 0x43D6CE97) & WORD
+    x = (x + 0x1E3779B9) & UINT32_MAX  # else 0 would stay 0
+    x = ((x ^ (x >> 16)) * 0x604BAA5D) & UINT32_MAX
+    x = ((x ^ (x >> 15)) * 0x43D6CE97) & UINT32_MAX
     return x ^ (x >> 15)
 
 
@@ -42,29 +42,29 @@ def keys(clock: Int64[Tensor, "M 2"], salt: int, number: int = 0) -> Int64[Tenso
 
     Args:
         clock: seed of every member and the number of the step.
-        salt: of what it is for; other salts give unrelated numbers.
-        number: which of several unrelated numbers.
+        salt: what the number is for, as a number below 2**32; different salts give unrelated numbers.
+        number: which of several unrelated numbers of one salt.
     """
     seed, step = clock.unbind(1)
-    found = torch.full_like(seed, number)
+    key = torch.full_like(seed, number)
     for word in (salt, seed, seed >> 32, step):
-        found = mixed(found ^ (word & WORD))
-    return found
+        key = mixed(key ^ (word & UINT32_MAX))
+    return key
 
 
-def normals(clock: Int64[Tensor, "M 2"], like: Float[Tensor, "M B ..."], salt: int) -> Float[Tensor, "M B ..."]:
+def hashed_normals(clock: Int64[Tensor, "M 2"], like: Float[Tensor, "M B ..."], salt: int) -> Float[Tensor, "M B ..."]:
     """Standard normals, one an entry, up to 6.8 in size.
 
-    Hashes of the entry's place in the member's activation, made normal by the method of Box and Muller (1958).
+    Hashes of the entry's index in the member's activation, made normal by the method of Box and Muller (1958).
 
     Args:
         clock: seed of every member and the number of the step.
-        like: an activation of the shape and precision that is wanted.
-        salt: of what they are for; other salts give unrelated numbers.
+        like: an activation of the shape and precision that the noise gets.
+        salt: what the noise is for, as a number below 2**32; different salts give unrelated noise.
     """
-    place = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
+    index = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
     # three keys, since with one alone two steps could hold the same numbers in another order
-    bits = [place]
+    bits = [index]
     for number in range(3):
         key = keys(clock, salt, number).view(-1, *[1] * (like.dim() - 1))
         bits.append(mixed(bits[-1] ^ key))
@@ -87,5 +87,5 @@ def another_example(clock: Int64[Tensor, "M 2"], examples: int) -> Int64[Tensor,
         clock: seed of every member and the number of the step.
         examples: B; the only example of a batch of one gets itself.
     """
-    ahead = 1 + keys(clock, _EXAMPLES) % max(examples - 1, 1)
+    ahead = 1 + keys(clock, _EXAMPLES_SALT) % max(examples - 1, 1)
     return (torch.arange(examples, device=clock.device) + ahead[:, None]) % examples

@@ -37,9 +37,10 @@ class Learned:
     """What iterative null-space projection found.
 
     Args:
-        basis: the directions.
-        accuracy: of a classifier fitted after 0, 1, ... rounds, on sequences that it was not fitted on.
-        chance: accuracy there of the label that is the most frequent among those it was fitted on.
+        basis: the directions as orthonormal columns, ``[M, W, C]``; unused columns are zero.
+        accuracy: share of right answers, ``[M, T]``, of a classifier fitted after 0, 1, ... rounds, on sequences that
+            it was not fitted on.
+        chance: accuracy there, ``[M]``, of the label that is the most frequent among those it was fitted on.
     """
 
     basis: Float[Tensor, "M W C"]
@@ -50,7 +51,13 @@ class Learned:
 def labelled_rows(
     batch: Batch, label: Label, positions: tuple[int, ...] | None
 ) -> tuple[list[int], Int[Tensor, "M B R"]]:
-    """Positions (of those given, or of all) that have such a label, and their labels."""
+    """Positions that have such a label, and their labels.
+
+    Args:
+        batch: sequences that the labels are of.
+        label: what is predicted from one position.
+        positions: positions that count; all when None.
+    """
     layout, previous = batch.layout, batch.truth.previous.tolist()
     if label == "previous_token":
         rows = [row for row, at in enumerate(previous) if at != row and at in layout.tokens]
@@ -73,14 +80,17 @@ def learn_directions(
     label that counts as gone has to be hidden.
 
     Args:
-        x: activations, finite.
-        labels: from 0 to ``classes`` - 1.
+        x: activations of the labelled rows, finite, ``[M, B, R, W]``.
+        labels: the label of every row, from 0 to ``classes`` - 1.
+        classes: how many labels there are.
+        rounds: how many classifiers are fitted and removed in turn.
         columns: C, at least the number of directions that can be found.
     """
-    members = [_learn(*pair, classes, rounds) for pair in zip(x.double(), labels, strict=True)]
+    members = [_learn(rows, row_labels, classes, rounds) for rows, row_labels in zip(x.double(), labels, strict=True)]
     bases = [pad(basis, (0, columns - basis.shape[1])) for basis, _, _ in members]
     accuracy = torch.tensor([accuracy for _, accuracy, _ in members], dtype=torch.float64)
-    return Learned(torch.stack(bases), accuracy, torch.tensor([c for *_, c in members], dtype=torch.float64))
+    chance = torch.tensor([chance for *_, chance in members], dtype=torch.float64)
+    return Learned(torch.stack(bases), accuracy, chance)
 
 
 def _learn(
@@ -88,27 +98,27 @@ def _learn(
 ) -> tuple[Tensor, list[float], float]:
     """Basis, accuracies and chance of one member."""
     half, width = len(x) // 2, x.shape[-1]
-    told, asked = labels[:half].flatten(), labels[half:].flatten()
+    fit_labels, held_out_labels = labels[:half].flatten(), labels[half:].flatten()
     mean = x[:half].flatten(0, 1).mean(0)
-    fit, held_out = (part.flatten(0, 1) - mean for part in (x[:half], x[half:]))
-    one = one_hot(told, classes).to(x.dtype)
-    share = one.mean(0)
+    fit, held_out = (rows.flatten(0, 1) - mean for rows in (x[:half], x[half:]))
+    indicators = one_hot(fit_labels, classes).to(x.dtype)
+    share = indicators.mean(0)
     deviation = fit.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     basis, accuracy = fit.new_zeros(width, 0), []
-    summed = len(fit) * deviation.square()
+    total_variance = len(fit) * deviation.square()
     for number in range(rounds + 1):
-        left, asked_of = (part - part @ basis @ basis.T for part in (fit, held_out))
-        weights = _ridge(left, one - share, MEASURING_PENALTY * summed)
-        accuracy.append(float(((asked_of @ weights + share).argmax(-1) == asked).double().mean()))
+        fit_left, held_out_left = (rows - rows @ basis @ basis.T for rows in (fit, held_out))
+        weights = _ridge(fit_left, indicators - share, MEASURING_PENALTY * total_variance)
+        accuracy.append(float(((held_out_left @ weights + share).argmax(-1) == held_out_labels).double().mean()))
         if number < rounds:
-            weights = _ridge(left, one - share, FINDING_PENALTY * summed)
+            weights = _ridge(fit_left, indicators - share, FINDING_PENALTY * total_variance)
             directions, scores, _ = torch.linalg.svd(weights, full_matrices=False)
             found = directions[:, scores * deviation > LEAST_READ]
             basis = torch.linalg.qr(torch.cat([basis, found], 1)).Q
-    return basis, accuracy, float((asked == share.argmax()).double().mean())
+    return basis, accuracy, float((held_out_labels == share.argmax()).double().mean())
 
 
 def _ridge(x: Float[Tensor, "N W"], y: Float[Tensor, "N V"], penalty: Float[Tensor, ""]) -> Float[Tensor, "W V"]:
     """Weights of the least-squares prediction of ``y`` from ``x`` with a penalty on their squares."""
-    own = torch.eye(x.shape[1], dtype=x.dtype)
-    return torch.linalg.solve(x.T @ x + penalty * own, x.T @ y)
+    identity = torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(x.T @ x + penalty * identity, x.T @ y)

@@ -1,4 +1,7 @@
-"""Values taken from another forward pass of the same batch."""
+"""Values made from an activation of another forward pass of the same batch.
+
+Legend: M members, B batch, L positions (query side), K positions (key side), H heads, D width, V outputs.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,34 @@ from opsin.task import Batch, scored_rows
 
 @dataclass(frozen=True)
 class FromPass(Value):
-    """What the same activation, or another of its shape, is in another pass."""
+    """What the same activation, or another of its shape, is in another pass.
+
+    Gradient flows into the other pass, unless the source is detached or that pass reaches no trained weight.
+
+    Args:
+        source: the activation of the other pass.
+    """
 
     source: Source
 
     @property
     def needs(self) -> tuple[Source, ...]:
+        """The activation of the other pass."""
         return (self.source,)
 
-    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
-        return Overwrite(taken[0])
+    def __call__(self, x: Tensor, batch: Batch, *inputs: Tensor) -> Overwrite:
+        return Overwrite(inputs[0])
 
 
 @dataclass(frozen=True)
 class Tempered(Value):
     """Scores of another pass, those of some heads divided by a temperature.
 
-    Reference option ``set_head_temperature``.
+    Reference option ``set_head_temperature``. Gradient flows into the other pass unless the source is detached.
 
     Args:
-        source: the scores.
-        temperatures: head and its temperature; other heads keep theirs.
+        source: the attention scores of the other pass, of all heads.
+        temperatures: pairs of a head and its temperature; the scores of other heads stay as they are.
     """
 
     source: Source
@@ -43,13 +53,14 @@ class Tempered(Value):
 
     @property
     def needs(self) -> tuple[Source, ...]:
+        """The activation of the other pass."""
         return (self.source,)
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *inputs: Tensor) -> Overwrite:
         divisor = x.new_ones(x.shape[2])
         for head, temperature in self.temperatures:
             divisor[head] = temperature
-        return Overwrite(taken[0] / divisor[:, None, None])
+        return Overwrite(inputs[0] / divisor[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,12 @@ class CopyOutput(Value):
     """Logits of a perfect copy: the score that one head gives a label is that label's logit.
 
     Reference option ``perfect_copy_from_head_pattern``. Outputs that no label of the context names get
-    -1e9; of a label that occurs twice the later counts. Only rows whose prediction is scored.
+    -1e9; of a label that occurs twice the later counts. Only rows whose prediction is scored. Gradient flows into
+    the other pass unless the source is detached.
+
+    Args:
+        source: the attention scores of the other pass, of all heads.
+        head: number of the head that answers, within the layer of the source.
     """
 
     source: Source
@@ -65,10 +81,11 @@ class CopyOutput(Value):
 
     @property
     def needs(self) -> tuple[Source, ...]:
+        """The activation of the other pass."""
         return (self.source,)
 
-    def __call__(self, x: Float[Tensor, "M B L V"], batch: Batch, *taken: Tensor) -> Overwrite:
-        scores = taken[0][:, :, self.head]  # M B L K
+    def __call__(self, x: Float[Tensor, "M B L V"], batch: Batch, *inputs: Tensor) -> Overwrite:
+        scores = inputs[0][:, :, self.head]  # M B L K
         value = torch.full_like(x, DISALLOWED_SCORE)
         outputs = torch.arange(x.shape[-1], device=x.device)
         for position in batch.layout.labels:
@@ -82,17 +99,21 @@ class CopyOutput(Value):
 class PreviousInput(Value):
     """Embeddings moved on by one position, as if perfect previous-token heads had replaced them.
 
-    Rows whose prediction is scored keep their own, and so does the first (reference manipulation
-    ``perfect_prev_token_input``, pass 2).
+    Rows whose prediction is scored keep the embedding of their position, and so does the first (reference manipulation
+    ``perfect_prev_token_input``, pass 2). Gradient flows into the embeddings unless the source is detached.
+
+    Args:
+        source: the embeddings of the other pass, ``[M, B, L, D]``.
     """
 
     source: Source
 
     @property
     def needs(self) -> tuple[Source, ...]:
+        """The activation of the other pass."""
         return (self.source,)
 
-    def __call__(self, x: Float[Tensor, "M B L D"], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B L D"], batch: Batch, *inputs: Tensor) -> Overwrite:
         previous = batch.truth.previous
-        own = torch.arange(previous.shape[0], device=previous.device)
-        return Overwrite(taken[0][:, :, torch.where(scored_rows(batch), own, previous)])
+        position = torch.arange(previous.shape[0], device=previous.device)
+        return Overwrite(inputs[0][:, :, torch.where(scored_rows(batch), position, previous)])

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Clock, Need, Overwrite, Relative, Source, Value, Weight
 from opsin.interventions.values.plain import BatchMean, Resample
 from opsin.model.sites import SiteTable
@@ -36,13 +37,13 @@ BEFORE_BLOCKS = -1
 
 @dataclass(frozen=True)
 class Sender:
-    """What adds one term.
+    """A part of the model that adds one term to the sum.
 
     Args:
-        name: as it was written.
+        name: the sender as the user wrote it.
         depth: 2l for the heads of block l, 2l + 1 for its MLP, ``BEFORE_BLOCKS`` for embeddings. A sender reaches
             the receivers of a greater depth.
-        head: of its block; None for an MLP or an embedding.
+        head: number of the head within its block; None for an MLP or an embedding.
     """
 
     name: str
@@ -52,13 +53,13 @@ class Sender:
 
 @dataclass(frozen=True)
 class Receiver:
-    """What reads the sum.
+    """A part of the model that reads the sum.
 
     Args:
-        name: as it was written.
-        depth: as that of a sender; twice the number of blocks for the read-out.
-        head: of its block; None for an MLP or the read-out.
-        part: of the head: ``q``, ``k`` or ``v``.
+        name: the receiver as the user wrote it.
+        depth: depth as of a sender; twice the number of blocks for the read-out.
+        head: number of the head within its block; None for an MLP or the read-out.
+        part: which input of the head, ``q``, ``k`` or ``v``; None for an MLP or the read-out.
     """
 
     name: str
@@ -72,9 +73,9 @@ class Term:
     """One term of the sum, as it goes on in the pass.
 
     Args:
-        site: what is added, or ``attn.hook_z`` of a block some of whose heads are replaced.
-        replaced: whether it is, all of it or those heads.
-        heads: that are replaced; none where the term is no attention.
+        site: name of the site that is added, or ``attn.hook_z`` of a block some of whose heads are replaced.
+        replaced: whether the term is replaced, all of it or those heads.
+        heads: heads that are replaced; none where the term is no attention.
     """
 
     site: str
@@ -83,17 +84,17 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """How a receiver reads the sum.
+class ReceiverInput:
+    """How receivers that differ in their head alone read the sum.
 
     Args:
-        site: what it reads it into.
-        width: D, of the sum.
-        norm: the LayerNorm ahead of it; None in a model without.
-        weight: its parameter.
-        bias: its parameter; None where there is none, as for heads.
-        part: place of queries, keys or values in ``W_QKV``; None where it is no head.
-        heads: in rising order; only theirs is computed.
+        site: name of the site that holds what is read.
+        width: D, the width of the sum.
+        norm: name of the LayerNorm ahead of the receiver; None in a model without.
+        weight: name of the parameter that the sum is multiplied by.
+        bias: name of the parameter that is added; None where there is none, as for heads.
+        part: index of queries, keys or values in ``W_QKV``; None for an MLP or the read-out.
+        heads: numbers of the heads that read, in rising order; only their input is computed.
     """
 
     site: str
@@ -106,28 +107,34 @@ class Reader:
 
     @property
     def needs(self) -> tuple[Weight, ...]:
-        """Its parameters."""
+        """The parameters that the sum is read with, in the order in which they are used."""
         norm = () if self.norm is None else (f"{self.norm}.w", f"{self.norm}.b")
         bias = () if self.bias is None else (self.bias,)
         return tuple(Weight(name) for name in (*norm, self.weight, *bias))
 
     def __call__(
-        self, resid: Float[Tensor, "M B L D"], x: Float[Tensor, "M B L ..."], given: Iterator[Tensor]
+        self, resid: Float[Tensor, "M B L D"], x: Float[Tensor, "M B L ..."], parameters: Iterator[Tensor]
     ) -> Float[Tensor, "M B L ..."]:
-        """What is read from ``resid``; heads that do not read keep ``x``, through which no gradient flows."""
+        """What is read from ``resid``; heads that do not read keep ``x``, through which no gradient flows.
+
+        Args:
+            resid: the sum that is read.
+            x: the site as it is without patching.
+            parameters: the parameters of ``needs``, in order.
+        """
         if self.norm is not None:
-            resid = layer_norm(resid, next(given), next(given))
-        weight = next(given)
+            resid = layer_norm(resid, next(parameters), next(parameters))
+        weight = next(parameters)
         if self.part is None:
-            return linear(resid, weight, next(given) if self.bias is not None else None)
+            return linear(resid, weight, next(parameters) if self.bias is not None else None)
         parts = weight.unflatten(-1, (3, *x.shape[3:]))  # M D 3 H E
         # slices, since the gradient of an indexed weight is a scatter, which the compiler does not fuse
         chosen = torch.cat([parts[:, :, self.part, head : head + 1] for head in self.heads], 2)  # M D G E
         read = linear(resid, chosen.flatten(2)).unflatten(-1, chosen.shape[2:]).split(1, 3)
-        every = list(x.detach().split(1, 3))
-        for head, own in zip(self.heads, read, strict=True):
-            every[head] = own
-        return torch.cat(every, 3)
+        heads = list(x.detach().split(1, 3))
+        for head, head_input in zip(self.heads, read, strict=True):
+            heads[head] = head_input
+        return torch.cat(heads, 3)
 
 
 @dataclass(frozen=True)
@@ -143,53 +150,56 @@ class PathPatched(Value):
     any along the path. Through ``plain`` it flows into the other pass unless it is detached.
 
     Args:
-        senders: whose terms are replaced, for people.
-        by: zero, the mean over the batch, another example's, or what it is in a pass without interventions.
-        detach: stop the gradient at what replaces them; for ``plain``, others have none.
-        terms: of the sum, in order of addition, without those that are zero.
-        reader: what reads it.
+        senders: names of the senders whose terms are replaced, for people.
+        by: what replaces a term: zero, its mean over the batch, what it is in another example (resample), or what it
+            is in a pass without interventions (plain).
+        detach: whether gradient stops at what ``plain`` puts there; through zero, mean and resample none flows.
+        terms: all terms of the sum, in order of addition, without those that are zero.
+        receiver_input: how the receivers read the sum.
     """
 
     senders: str
     by: Replacement
     detach: bool
-    terms: tuple[Term, ...] = field(repr=False)
-    reader: Reader = field(repr=False)
+    terms: tuple[Term, ...] = field(repr=False, metadata=DERIVED)
+    receiver_input: ReceiverInput = field(repr=False, metadata=DERIVED)
 
     @property
     def needs(self) -> tuple[Need, ...]:
+        """What the terms are made from, the receivers' parameters, and for resample the clock."""
         found: list[Need] = []
         for term in self.terms:
             plain = term.replaced and self.by == "plain"
             if term.heads or not plain:
-                found.append(Source(term.site, Relative.THIS))
+                found.append(Source(term.site, Relative.SAME_PASS))
             if plain:
                 found.append(Source(term.site, detach=self.detach))
             if term.heads:
                 found.append(Weight(term.site.replace("hook_z", "W_O")))
         clock = (Clock(),) if self.by == "resample" else ()
-        return (*found, *self.reader.needs, *clock)
+        return (*found, *self.receiver_input.needs, *clock)
 
     @property
     def gradient(self) -> str:
+        """``"flows"``, whatever replaces the terms."""
         # into the receiver's own weights even where nothing else is left of the sum
         return "flows"
 
-    def __call__(self, x: Float[Tensor, "M B L ..."], batch: Batch, *taken: Tensor) -> Overwrite:
-        given = iter(taken)
-        resid = x.new_zeros(*x.shape[:3], self.reader.width)
+    def __call__(self, x: Float[Tensor, "M B L ..."], batch: Batch, *inputs: Tensor) -> Overwrite:
+        needed = iter(inputs)
+        resid = x.new_zeros(*x.shape[:3], self.receiver_input.width)
         for term in self.terms:
-            part = self._part(term, batch, given, taken[-1])
-            resid = resid + (part if part.dim() == 4 else part[:, None])  # position vectors have no B
-        return Overwrite(self.reader(resid, x, given))
+            added = self._added(term, batch, needed, inputs[-1])
+            resid = resid + (added if added.dim() == 4 else added[:, None])  # position vectors have no B
+        return Overwrite(self.receiver_input(resid, x, needed))
 
-    def _part(self, term: Term, batch: Batch, given: Iterator[Tensor], clock: Tensor) -> Float[Tensor, "..."]:
-        """One term of the sum."""
-        x = next(given)
+    def _added(self, term: Term, batch: Batch, needed: Iterator[Tensor], clock: Tensor) -> Float[Tensor, "..."]:
+        """What one term adds to the sum; takes what it needs off ``needed``."""
+        x = next(needed)
         if not term.replaced or (self.by == "plain" and not term.heads):
             return x
         if self.by == "plain":
-            new = next(given)
+            new = next(needed)
         elif self.by == "mean":
             new = BatchMean()(x, batch).value
         elif self.by == "resample":
@@ -199,7 +209,7 @@ class PathPatched(Value):
         if not term.heads:
             return new
         constant = self.detach or self.by != "plain"
-        return written(x, new, next(given), term.heads, constant)
+        return written(x, new, next(needed), term.heads, constant)
 
 
 def written(
@@ -212,6 +222,10 @@ def written(
     """What a block's heads write when some of them had read ``new``.
 
     Args:
+        z: what the heads read, ``hook_z`` of the block.
+        new: what the chosen heads read instead.
+        weight: ``W_O`` of the block, the rows of all heads.
+        heads: numbers of the chosen heads.
         constant: whether gradient stops at those heads' rows of ``weight`` too.
     """
     chosen = torch.zeros(z.shape[3:], dtype=torch.bool, device=z.device)
@@ -224,15 +238,23 @@ def written(
 def path_patched(
     senders: Sequence[Sender], receivers: Sequence[Receiver], by: Replacement, detach: bool, sites: SiteTable
 ) -> PathPatched:
-    """The value for receivers that differ in their head alone."""
-    reader = _reader(receivers, sites)
+    """The value for receivers that differ in their head alone.
+
+    Args:
+        senders: parts of the model whose terms are replaced.
+        receivers: parts of the model that read the patched sum; they differ in their head alone.
+        by: what replaces a term.
+        detach: whether gradient stops at what ``plain`` puts there.
+        sites: activations of the model that is patched.
+    """
+    receiver_input = _receiver_input(receivers, sites)
     terms = _terms(senders, receivers[0].depth, sites)
     if by == "zero":
         terms = [term for term in terms if term.heads or not term.replaced]
-    return PathPatched(", ".join(sender.name for sender in senders), by, detach, tuple(terms), reader)
+    return PathPatched(", ".join(sender.name for sender in senders), by, detach, tuple(terms), receiver_input)
 
 
-def _reader(receivers: Sequence[Receiver], sites: SiteTable) -> Reader:
+def _receiver_input(receivers: Sequence[Receiver], sites: SiteTable) -> ReceiverInput:
     first, width = receivers[0], sites.size("D")
     block = f"blocks.{first.depth // 2}"
     if first.depth == 2 * sites.layers:
@@ -245,7 +267,7 @@ def _reader(receivers: Sequence[Receiver], sites: SiteTable) -> Reader:
     has_norm = "ln_final.hook_scale" in sites.sites
     heads = tuple(sorted({receiver.head for receiver in receivers if receiver.head is not None}))
     part = None if first.part is None else "qkv".index(first.part)
-    return Reader(site, width, norm if has_norm else None, weight, bias, part, heads)
+    return ReceiverInput(site, width, norm if has_norm else None, weight, bias, part, heads)
 
 
 def _terms(senders: Sequence[Sender], depth: int, sites: SiteTable) -> list[Term]:
@@ -257,15 +279,15 @@ def _terms(senders: Sequence[Sender], depth: int, sites: SiteTable) -> list[Term
         terms = [Term(f"hook_{name}", name in names) for name in added]
     else:
         terms = [Term(f"blocks.{first // 2}.hook_resid_{'mid' if first % 2 else 'pre'}")]
-    for at in range(max(first, 0), depth):
-        block, own = f"blocks.{at // 2}", [sender for sender in senders if sender.depth == at]
-        heads = tuple(sorted({sender.head for sender in own if sender.head is not None}))
+    for level in range(max(first, 0), depth):
+        block, replaced = f"blocks.{level // 2}", [sender for sender in senders if sender.depth == level]
+        heads = tuple(sorted({sender.head for sender in replaced if sender.head is not None}))
         if heads:
             terms.append(Term(f"{block}.attn.hook_z", True, heads))
-        elif at % 2 == 0:
+        elif level % 2 == 0:
             terms.append(Term(f"{block}.hook_attn_out"))
         elif sites.size("N"):
-            terms.append(Term(f"{block}.hook_mlp_out", bool(own)))
+            terms.append(Term(f"{block}.hook_mlp_out", bool(replaced)))
     return terms
 
 

@@ -1,4 +1,4 @@
-"""What a clamp does: pure functions of tensors, and the values an activation can be overwritten by.
+"""Attention that a task knows, as values: patterns that heads are clamped to and scores that they may not have.
 
 Legend: M members, B batch, L positions (query side), K positions (key side), H heads.
 """
@@ -6,7 +6,7 @@ Legend: M members, B batch, L positions (query side), K positions (key side), H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,17 +23,17 @@ DISALLOWED_SCORE = -1e9
 class PreviousToken(Value):
     """Attention ``strength`` on the previous token and the rest on oneself; the first row attends to itself.
 
-    Reference option ``prev_token_heads`` (Singh et al. 2024, figure 5 and appendix).
+    Reference option ``prev_token_heads`` (Singh et al. 2024, figure 5 and appendix). Gradient stops.
 
     Args:
-        strength: attention paid to the previous token.
-        labels_only: only rows that hold a label.
+        strength: attention paid to the previous token, in [0, 1].
+        labels_only: whether only rows that hold a label are overwritten.
     """
 
     strength: float = 1.0
     labels_only: bool = False
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *inputs: Tensor) -> Overwrite:
         pattern = previous_token_pattern(batch.truth, self.strength, x)
         rows = batch.truth.labels[:, None] if self.labels_only else None
         return Overwrite(pattern.expand_as(x), rows)
@@ -44,12 +44,15 @@ class Induction(Value):
     """At each query, attention ``strength`` on every matching label and the rest on each other label.
 
     Reference option ``induction_heads``. Rows are not renormalised: they sum to 1 for one match and
-    one other label.
+    one other label. Gradient stops.
+
+    Args:
+        strength: attention paid to every matching label, in [0, 1].
     """
 
     strength: float = 1.0
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *inputs: Tensor) -> Overwrite:
         truth = batch.truth
         pattern = self.strength * truth.match.to(x.dtype) + (1 - self.strength) * truth.other.to(x.dtype)
         return Overwrite(pattern[:, :, None].expand_as(x), truth.query[:, :, None, :, None])
@@ -60,52 +63,64 @@ class Match(Value):
     """At each query, attention by similarity of the raw inputs that precede the labels.
 
     Reference option ``match_heads``: at temperature 0 the weight is 1 on every label whose input is
-    the most similar (ties all get 1), above 0 a softmax of cosine over temperature.
+    the most similar (ties all get 1), above 0 a softmax of cosine over temperature. Gradient stops.
+
+    Args:
+        temperature: temperature of the softmax; 0 for the hard maximum.
     """
 
     temperature: float = 0.0
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *inputs: Tensor) -> Overwrite:
         pattern = match_pattern(batch, self.temperature).to(x.dtype)
         return Overwrite(pattern[:, :, None].expand_as(x), batch.truth.query[:, :, None, :, None])
 
 
 @dataclass(frozen=True)
-class Disallow(Value):
+class Disallowed(Value):
     """Scores so low that nothing is attended there; the rest of the row shares what was paid.
 
-    Reference options ``disallow_prev_token_heads`` and ``final_layer_silence_non_label_attn``.
+    Reference options ``disallow_prev_token_heads`` and ``final_layer_silence_non_label_attn``. Gradient stops.
 
     Args:
         what: ``previous_token``: the token before, in every row but the first. ``non_labels``: in
             rows whose prediction is scored, every key that holds no label, the row's own included.
-        labels_only: only rows that hold a label.
+        labels_only: whether only rows that hold a label are overwritten.
     """
+
+    # what digests of plans in checkpoints are made from
+    identity_name: ClassVar[str] = "Disallow"
 
     what: Literal["previous_token", "non_labels"]
     labels_only: bool = False
 
-    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *taken: Tensor) -> Overwrite:
-        where = disallowed(self.what, batch)
+    def __call__(self, x: Float[Tensor, "M B H L K"], batch: Batch, *inputs: Tensor) -> Overwrite:
+        where = disallowed_entries(self.what, batch)
         if self.labels_only:
             where = where & batch.truth.labels[:, None]
         return Overwrite(x.new_full((), DISALLOWED_SCORE).expand_as(x), where)
 
 
-def disallowed(what: Literal["previous_token", "non_labels"], batch: Batch) -> Bool[Tensor, "L K"]:
-    """Entries of the scores that ``Disallow`` overwrites."""
+def disallowed_entries(attention: Literal["previous_token", "non_labels"], batch: Batch) -> Bool[Tensor, "L K"]:
+    """Entries of the scores that ``Disallowed`` overwrites."""
     truth, length = batch.truth, batch.layout.positions
     position = torch.arange(length, device=truth.previous.device)
-    if what == "previous_token":
+    if attention == "previous_token":
         return (truth.previous[:, None] == position) & (truth.previous != position)[:, None]
     return scored_rows(batch)[:, None] & ~truth.labels
 
 
 def previous_token_pattern(truth: Truth, strength: float, like: Tensor) -> Float[Tensor, "L K"]:
-    """``strength`` on the previous token, the rest on oneself."""
+    """Attention ``strength`` on the previous token and the rest on oneself.
+
+    Args:
+        truth: what the task knows of the positions.
+        strength: attention paid to the previous token, in [0, 1].
+        like: a tensor of the precision and device that the pattern gets.
+    """
     length = truth.previous.shape[0]
-    own = torch.eye(length, dtype=like.dtype, device=like.device)
-    return own + strength * (own[truth.previous] - own)
+    oneself = torch.eye(length, dtype=like.dtype, device=like.device)
+    return oneself + strength * (oneself[truth.previous] - oneself)
 
 
 def match_pattern(batch: Batch, temperature: float) -> Float[Tensor, "M B L K"]:

@@ -1,4 +1,7 @@
-"""Values made from the activation alone: a number, a mean, another example, noise."""
+"""Values made from the activation alone: a number, a mean, another example, noise.
+
+Legend: M members, B batch, L positions, N neurons.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Clock, Overwrite, Value
-from opsin.interventions.values.noise import another_example, normals
+from opsin.interventions.values.noise import another_example, hashed_normals
 from opsin.task import Batch
 
 
 @dataclass(frozen=True)
 class Constant(Value):
-    """The same number everywhere; gradient stops."""
+    """The same number everywhere; gradient stops.
+
+    Args:
+        constant: the number, in the activation's unit.
+    """
 
     constant: float = 0.0
 
-    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Tensor, batch: Batch, *inputs: Tensor) -> Overwrite:
         return Overwrite(x.new_full((), self.constant).expand_as(x))
 
 
@@ -28,7 +36,7 @@ class Constant(Value):
 class BatchMean(Value):
     """The activation's own mean over the batch, per member and entry; gradient stops."""
 
-    def __call__(self, x: Tensor, batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Tensor, batch: Batch, *inputs: Tensor) -> Overwrite:
         return Overwrite(x.detach().mean(1, keepdim=True).expand_as(x))
 
 
@@ -40,7 +48,7 @@ class OverallMean(Value):
     number, in which nothing is left of the position either.
     """
 
-    def __call__(self, x: Float[Tensor, "M B L ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B L ..."], batch: Batch, *inputs: Tensor) -> Overwrite:
         return Overwrite(x.detach().mean((1, 2), keepdim=True).expand_as(x))
 
 
@@ -58,12 +66,12 @@ class Clipped(Value):
 
     side: Literal["above", "below"]
 
-    def __call__(self, x: Float[Tensor, "M B L N"], batch: Batch, *taken: Tensor) -> Overwrite:
-        query, held = batch.truth.query[..., None], x.detach()
+    def __call__(self, x: Float[Tensor, "M B L N"], batch: Batch, *inputs: Tensor) -> Overwrite:
+        query, constant = batch.truth.query[..., None], x.detach()
         first = ~query
         count = first.sum((1, 2), keepdim=True)
-        mean = (held * first).sum((1, 2), keepdim=True) / count.clamp(min=1)
-        beyond = held >= mean if self.side == "above" else held <= mean
+        mean = (constant * first).sum((1, 2), keepdim=True) / count.clamp(min=1)
+        beyond = constant >= mean if self.side == "above" else constant <= mean
         return Overwrite(mean.expand_as(x), query & beyond & (count > 0))
 
 
@@ -77,11 +85,12 @@ class Resample(Value):
 
     @property
     def needs(self) -> tuple[Clock]:
+        """The clock, from which the random numbers are made."""
         return (Clock(),)
 
-    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *inputs: Tensor) -> Overwrite:
         member = torch.arange(x.shape[0], device=x.device)[:, None]
-        return Overwrite(x.detach()[member, another_example(taken[0], x.shape[1])])
+        return Overwrite(x.detach()[member, another_example(inputs[0], x.shape[1])])
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,16 @@ class Noise(Value):
     embeddings. In a batch of one it is the activation itself.
 
     Args:
-        salt: of the site (``opsin.interventions.values.noise.salt_of``); others get unrelated noise.
+        salt: number of the site (``opsin.interventions.values.noise.salt_of``); different sites get unrelated noise.
     """
 
-    salt: int = field(repr=False)
+    salt: int = field(repr=False, metadata=DERIVED)
 
     @property
     def needs(self) -> tuple[Clock]:
+        """The clock, from which the random numbers are made."""
         return (Clock(),)
 
-    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *taken: Tensor) -> Overwrite:
+    def __call__(self, x: Float[Tensor, "M B ..."], batch: Batch, *inputs: Tensor) -> Overwrite:
         spread, mean = torch.std_mean(x.detach(), 1, correction=0, keepdim=True)
-        return Overwrite(mean + spread * normals(taken[0], x, self.salt))
+        return Overwrite(mean + spread * hashed_normals(inputs[0], x, self.salt))

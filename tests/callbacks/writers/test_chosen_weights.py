@@ -45,8 +45,8 @@ def test_a_frozen_head_keeps_its_first_queries_while_the_others_learn():
     model = fit(module(seed=[1, 2]), 20, Freeze(heads=["1:1"], parts=["W_Q", "W_K"]))
     first = init_parameters(model.transformer, model.task, [1, 2])[QKV]
     assert torch.equal(queries_of_head_1(model), first[:, :, 8:16])
-    others = model.parameters_by_name()[QKV][:, :, :8]
-    assert (others != first[:, :, :8]).all()
+    head_0 = model.parameters_by_name()[QKV][:, :, :8]
+    assert (head_0 != first[:, :, :8]).all()
 
 
 def test_weights_are_rewound_in_double_precision_too():
@@ -70,9 +70,9 @@ def test_a_run_resumed_within_a_window_is_bitwise_the_uninterrupted_one(tmp_path
     resumed = fit(module(), 50, *writers(), resume=tmp_path / "checkpoints" / "last.ckpt")
     for name, value in whole.parameters_by_name().items():
         assert torch.equal(value, resumed.parameters_by_name()[name])
-    for name, missed in whole.control.missed.items():
-        assert torch.equal(missed, resumed.control.missed[name]) and (missed > 0).any()
-    assert whole.control.counts() == resumed.control.counts()
+    for name, skipped in whole.gates.counts.skipped.items():
+        assert torch.equal(skipped, resumed.gates.counts.skipped[name]) and (skipped > 0).any()
+    assert whole.gates.activity() == resumed.gates.activity()
 
 
 @pytest.mark.slow
@@ -83,14 +83,14 @@ def test_one_graph_serves_all_steps_and_is_bitwise_still_where_it_should_be():
     again = Reinitialise(Schedule(start=7, period=10, duty=0.1), weights=["embed"])
     model = fit(module(compile=True), 60, blinking, again, InductionHeads(every=20))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert model.control.fired[:, 0].tolist() == [6, 6, 6, 30]
+    assert model.gates.counts.fired[:, 0].tolist() == [6, 6, 6, 30]
 
 
 def test_a_freeze_of_weights_that_would_not_move_stops_the_run():
     # the clamp takes all gradient from the head's queries
     clamp, freeze = Clamp(heads=["1:0"], pattern="induction"), Freeze(heads=["1:0"], parts=["W_Q"])
-    told = r"^Freeze: was active for 20 steps and changed no weight \(of blocks.1.attn.W_Q\)"
-    with pytest.raises(IdleError, match=told):
+    message = r"^Freeze: was active for 20 steps and changed no weight \(of blocks.1.attn.W_Q\)"
+    with pytest.raises(IdleError, match=message):
         fit(module(), 20, clamp, freeze)
 
 

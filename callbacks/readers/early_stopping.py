@@ -1,4 +1,6 @@
-"""Ends the training of a member that has done what it was trained for; the others go on without it.
+"""Ends the training of a member that has done what it was trained for; the other members go on without it.
+
+It reads what a run records, as readers do, but it is none: it decides when the weights of a member stop.
 
 Legend: M members.
 """
@@ -11,9 +13,10 @@ import numpy as np
 from jaxtyping import Bool
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from opsin.callbacks.readers.base import check_count
 from opsin.errors import ConfigError
 from opsin.interventions.feedback import PER_HEAD, Feedback
-from opsin.records.schema import EARLY
+from opsin.records.schema import FINISHED_EARLY, TRAIN_LOSS
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import recorded_metrics
 
@@ -25,12 +28,12 @@ class StopWhen(Callback):
     summary; when all have ended the run ends. It is looked at after every Lightning batch.
 
     Args:
-        metric: what is read, named as in ``metrics.csv``: ``train/loss``, ``val/SET/loss``, ``induction_strength``.
+        metric: metric that decides, as in ``metrics.csv``: ``train/loss``, ``val/SET/loss``, ``induction_strength``.
         head: ``"layer:head"`` for a metric with one value per head.
-        above: the condition: the value is more than this.
-        below: or: the value is less than this; exactly one of the two.
-        in_a_row: so many records.
-        members: who may end; all when None.
+        above: level that the value must exceed; exactly one of ``above`` and ``below`` is given.
+        below: level that the value must be less than.
+        in_a_row: records in a row that must be past the level.
+        members: members that may end; all when None.
 
     Raises:
         ConfigError: a value out of its range or, when training starts, something that the run does not record or
@@ -39,22 +42,21 @@ class StopWhen(Callback):
 
     def __init__(
         self,
-        metric: str = "train/loss",
+        metric: str = TRAIN_LOSS,
         head: str | None = None,
         above: float | None = None,
         below: float | None = None,
         in_a_row: int = 20,
         members: list[int] | None = None,
     ) -> None:
-        if in_a_row < 1:
-            raise ConfigError("StopWhen.in_a_row", in_a_row, "at least 1")
+        check_count("StopWhen.in_a_row", in_a_row)
         if head in PER_HEAD:
             raise ConfigError("StopWhen.head", head, "a head as layer:head")
         self.in_a_row, self.members = in_a_row, members
         try:
             self.condition = Feedback(metric, head, above, below)
         except ConfigError as error:
-            raise _as_own(error) from None
+            raise _named_as_written(error) from None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -64,7 +66,7 @@ class StopWhen(Callback):
         try:
             self.condition.check("StopWhen", found)
         except ConfigError as error:
-            raise _as_own(error) from None
+            raise _named_as_written(error) from None
         if self.members is not None and not {*self.members} <= {*range(module.n_members)}:
             raise ConfigError("StopWhen.members", self.members, f"members from 0 to {module.n_members - 1}")
 
@@ -74,22 +76,22 @@ class StopWhen(Callback):
         for member in np.flatnonzero(self._holds(module)).tolist():
             if member not in module.ended and (self.members is None or member in self.members):
                 condition = self.condition
-                why = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
-                module.control.end(member, EARLY, done, why)
+                reason = f"{condition} in {self.in_a_row} records".replace("while ", "", 1)
+                module.gates.end(member, FINISHED_EARLY, done, reason)
         if len(module.ended) == module.n_members:
             trainer.should_stop = True
 
     def _holds(self, module: OpsinModule) -> Bool[np.ndarray, " M"]:
-        """In which members the last records fulfil the condition."""
+        """Which members' last records all fulfil the condition."""
         if self.condition.metric not in module.history:
             return np.zeros(module.n_members, dtype=bool)
         values = module.history[self.condition.metric].values
         if len(values) < self.in_a_row:
             return np.zeros(module.n_members, dtype=bool)
-        return np.all([self.condition.holds(each) for each in islice(reversed(values), self.in_a_row)], axis=0)
+        return np.all([self.condition.holds(record) for record in islice(reversed(values), self.in_a_row)], axis=0)
 
 
-def _as_own(error: ConfigError) -> ConfigError:
-    """The same under the name that the user wrote."""
+def _named_as_written(error: ConfigError) -> ConfigError:
+    """The error under the name of the setting that the user wrote."""
     field = error.field.removeprefix("StopWhen.").replace("schedule.feedback", "StopWhen", 1)
     return ConfigError(field, error.value, error.expected)

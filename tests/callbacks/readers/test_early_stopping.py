@@ -92,7 +92,7 @@ def test_a_closed_loop_of_a_member_that_ended_stays_as_it_was_and_tells_nothing(
     fit(model, 60, [Ablate(heads=["0:1"], schedule=loop), StopWhen(below=99.0, in_a_row=4, members=[0])])
     assert model.ended[0]["stopped_at"] == 20
     assert [event.step for event in model.events if event.kind == "feedback" and event.member == 0] == [5]
-    assert model.control.moment(59).gates.tolist() == [[1.0, 1.0]]
+    assert model.gates.at(59).strength.tolist() == [[1.0, 1.0]]
 
 
 def test_a_writer_that_was_idle_until_everyone_ended_is_told():

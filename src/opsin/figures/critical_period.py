@@ -7,38 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from opsin.errors import ConfigError
-from opsin.figures.style import INK, MUTED, STYLE, save_figure, short_count
+from opsin.figures.style import INK, MUTED, STYLE, Margins, add_panel, blank_figure, short_count
 from opsin.population.tables import Row
 
 EARLIER, LATER = "#0072b2", "#d55e00"
-DELAY = LinearSegmentedColormap.from_list("delay", (EARLIER, "#ffffff", LATER))
-LEVEL = LinearSegmentedColormap.from_list("level", ("#ffffff", "#8fc7b5", "#00614a"))
-CELL, TALL = 0.68, 0.5  # inches
-LEFT, RIGHT, TOP, BOTTOM, BETWEEN = 0.75, 0.8, 0.42, 0.8, 1.6  # inches
-DARK = 0.55  # luminance below which a cell has white letters
+DELAY_COLOURS = LinearSegmentedColormap.from_list("delay", (EARLIER, "#ffffff", LATER))
+FINAL_COLOURS = LinearSegmentedColormap.from_list("level", ("#ffffff", "#8fc7b5", "#00614a"))
+CELL_WIDTH, CELL_HEIGHT, BETWEEN_MAPS = 0.68, 0.5, 1.6  # inches
+DARK_CELL = 0.55  # luminance below which a cell has white letters
 
-NOTES = ("bold: 95 % interval excludes 0", "2 of 4: pairs in which both formed, where not all did", "hatched: none did")
+MAP_NOTES = (
+    "bold: 95 % interval excludes 0",
+    "2 of 4: pairs in which both formed, where not all did",
+    "hatched: none did",
+)
 
-Windows = Mapping[str, Mapping[str, Any]]
+GridWindows = Mapping[str, Mapping[str, Any]]
+"""Start and length of each condition's window."""
 
 
 @dataclass(frozen=True)
-class _Map:
-    """One heat map; ``cells`` are, for every window, a number or None, a text, and whether it is certain."""
+class _HeatMap:
+    """One heat map; ``cells`` hold, by window, a number or None, a text, and whether the number is certain."""
 
     title: str
     more: str
@@ -48,10 +50,10 @@ class _Map:
     cells: Mapping[str, tuple[float | None, str, bool]]
 
 
-def save_critical_period(
-    grid: Mapping[str, Mapping[str, Any] | None], summary: Mapping[str, Sequence[Row]], path: Path
-) -> None:
-    """Draw ``critical_period.png``: the delay of the onset by each window, and what was reached at the end.
+def critical_period_figure(
+    grid: Mapping[str, Mapping[str, Any] | None], summary: Mapping[str, Sequence[Row]]
+) -> Figure:
+    """``critical_period.png``: the delay of the onset by each window, and what was reached at the end.
 
     The delay is the mean difference of paired onsets from the first condition without a window; bold where its 95 %
     interval excludes 0, with a count where not every pair formed. Where none did, the cell is hatched. Beside it
@@ -60,8 +62,7 @@ def save_critical_period(
     Args:
         grid: condition to its window ``{"start", "length"}``, in sequences unless ``"unit"`` says ``"steps"``; None for
             a condition without a window.
-        summary: of the population; read are ``conditions`` and ``differences``.
-        path: the file, replaced at once.
+        summary: tables of the population, of which ``conditions`` and ``differences`` are read.
 
     Raises:
         ConfigError: every condition has a window, so that there is nothing to compare with, or none has one.
@@ -72,38 +73,40 @@ def save_critical_period(
         raise ConfigError("population.grid", [*grid], "a condition without a window (null), and some with one")
     starts = sorted({window["start"] for window in windows.values()})
     lengths = sorted({window["length"] for window in windows.values()})
-    maps = (_delays(windows, bare[0], summary), _final(windows, summary))
-    across, up = max(len(starts), 3) * CELL, max(len(lengths), 3) * TALL
-    width, height = LEFT + 2 * across + BETWEEN + RIGHT, TOP + up + BOTTOM
+    maps = (_delay_map(windows, bare[0], summary), _final_map(windows, summary))
+    across, up = max(len(starts), 3) * CELL_WIDTH, max(len(lengths), 3) * CELL_HEIGHT
+    margins = Margins(left=0.75, right=0.8, top=0.42, bottom=0.8)
+    width, height = margins.around(2 * across + BETWEEN_MAPS, up)
     style: dict[Any, Any] = {**STYLE, "axes.grid": False, "hatch.linewidth": 0.6}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), dpi=160)
-        FigureCanvasAgg(figure)
+        figure = blank_figure(width, height, dpi=160)
         for index, shown in enumerate(maps):
-            left = (LEFT + index * (across + BETWEEN)) / width
-            axes = figure.add_axes((left, BOTTOM / height, across / width, up / height))
-            _draw(axes, shown, windows, starts, lengths)
-            bar = figure.add_axes((left + (across + 0.1) / width, BOTTOM / height, 0.11 / width, up / height))
+            left = margins.left + index * (across + BETWEEN_MAPS)
+            axes = add_panel(figure, left, margins.bottom, across, up)
+            _draw_map(axes, shown, windows, starts, lengths)
+            bar = add_panel(figure, left + across + 0.1, margins.bottom, 0.11, up)
             _draw_bar(figure, bar, shown)
-        notes = "   ·   ".join(NOTES)
-        figure.text(LEFT / width, 0.16 / height, notes, fontsize=7, color=MUTED, va="center")
-        save_figure(figure, path)
+        notes = "   ·   ".join(MAP_NOTES)
+        figure.text(margins.left / width, 0.16 / height, notes, fontsize=7, color=MUTED, va="center")
+    return figure
 
 
-# ---- what is shown --------------------------------------------------------------------------------
+# ---- the numbers in the cells -----------------------------------------------------------------------
 
 
-def _delays(windows: Windows, bare: str, summary: Mapping[str, Sequence[Row]]) -> _Map:
+def _delay_map(windows: GridWindows, bare: str, summary: Mapping[str, Sequence[Row]]) -> _HeatMap:
     cells = {}
     for name in windows:
-        row = _compared(summary["differences"], name, bare)
+        row = _onset_row(summary["differences"], name, bare)
         sure = row["low"] is not None and not row["low"] <= 0 <= row["high"]
         cells[name] = row["difference"], _delay_text(row), sure
     widest = max((abs(delay) for delay, _, _ in cells.values() if delay is not None), default=0.0) or 1.0
-    return _Map("Delay of the onset", f"against {bare}, by seed", "sequences", DELAY, Normalize(-widest, widest), cells)
+    return _HeatMap(
+        "Delay of the onset", f"against {bare}, by seed", "sequences", DELAY_COLOURS, Normalize(-widest, widest), cells
+    )
 
 
-def _compared(rows: Sequence[Row], name: str, bare: str) -> Row:
+def _onset_row(rows: Sequence[Row], name: str, bare: str) -> Row:
     """The row of the two conditions' onsets."""
     for row in rows:
         if (row["quantity"], row["condition"], row["against"]) == ("onset", name, bare):
@@ -123,22 +126,23 @@ def _signed(delay: float) -> str:
     return ("+" if rounded > 0 else "\N{MINUS SIGN}" if rounded < 0 else "") + short_count(abs(rounded))
 
 
-def _final(windows: Windows, summary: Mapping[str, Sequence[Row]]) -> _Map:
+def _final_map(windows: GridWindows, summary: Mapping[str, Sequence[Row]]) -> _HeatMap:
     rows = {row["condition"]: row for row in summary["conditions"]}
     heads = any(rows[name]["strongest_strength"] is not None for name in windows)
     quantity = "strongest_strength" if heads else "final_loss"
     values = {name: rows[name][quantity] for name in windows}
     cells = {name: (value, "" if value is None else f"{value:.2f}", False) for name, value in values.items()}
+    more = "mean over seeds"
     if heads:
-        return _Map("Final induction strength", "mean over seeds", "strongest head", LEVEL, Normalize(0, 1), cells)
+        return _HeatMap("Final induction strength", more, "strongest head", FINAL_COLOURS, Normalize(0, 1), cells)
     highest = max((value for value in values.values() if value is not None), default=0.0) or 1.0
-    return _Map("Final loss", "mean over seeds", "nats", LEVEL, Normalize(0, highest), cells)
+    return _HeatMap("Final loss", more, "nats", FINAL_COLOURS, Normalize(0, highest), cells)
 
 
-# ---- how ------------------------------------------------------------------------------------------
+# ---- the drawing ------------------------------------------------------------------------------------
 
 
-def _draw(axes: Axes, shown: _Map, windows: Windows, starts: Sequence[int], lengths: Sequence[int]) -> None:
+def _draw_map(axes: Axes, shown: _HeatMap, windows: GridWindows, starts: Sequence[int], lengths: Sequence[int]) -> None:
     values: Float[np.ndarray, "W T"] = np.full((len(lengths), len(starts)), np.nan)
     for name, window in windows.items():
         row, column = lengths.index(window["length"]), starts.index(window["start"])
@@ -150,7 +154,7 @@ def _draw(axes: Axes, shown: _Map, windows: Windows, starts: Sequence[int], leng
         else:
             values[row, column] = value
             red, green, blue, _ = shown.colours(shown.norm(value))
-            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < DARK else INK
+            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < DARK_CELL else INK
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2} if value is None and text else None
         weight = "bold" if sure else "normal"
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink, fontweight=weight, bbox=box)
@@ -172,7 +176,7 @@ def _draw(axes: Axes, shown: _Map, windows: Windows, starts: Sequence[int], leng
     axes.set_axisbelow(False)
 
 
-def _draw_bar(figure: Figure, axes: Axes, shown: _Map) -> None:
+def _draw_bar(figure: Figure, axes: Axes, shown: _HeatMap) -> None:
     scale = matplotlib.cm.ScalarMappable(shown.norm, shown.colours)
     bar = figure.colorbar(scale, cax=axes)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))

@@ -1,84 +1,31 @@
-"""Claims about neuron metrics: planted neurons are told apart, and every formula has a slow version."""
+"""Claims about mean ablation: planted neurons are told apart, and every effect is that of a model run again."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.callbacks import Ablate
-from opsin.metrics import neurons as neurons
-from opsin.metrics.neurons import (
-    Effect,
-    ReadOut,
-    candidates,
-    finite_unigram,
-    logit_var,
-    mean_ablation_effects,
-    null_share,
-    random_outputs,
-    unit_log_unigram,
-    weight_norm,
+from opsin.metrics import mean_ablation
+from opsin.metrics.mean_ablation import Effect, candidates, finite_unigram, mean_ablation_effects
+from opsin.metrics.neuron_weights import ReadOut, logit_var, null_share, random_outputs, weight_norm
+from tests.helpers.planted_neurons import (
+    ENTROPY,
+    FREQUENCY,
+    LAST,
+    ORDINARY,
+    TASK,
+    UNIGRAM,
+    D,
+    MeasuredModel,
+    N,
+    any_model,
+    frozen,
+    planted,
 )
-from opsin.model.transformer import Transformer
-from tests.helpers.toys import ToyTokens, batch_of, run, tap_of, weights
-
-TASK = ToyTokens()
-MODEL = Transformer(layers=1, width=12, heads=2, mlp_ratio=1.0)
-# of so many neurons one in a hundred is more than the few that are planted
-WIDE = Transformer(layers=1, width=12, heads=2, mlp_ratio=40.0)
-LAST = "blocks.0."
-V, D, N = TASK.n_outputs, MODEL.width, 12
-UNIGRAM = 1 / torch.arange(1, V + 1, dtype=torch.float64)
-UNIGRAM /= UNIGRAM.sum()
-ENTROPY, FREQUENCY, ORDINARY = 2, 5, 7
-
-
-class Model:
-    """A model on one batch, and what the metrics are given of it."""
-
-    def __init__(self, values, batch=None, model=MODEL):
-        self.values, self.model = values, model
-        self.batch = batch_of(TASK, dtype=torch.float64) if batch is None else batch
-        self.logits, self.seen = run(model, values, self.batch)
-        self.resid, self.post = self.seen[LAST + "hook_resid_post"], self.seen[LAST + "mlp.hook_post"]
-        self.w_out, self.read_out = values[LAST + "mlp.W_out"], ReadOut.of(values)
-        # every position has a next token, but for the last, which is given any
-        self.targets = self.batch.tokens.roll(-1, -1)
-
-    def effects(self, w_out=None, **options):
-        given = {"targets": self.targets, "unigram": UNIGRAM, **options}
-        return mean_ablation_effects(
-            self.read_out, self.resid, self.post, self.w_out if w_out is None else w_out, **given
-        )
-
-    def outcomes(self, logits):
-        """Entropy, loss and KL from the unigram of every token, by textbook formulas."""
-        p, log_p = logits.softmax(-1), logits.log_softmax(-1)
-        return {
-            "entropy": torch.distributions.Categorical(logits=logits).entropy(),
-            "loss": -log_p.gather(-1, self.targets[..., None])[..., 0],
-            "kl": (p * (log_p - UNIGRAM.log())).sum(-1),
-        }
-
-    def rerun(self, tap):
-        return run(self.model, self.values, self.batch, tap)[0]
-
-    def change(self, logits):
-        before, after = self.outcomes(self.logits), self.outcomes(logits)
-        return {name: after[name] - before[name] for name in before}
-
-
-def any_model(seeds=(0, 1), **shape):
-    model = Transformer(**{**vars(MODEL), **shape})
-    return Model(weights(model, TASK, seeds), batch_of(TASK, seeds, dtype=torch.float64), model)
-
-
-def frozen(tap, scale):
-    """The tap, and the last LayerNorm divides by what it would divide by without it."""
-    return lambda name, x: scale if name == "ln_final.hook_scale" else tap(name, x)
+from tests.helpers.toys import tap_of
 
 
 def restored(logits, before):
@@ -87,47 +34,7 @@ def restored(logits, before):
     return logits + ((before - logits) @ direction)[..., None] * direction
 
 
-def planted():
-    """One member: an entropy, a token-frequency and an ordinary neuron of one activation and norm, among weak ones.
-
-    The first writes where the read-out cannot see and where the residual stream already is; the second moves the logits
-    along the log-unigram, the third against each other and not along it; none of these has a part elsewhere.
-    """
-    values = weights(WIDE, TASK, (3,))
-    values["unembed.W_U"] = 6 * values["unembed.W_U"]
-    matrix = ReadOut.of(values).effective()[0]
-    ones = torch.ones(D, dtype=torch.float64) / D**0.5
-    unseen = torch.linalg.svd(torch.cat([matrix, ones[:, None]], 1), full_matrices=True)[0][:, V:]
-    direction = unit_log_unigram(UNIGRAM)
-    other = torch.eye(V, dtype=torch.float64)[3] - torch.eye(V, dtype=torch.float64)[4]
-    other = other - (other @ direction) * direction
-    w_out = 0.05 * values[LAST + "mlp.W_out"][0]
-    w_out[ENTROPY] = 3 * unseen[:, 0]
-    w_in = values[LAST + "mlp.W_in"][0]
-    for neuron, logits in ((FREQUENCY, direction), (ORDINARY, other)):
-        weight = logits @ torch.linalg.pinv(matrix)
-        w_out[neuron] = 3 * weight / weight.norm()
-        w_in[:, neuron] = w_in[:, ENTROPY]
-    values[LAST + "mlp.W_out"] = w_out[None]
-    values[LAST + "mlp.b_out"] = 6 * unseen[None, :, 0]
-    return Model(values, batch_of(TASK, (3,), dtype=torch.float64), WIDE)
-
-
 # ---- planted neurons --------------------------------------------------------------------------------
-
-
-def test_the_weights_tell_the_planted_entropy_neuron():
-    model = planted()
-    share, spread, norm = (
-        null_share(model.w_out, model.read_out),
-        logit_var(model.w_out, model.read_out),
-        weight_norm(model.w_out),
-    )
-    assert share.dimensions.tolist() == [D - V]
-    assert share.rho[0, ENTROPY] == pytest.approx(1, abs=1e-12)
-    assert share.rho[0, [FREQUENCY, ORDINARY]].max() < 1e-7 and share.rho[0].argmax() == ENTROPY
-    assert spread[0, ENTROPY] < 1e-20 and spread[0].argmin() == ENTROPY
-    assert norm[0, ENTROPY] == pytest.approx(3) and norm[0, ENTROPY] > norm[0].median()
 
 
 def test_an_entropy_neuron_in_the_exact_null_space_has_no_direct_effect():
@@ -220,49 +127,7 @@ def test_a_control_is_ablated_along_its_own_direction_by_the_neuron_s_own_activa
         assert torch.allclose(found.total[:, neuron], change["entropy"].abs().mean((1, 2)), rtol=0, atol=1e-10)
 
 
-def test_logit_var_is_the_variance_of_the_cosines():
-    model = any_model()
-    found = logit_var(model.w_out, model.read_out)
-    for m in range(2):
-        folded = (model.values["ln_final.w"][m, :, None] * model.values["unembed.W_U"][m]).numpy()
-        folded = folded - folded.mean(0) - folded.mean(1, keepdims=True) + folded.mean()
-        for neuron in range(N):
-            weight = model.w_out[m, neuron].numpy()
-            weight = weight - weight.mean()
-            cosines = [weight @ column / np.linalg.norm(weight) / np.linalg.norm(column) for column in folded.T]
-            assert found[m, neuron].item() == pytest.approx(np.var(cosines), rel=1e-10)
-
-
-# inside the exact null space any basis is as good, so no number of dimensions below its own has a known answer
-@pytest.mark.parametrize("dimensions", [0, D - V, D - V + 3, D - 1, None])
-def test_rho_is_what_is_left_when_all_other_directions_are_taken_away(dimensions):
-    model = any_model()
-    found = null_share(model.w_out, model.read_out, dimensions)
-    k = D - V if dimensions is None else dimensions
-    for m in range(2):
-        folded = np.diag(model.values["ln_final.w"][m]) @ model.values["unembed.W_U"][m].numpy()
-        centre = np.eye(D) - 1 / D
-        folded = centre @ folded @ (np.eye(V) - 1 / V)
-        values, vectors = np.linalg.eigh(folded @ folded.T)
-        seen = vectors[:, np.argsort(values)[k + 1 :]]  # all ones is one of the directions of value 0
-        weight = model.w_out[m].numpy() @ centre
-        left = weight - weight @ seen @ seen.T if k else 0 * weight
-        expected = np.linalg.norm(left, axis=1) / np.linalg.norm(weight, axis=1)
-        np.testing.assert_allclose(found.rho[m], expected, atol=1e-7)
-    assert found.dimensions.tolist() == [k, k]
-    assert found.chance.tolist() == pytest.approx([(k / (D - 1)) ** 0.5] * 2)
-
-
 # ---- properties ---------------------------------------------------------------------------------------
-
-
-def test_chance_is_what_random_weights_reach():
-    model = any_model((0,))
-    w_out = torch.randn(1, 20_000, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = null_share(w_out, model.read_out)
-    squares = found.rho.square()
-    error = squares.std() / squares.shape[1] ** 0.5
-    assert abs(squares.mean() - found.chance.item() ** 2) < 4 * error
 
 
 @settings(max_examples=15)
@@ -287,15 +152,15 @@ def test_what_layernorm_and_softmax_cannot_see_changes_no_score(in_width, in_voc
 def test_tiles_change_nothing(monkeypatch):
     model = any_model()
     whole = model.effects()
-    monkeypatch.setattr(neurons, "TILE_TOKENS", 5)
-    monkeypatch.setattr(neurons, "TILE", 100)
+    monkeypatch.setattr(mean_ablation, "TILE_TOKENS", 5)
+    monkeypatch.setattr(mean_ablation, "TILE", 100)
     for name, effect in model.effects().items():
         assert torch.allclose(effect.total, whole[name].total) and torch.allclose(effect.direct, whole[name].direct)
 
 
 def test_a_member_has_the_effects_it_has_alone():
     together, alone = any_model((0, 1)), any_model((1,))
-    single = Model({n: v[1:] for n, v in together.values.items()}, alone.batch)
+    single = MeasuredModel({n: v[1:] for n, v in together.values.items()}, alone.batch)
     for name, effect in together.effects().items():
         assert torch.equal(effect.total[1:], single.effects()[name].total)
 
@@ -322,15 +187,6 @@ def test_a_member_without_tokens_has_no_effects():
     where[1, 0, 0] = True
     effect = model.effects(where=where)["loss"]
     assert effect.total[0].isnan().all() and effect.total[1].isfinite().all()
-
-
-def test_controls_match_the_norms_differ_with_the_seed_and_draw_from_no_shared_generator():
-    model, before = any_model(), torch.get_rng_state()
-    first, again, other = (random_outputs(model.w_out, seed) for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(first, again) and not torch.allclose(first, other)
-    assert torch.allclose(weight_norm(first), weight_norm(model.w_out)) and first.sum(-1).abs().max() < 1e-12
-    directions = [own / own.norm(dim=-1, keepdim=True) for own in first]
-    assert torch.allclose(*directions)
 
 
 def test_an_output_that_never_occurs_counts_as_half_as_frequent_as_the_rarest():

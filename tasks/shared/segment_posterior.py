@@ -1,12 +1,12 @@
-"""The best prediction of a sequence into which segments of itself have been copied.
+"""The best prediction of a sequence into which segments of itself have been copied: exact Bayes for ``Repeats``.
 
 Where segments begin, how long they are and what they copy is hidden; what has been seen so far says how likely each
 possibility is. Segments begin as events of a chain whose state is only how many have yet to begin, so that one pass
-over the places where the latest segment may have begun sums over all histories (the forward recursion of a hidden
+over the positions where the latest segment may have begun sums over all histories (the forward recursion of a hidden
 semi-Markov model; Rabiner 1989, "A tutorial on hidden Markov models", section IV.D).
 
 All likelihoods are relative to that of the same tokens without any copy. Legend: n sequences, L positions,
-V vocabulary, S segments, P places where a segment can begin (the P-th is the target of the last row), A originals,
+V vocabulary, S segments, P positions where a segment can begin (the P-th is the target of the last row), A originals,
 D lengths, E elapsed tokens of a segment.
 """
 
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MOST_PAIRS = 2**20
-"""Sequences are taken in groups of about so many pairs of positions."""
+"""Sequences are computed in groups of about so many pairs of positions."""
 
-TINY, LARGE = 1e-300, 600.0
-"""What can still be divided by, and what the exponential still is a number of."""
+LEAST_DIVISOR, LARGEST_EXPONENT = 1e-300, 600.0
+"""Bounds that keep quotients and exponentials finite in double precision."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Segments:
     """How segments come about: see ``opsin.tasks.Repeats``.
 
     Args:
-        count: S, how many there can be.
-        probability: of each to be there.
-        shortest, longest: tokens of one, each length equally likely.
-        noise: share of copied tokens that are replaced.
+        count: S, greatest number of segments in a sequence.
+        probability: probability that a segment is there, for every segment alone.
+        shortest, longest: least and greatest number of tokens of a segment, all lengths between equally likely.
+        noise: probability that a copied token is replaced.
     """
 
     count: int
@@ -47,13 +47,13 @@ class Segments:
 def predict_next(
     tokens: Int[Tensor, "n L"], fresh: Float[Tensor, "n L V"], unigram: Float[Tensor, " V"], process: Segments
 ) -> Float[Tensor, "n L V"]:
-    """Probabilities of the token after each position, given those up to it.
+    """Probabilities of the token after each position, given the tokens up to it.
 
     Args:
-        tokens: what has been seen, on the CPU.
+        tokens: sequences of the task, on the CPU.
         fresh: probabilities of the token after each position if it is no copy; positive.
-        unigram: what replaces a copied token that is noise.
-        process: how segments come about.
+        unigram: probabilities of the token that replaces a copied one.
+        process: how many segments there are, how long, and how noisy.
     """
     size = max(1, MOST_PAIRS // tokens.shape[1] ** 2)
     parts = zip(tokens.split(size), fresh.double().split(size), strict=True)
@@ -61,9 +61,9 @@ def predict_next(
 
 
 class _Posterior:
-    """Sums over the histories of some sequences.
+    """Sums over the histories of a group of sequences.
 
-    A place p is the position ``longest`` + p of the sequence. ``share[e, p, a]`` is the probability that a segment
+    A start p is the position ``longest`` + p of the sequence. ``share[e, p, a]`` is the probability that a segment
     that begins at p has the original a and more than e tokens.
     """
 
@@ -72,7 +72,7 @@ class _Posterior:
     ) -> None:
         self.tokens, self.fresh, self.unigram, self.process = tokens, fresh, unigram, process
         self.first, self.length = process.longest, tokens.shape[1]
-        self.places = self.length + 1 - self.first
+        self.starts = self.length + 1 - self.first
         self.originals = self.length + 1 - process.shortest
         # originals of impossible segments reach beyond the end; their share is zero
         self.padded = torch.nn.functional.pad(tokens, (0, process.longest), value=0)
@@ -81,7 +81,7 @@ class _Posterior:
         self.share = self.complete.flip(0).cumsum(0).flip(0)
 
     def _gain(self) -> Float[Tensor, "n _ _"]:
-        """How much likelier token i (from the first place on) is as a copy of token j than fresh."""
+        """How much likelier token i (from the first start on) is as a copy of token j than fresh."""
         noise, later = self.process.noise, self.tokens[:, self.first :]
         expected = self.fresh[:, self.first - 1 : -1].gather(-1, later[..., None])
         same = (later[:, :, None] == self.padded[:, None]).double()
@@ -89,28 +89,28 @@ class _Posterior:
 
     def _complete(self) -> Float[Tensor, "E P A"]:
         """Probability that a segment that begins at p has the original a and just e + 1 tokens."""
-        place = self.first + torch.arange(self.places)[:, None]
+        position = self.first + torch.arange(self.starts)[:, None]
         original = torch.arange(self.originals)
         lengths = range(self.process.shortest, self.process.longest + 1)
-        found = torch.zeros(self.process.longest, self.places, self.originals, dtype=torch.float64)
+        found = torch.zeros(self.process.longest, self.starts, self.originals, dtype=torch.float64)
         for length in lengths:
-            room = place - length + 1
+            room = position - length + 1
             found[length - 1] = (original < room) / (room * len(lengths))
         return found
 
     def _copies(self) -> Iterator[tuple[Float[Tensor, "n _ A"], Float[Tensor, "n _"]]]:
-        """Likelihood of the first 0, 1, ... tokens of the segment (p, a), of places for which they have been seen.
+        """Likelihood of the first 0, 1, ... tokens of the segment (p, a), for starts after which they have been seen.
 
-        It is the product of a number up to 1 and of the exponential of another, one a place: it may overflow itself.
+        Returned as a factor up to 1 and, for every start, the logarithm of another: their product may overflow.
         """
-        values = self.gain.new_ones(len(self.tokens), self.places, self.originals)
+        values = self.gain.new_ones(len(self.tokens), self.starts, self.originals)
         scale = values.new_zeros(values.shape[:2])
-        for e in range(min(self.process.longest + 1, self.places)):
+        for e in range(min(self.process.longest + 1, self.starts)):
             if e:
-                seen = self.places - e
+                seen = self.starts - e
                 values = values[:, :seen] * self.gain[:, e - 1 :, e - 1 : e - 1 + self.originals]
                 values = values * (self.share[e - 1, :seen] > 0)
-                largest = values.amax(-1).clamp(min=TINY)
+                largest = values.amax(-1).clamp(min=LEAST_DIVISOR)
                 values, scale = values / largest[..., None], scale[:, :seen] + largest.log()
             yield values, scale
 
@@ -119,7 +119,7 @@ class _Posterior:
 
         E has one entry more than tokens in the longest segment: that of e that long or longer.
         """
-        going = self.gain.new_full((len(self.tokens), self.places, self.process.longest + 1), -torch.inf)
+        going = self.gain.new_full((len(self.tokens), self.starts, self.process.longest + 1), -torch.inf)
         over = torch.full_like(going, -torch.inf)
         for e, (values, scale) in enumerate(self._copies()):
             seen = values.shape[1]
@@ -131,25 +131,25 @@ class _Posterior:
         return torch.logaddexp(going, over), going
 
     def _histories(self, likelihood: Float[Tensor, "n P E"]) -> Float[Tensor, "n P P"]:
-        """Log-weight [q, p] of the latest segment having begun at p, for the target at place q, but for its likelihood.
+        """Log-weight [q, p] of the latest segment having begun at p, for the target at start q, without the likelihood.
 
         Weights of a target are relative to the likelihood of all that was seen before it.
         """
-        process, places = self.process, self.places
-        begins = _begins(process, places).log()  # P, left before, left after
-        some = begins.masked_fill(torch.eye(process.count + 1, dtype=torch.bool), -torch.inf)
-        # by the latest segment's place, and how many are left after it; entry 0 stands for none so far
-        weight = likelihood.new_full((len(self.tokens), places + 1, process.count + 1), -torch.inf)
+        process, starts = self.process, self.starts
+        begins = _begin_probabilities(process, starts).log()  # P, left before, left after
+        beginning = begins.masked_fill(torch.eye(process.count + 1, dtype=torch.bool), -torch.inf)
+        # by the latest segment's start, and how many are left after it; entry 0 stands for none so far
+        weight = likelihood.new_full((len(self.tokens), starts + 1, process.count + 1), -torch.inf)
         weight[:, 0, -1] = 0
-        found = likelihood.new_empty(len(self.tokens), places, places)
-        for q in range(places):
+        found = likelihood.new_empty(len(self.tokens), starts, starts)
+        for q in range(starts):
             before = torch.arange(q)
-            told = likelihood[:, before, (q - before).clamp(max=process.longest)]
-            told = torch.nn.functional.pad(told, (1, 0))
-            state = (weight[:, : q + 1] + told[..., None]).logsumexp(1)
+            so_far = likelihood[:, before, (q - before).clamp(max=process.longest)]
+            so_far = torch.nn.functional.pad(so_far, (1, 0))
+            state = (weight[:, : q + 1] + so_far[..., None]).logsumexp(1)
             total = state.logsumexp(-1)[:, None]
             weight = weight - total[..., None]
-            weight[:, q + 1] = ((state - total)[..., None] + some[q]).logsumexp(1)
+            weight[:, q + 1] = ((state - total)[..., None] + beginning[q]).logsumexp(1)
             weight[:, : q + 1] += begins[q].diagonal()
             found[:, q] = weight[:, 1:].logsumexp(-1)
         return found
@@ -164,7 +164,7 @@ class _Posterior:
             weight = history.diagonal(-e, 1, 2)  # of the target e further on
             rows = slice(self.first - 1 + e, self.first - 1 + e + seen)
             # larger only where the segment cannot go on, and the share is zero
-            posterior = (weight + scale).clamp(max=LARGE).exp()
+            posterior = (weight + scale).clamp(max=LARGEST_EXPONENT).exp()
             originals = posterior[..., None] * self.share[e, :seen] * values
             tokens = self.padded[:, None, e : e + self.originals].expand_as(originals)
             found[:, rows].scatter_add_(2, tokens, originals)
@@ -173,12 +173,12 @@ class _Posterior:
         return (1 - noise) * found + noise * copying * self.unigram + (1 - copying) * self.fresh
 
 
-def _begins(process: Segments, places: int) -> Float[Tensor, "P left after"]:
-    """Probability that of those segments which have yet to begin so many are left after a place."""
+def _begin_probabilities(process: Segments, starts: int) -> Float[Tensor, "P left after"]:
+    """Probability that of the segments which have yet to begin so many are left after a start."""
     left = torch.arange(process.count + 1, dtype=torch.float64)
-    place = torch.arange(places, dtype=torch.float64)[:, None, None]
-    # each begins at every place with the same probability, given that it has not begun before
-    hazard = process.probability / (places - process.probability * place)
+    start = torch.arange(starts, dtype=torch.float64)[:, None, None]
+    # a segment begins at every start with the same probability, given that it has not begun before
+    hazard = process.probability / (starts - process.probability * start)
     before, after = left[:, None], left
     ways = torch.lgamma(before + 1) - torch.lgamma(after + 1) - torch.lgamma((before - after).clamp(min=0) + 1)
     chance = ways.exp() * hazard ** (before - after).clamp(min=0) * (1 - hazard) ** after

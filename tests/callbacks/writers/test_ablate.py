@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.training.compiling import compile_step, has_compiler
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, losses, plan_of, run, scene_of, train, weights
+from tests.helpers.toys import SMALL, Training, batch_of, few_shot, inputs_of, losses, plan_of, run, train, weights
 
 TASK = few_shot()
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=0.5)
@@ -33,8 +33,8 @@ def seen_with(*writers, step=0, values=WEIGHTS):
 
 def tap_at(step, *writers):
     plan = plan_of(MODEL, TASK, *writers)
-    scene = scene_of(plan, MODEL, WEIGHTS, BATCH)
-    return run_passes(plan, replace(scene, clock=torch.tensor([[0, step], [1, step]])))
+    inputs = inputs_of(plan, MODEL, WEIGHTS, BATCH)
+    return run_passes(plan, replace(inputs, clock=torch.tensor([[0, step], [1, step]])))
 
 
 PLAIN = seen_with()
@@ -57,14 +57,14 @@ def test_a_resampled_site_is_the_batch_rolled_and_never_by_nothing(step):
 
 def test_all_that_is_resampled_in_one_step_comes_from_one_example():
     clock = torch.tensor([[0, 3], [1, 3]])
-    other = another_example(clock, 4)
-    assert other.unique(dim=0).shape[0] == 2, "the two members look at different ones"
+    sources = another_example(clock, 4)
+    assert sources.unique(dim=0).shape[0] == 2, "the two members look at different ones"
     seen = seen_with(Ablate(heads=["0:1"], value="resample"), step=3)[Z]
     later = Resample()(PLAIN["hook_logits"], BATCH, clock).value
     for member in range(2):
         for example in range(4):
-            assert torch.equal(seen[member, example, :, 1], PLAIN[Z][member, other[member, example], :, 1])
-            assert torch.equal(later[member, example], PLAIN["hook_logits"][member, other[member, example]])
+            assert torch.equal(seen[member, example, :, 1], PLAIN[Z][member, sources[member, example], :, 1])
+            assert torch.equal(later[member, example], PLAIN["hook_logits"][member, sources[member, example]])
 
 
 def test_the_mean_leaves_no_variance_over_the_batch():
@@ -111,8 +111,8 @@ def test_noise_differs_between_steps_members_sites_and_examples_and_is_the_same_
     assert not torch.isclose(a, b).any() and not torch.isclose(a[0], a[1]).any()
     assert not torch.isclose(a[:, 0], a[:, 1]).any()
     clock = torch.tensor([[0, 0], [1, 0]])
-    here, there = (Noise(salt_of(site))(PLAIN[Z], BATCH, clock).value for site in (Z, "blocks.1.attn.hook_z"))
-    assert not torch.isclose(here, there).any()
+    layer_0, layer_1 = (Noise(salt_of(site))(PLAIN[Z], BATCH, clock).value for site in (Z, "blocks.1.attn.hook_z"))
+    assert not torch.isclose(layer_0, layer_1).any()
 
 
 # ---- where they act -------------------------------------------------------------------------------
@@ -142,9 +142,9 @@ def test_only_the_named_neurons_positions_and_members_are_silenced(value, at, si
 
 @pytest.mark.parametrize("value", VALUES)
 def test_silencing_some_positions_puts_there_what_silencing_all_would(value):
-    some, everywhere = (seen_with(Ablate(sites=[RESID], value=value, positions=at))[RESID] for at in ([2], None))
-    assert torch.equal(some[:, :, 2], everywhere[:, :, 2])
-    assert torch.equal(some[:, :, [0, 1, 3, 4]], PLAIN[RESID][:, :, [0, 1, 3, 4]])
+    at_one, everywhere = (seen_with(Ablate(sites=[RESID], value=value, positions=at))[RESID] for at in ([2], None))
+    assert torch.equal(at_one[:, :, 2], everywhere[:, :, 2])
+    assert torch.equal(at_one[:, :, [0, 1, 3, 4]], PLAIN[RESID][:, :, [0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("held", [-0.7, 0.0, 1.5])
@@ -212,7 +212,7 @@ def test_the_gradient_of_what_is_silenced_by_half_is_half(site, value):
     """Nothing comes back through the mean, the other example or the spread of the noise."""
     x = PLAIN[site].clone().requires_grad_()
     plan = plan_of(MODEL, TASK, Ablate(sites=[site], value=value))
-    after = run_passes(plan, scene_of(plan, MODEL, WEIGHTS, BATCH, gate=0.5))(site, x)
+    after = run_passes(plan, inputs_of(plan, MODEL, WEIGHTS, BATCH, gate=0.5))(site, x)
     (gradient,) = torch.autograd.grad(after.sum(), x)
     assert (gradient == 0.5).all()
 
@@ -231,9 +231,9 @@ def test_compiled_steps_under_noise_are_the_eager_ones_whatever_the_slots_of_the
     swapped = Training(tiny, TASK, turned, *writers, seeds=(2**33, 3))
     compiled.call = swapped.call = compile_step(compiled.step)
     for k in range(10):
-        wanted, result, other = eager.update(k), compiled.update(k), swapped.update(k)
+        wanted, result, swapped_result = eager.update(k), compiled.update(k), swapped.update(k)
         assert (result[0] - wanted[0]).abs().max() < 1e-5
-        assert torch.equal(result, other.flip(1))
+        assert torch.equal(result, swapped_result.flip(1))
     for name, value in compiled.values.items():
         assert torch.equal(value, swapped.values[name].flip(0))
 

@@ -1,25 +1,19 @@
-"""Neurons that set a model's confidence, told by their weights and by what their ablation does. Pure functions.
+"""Neurons by what their mean ablation does to the output, in total and with a mediator held. Pure functions.
 
 Stolfo et al. 2024, "Confidence Regulation Neurons in Language Models", sections 3 (entropy neurons) and 4
-(token-frequency neurons), for the last MLP layer, whose output meets only the last LayerNorm and the unembedding.
-
-**Coordinates.** LayerNorm removes the mean over the width, so output weights are centred over D; its weight
-is folded into the unembedding; and the softmax sees only differences of logits, so the unembedding is centred over the
-vocabulary. The direction of D that is all ones is unseen by construction and no centred weight has a part along it: it
-counts neither among the null directions nor among the D - 1 that remain.
+(token-frequency neurons), for the last MLP layer. Coordinates are those of ``opsin.metrics.neuron_weights``.
 
 **Mediation.** A mean ablation replaces a neuron's activation by its mean. Its *total* effect is the change (ablated
 minus not) of a quantity of the output; its *direct* effect is that change with a mediator held where it is without the
 ablation: the standard deviation that LayerNorm divides by, or the projection of the logits on the log-unigram
 direction. The mediated share is 1 - direct / total, each the mean over tokens of the absolute change.
 
-Legend: M members, B batch, L positions, D width, C = D - 1 directions, N neurons, V vocabulary, T tokens that are
-averaged over, I tokens of one tile, J neurons of one tile.
+Legend: M members, B batch, L positions, D width, N neurons, V vocabulary, T tokens that are averaged over, I tokens of
+one tile, J neurons of one tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opsin.metrics.neuron_weights import ReadOut, centred
 from opsin.model.transformer import NORM_EPS
 
 Mediator = Literal["scale", "frequency"]
 """What a direct effect holds: LayerNorm's scale, or the logits' projection on the log-unigram direction."""
-
-NULL_FRACTION = 0.01
-"""Directions whose singular value is at most this share of the largest count as unseen by the unembedding."""
 
 LEAST_EFFECT = 1e-6
 """Nats; of a smaller total effect no share is taken, since single precision does not resolve it."""
@@ -43,137 +35,12 @@ TILE_TOKENS, TILE = 256, 2**18
 
 
 @dataclass(frozen=True)
-class ReadOut:
-    """The last LayerNorm and the unembedding of every member.
-
-    Args:
-        norm_weight, norm_bias: ``ln_final.w`` and ``ln_final.b``.
-        unembed: ``unembed.W_U``.
-        unembed_bias: ``unembed.b_U``; None without one.
-    """
-
-    norm_weight: Float[Tensor, "M D"]
-    norm_bias: Float[Tensor, "M D"]
-    unembed: Float[Tensor, "M D V"]
-    unembed_bias: Float[Tensor, "M V"] | None = None
-
-    @classmethod
-    def of(cls, parameters: Mapping[str, Tensor]) -> ReadOut:
-        """That of a model with LayerNorm, from its parameters by name."""
-        names = ("ln_final.w", "ln_final.b", "unembed.W_U")
-        weight, bias, unembed = (parameters[name].detach() for name in names)
-        own = parameters.get("unembed.b_U")
-        return cls(weight, bias, unembed, None if own is None else own.detach())
-
-    def effective(self) -> Float[Tensor, "M D V"]:
-        """W_U with LayerNorm's weight folded in, centred over the width and over the vocabulary."""
-        folded = self.norm_weight[..., None] * self.unembed
-        folded = folded - folded.mean(1, keepdim=True)
-        return folded - folded.mean(2, keepdim=True)
-
-    def constant(self) -> Float[Tensor, "M V"]:
-        """Logits of a residual that LayerNorm maps to its bias."""
-        logits = torch.bmm(self.norm_bias[:, None], self.unembed)[:, 0]
-        return logits if self.unembed_bias is None else logits + self.unembed_bias
-
-
-# ---- weights ----------------------------------------------------------------------------------------
-
-
-def centred(w_out: Float[Tensor, "M N D"]) -> Float[Tensor, "M N D"]:
-    """Output weights as LayerNorm sees them: without their mean over the width."""
-    return w_out - w_out.mean(-1, keepdim=True)
-
-
-def weight_norm(w_out: Float[Tensor, "M N D"]) -> Float[Tensor, "M N"]:
-    """2-norm of every neuron's centred output weight."""
-    return centred(w_out).norm(dim=-1)
-
-
-def logit_var(w_out: Float[Tensor, "M N D"], read_out: ReadOut) -> Float[Tensor, "M N"]:
-    """LogitVar: variance over the vocabulary of the cosine between output weight and unembedding column.
-
-    Stolfo et al. 2024, section 3.1; both as in the module's coordinates, the variance that of a whole population.
-    Small where the output moves all logits alike, as an entropy neuron's does. Zeros have cosine 0 with everything.
-    """
-    columns = torch.nn.functional.normalize(read_out.effective(), dim=1)
-    return torch.bmm(torch.nn.functional.normalize(centred(w_out), dim=-1), columns).var(-1, unbiased=False)
-
-
-@dataclass(frozen=True)
-class NullShare:
-    """How much of every neuron's output the unembedding does not see.
-
-    Args:
-        rho: norm of the output weight's projection on the null directions over its norm, from 0 to 1; the
-            squared share is its square. nan for a weight of zeros.
-        dimensions: k, the number of null directions, all ones not counted.
-        chance: root mean square of rho of a weight of random direction, sqrt(k / (D - 1)).
-    """
-
-    rho: Float[Tensor, "M N"]
-    dimensions: Int[Tensor, " M"]
-    chance: Float[Tensor, " M"]
-
-
-def null_share(w_out: Float[Tensor, "M N D"], read_out: ReadOut, dimensions: int | None = None) -> NullShare:
-    """Share of the output weight's norm on the k bottom left singular directions of the unembedding.
-
-    Stolfo et al. 2024, section 3.3 (a share of norms, not of squares). Computed in double precision.
-
-    Args:
-        dimensions: k, from 0 to D - 1. None counts, for each member, the directions whose singular value is at
-            most ``NULL_FRACTION`` of the largest, those that have none included: at least max(0, D - V),
-            since D - 1 centred directions meet V - 1 differences of logits. Of a member whose unembedding is no
-            number rho and chance are nan.
-    """
-    basis = _without_ones(w_out.shape[-1]).to(w_out.device)  # D C
-    effective = read_out.effective().double()
-    # a member that has diverged would end the decomposition of all
-    known = effective.isfinite().all(-1).all(-1)
-    inside = basis.T @ effective.where(known[:, None, None], 0.0)  # M C V
-    directions, values, _ = torch.linalg.svd(inside, full_matrices=inside.shape[1] > inside.shape[2])  # M C C
-    values = torch.nn.functional.pad(values, (0, inside.shape[1] - values.shape[1]))  # M C, descending
-    if dimensions is None:
-        unseen = values <= NULL_FRACTION * values[:, :1]
-    else:
-        unseen = (torch.arange(values.shape[1], device=values.device) >= values.shape[1] - dimensions).expand_as(values)
-    squares = (w_out.double() @ basis @ directions).square()
-    rho = ((squares * unseen[:, None]).sum(-1) / squares.sum(-1)).sqrt()
-    count = unseen.sum(-1)
-    chance = (count / values.shape[1]).sqrt()
-    rho, chance = (x.where(known[:, None] if x.dim() > 1 else known, torch.nan).to(w_out.dtype) for x in (rho, chance))
-    return NullShare(rho, count, chance)
-
-
-def _without_ones(width: int) -> Float[Tensor, "D C"]:
-    """An orthonormal basis of the directions whose entries sum to zero."""
-    start = torch.eye(width, dtype=torch.float64)
-    start[:, 0] = 1
-    return torch.linalg.qr(start).Q[:, 1:]
-
-
-def random_outputs(w_out: Float[Tensor, "M N D"], seed: int = 0) -> Float[Tensor, "M N D"]:
-    """For each neuron a centred output weight of the same centred norm and of random direction: the control.
-
-    Directions are drawn from a generator of their own, on the CPU, the same for every member.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(w_out.shape[1:], generator=generator, dtype=torch.float64)
-    direction = torch.nn.functional.normalize(drawn - drawn.mean(-1, keepdim=True), dim=-1)
-    return weight_norm(w_out)[..., None] * direction.to(w_out)
-
-
-# ---- ablations ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class Effect:
     """What mean-ablating each neuron does to one quantity of the output (nats, ablated minus not), means over tokens.
 
     Args:
-        total, direct: of the absolute change; direct with the mediator held.
-        total_signed, direct_signed: of the change.
+        total, direct: means of the absolute change, nats; direct with the mediator held.
+        total_signed, direct_signed: means of the change with its sign, nats.
     """
 
     total: Float[Tensor, "M N"]
@@ -223,14 +90,16 @@ def mean_ablation_effects(
     no neuron costs a forward pass.
 
     Args:
-        resid: the residual stream before the last LayerNorm, the neurons' outputs included.
-        post: activations after the nonlinearity.
-        w_out: output weights; ``random_outputs`` of them for the control, whose ablation removes as much, elsewhere.
-        targets: right outputs, for the effect on the loss.
-        unigram: probabilities above 0, for the effect on the divergence from the unigram.
-        means: what the activation is replaced by, axes of B and L may be 1; its mean over both when None.
+        read_out: the last LayerNorm and the unembedding.
+        resid: residual stream before the last LayerNorm, the neurons' outputs included.
+        post: activations of the neurons after the nonlinearity.
+        w_out: output weights of the neurons; ``random_outputs`` of them for the control, whose ablation removes as
+            much in another direction.
+        targets: right outputs, for the effect on the loss; None for no such effect.
+        unigram: probabilities above 0, for the effect on the divergence from the unigram; None for no such effect.
+        means: activations that replace the neurons', axes of B and L may be 1; the mean over B and L when None.
         where: tokens that the effects are averaged over; all when None. nan where a member has none.
-        mediator: what the direct effect holds; ``frequency`` needs the unigram.
+        mediator: quantity that the direct effect holds; ``frequency`` needs the unigram.
 
     Returns:
         ``"entropy"``; ``"loss"`` (cross-entropy) if there are targets; ``"kl"`` if there is a unigram:
@@ -243,9 +112,9 @@ def mean_ablation_effects(
     members = []
     for m in range(len(resid)):
         chosen = torch.ones_like(resid[m, ..., 0], dtype=torch.bool) if where is None else where[m]
-        own = None if targets is None else targets[m][chosen]
+        answers = None if targets is None else targets[m][chosen]
         neurons = _Neurons(weights[m], weights[m] @ matrix[m], constant[m], log_unigram, direction)
-        members.append(neurons.effects(resid[m][chosen], matrix[m], away[m][chosen], own))
+        members.append(neurons.effects(resid[m][chosen], matrix[m], away[m][chosen], answers))
     found = torch.stack(members, 2)  # measures, kinds, M, N
     given = {"entropy": True, "loss": targets is not None, "kl": unigram is not None}
     return {name: Effect(*kinds) for name, kinds in zip([n for n in given if given[n]], found, strict=True)}
@@ -256,11 +125,11 @@ class _Neurons:
     """One member's neurons as its read-out sees them.
 
     Args:
-        weights: centred.
-        logits: what each writes on the logits before LayerNorm divides.
-        constant: logits of the zero residual.
-        log_unigram: where the divergence from the unigram is asked for.
-        direction: in logits, whose projection is held; None to hold the scale.
+        weights: centred output weight of every neuron.
+        logits: what a unit of activation adds to the logits before LayerNorm divides.
+        constant: logits of a residual of zeros.
+        log_unigram: logarithm of the unigram; None where no divergence from it is measured.
+        direction: unit direction in logits whose projection is held; None to hold the scale.
     """
 
     weights: Float[Tensor, "N D"]
@@ -303,8 +172,9 @@ class _Neurons:
         else:
             # what the logits are shifted by, to be exponentiated, is the same for all and so has no part along it
             direct = total + ((tile.base - total) @ self.direction)[..., None] * self.direction
-        both = torch.stack([self._outcomes(logits, tile.targets) for logits in (total, direct)], 1) - tile.outcomes
-        return torch.cat([both.abs().sum(-1), both.sum(-1)], 1)
+        outcomes = torch.stack([self._outcomes(logits, tile.targets) for logits in (total, direct)], 1)
+        changes = outcomes - tile.outcomes
+        return torch.cat([changes.abs().sum(-1), changes.sum(-1)], 1)
 
     def _ablated(
         self, tile: _Tile, away: Float[Tensor, "J I"], chosen: slice, inverse: Float[Tensor, "J I"]
@@ -322,7 +192,7 @@ class _Neurons:
     def _outcomes(
         self, logits: Float[Tensor, "J I V"], targets: Int[Tensor, " I"] | None
     ) -> Float[Tensor, "measures J I"]:
-        """Entropy, then where asked for loss and KL from the unigram, in nats; logits' largest is near 0."""
+        """Entropy, then loss and KL from the unigram where they are measured, nats; the largest logit is near 0."""
         weight = logits.exp()
         whole = weight @ torch.ones_like(self.constant)
         log_whole = whole.log()
@@ -339,13 +209,13 @@ class _Tile:
     """Some tokens without an ablation.
 
     Args:
-        centred: the residual without its mean.
-        variance: of the residual.
-        logits: of the centred residual, before LayerNorm divides.
-        highest: the largest of them.
-        targets: right outputs.
-        base: logits, the largest of a token 0.
-        outcomes: what is measured of them.
+        centred: residual of every token without its mean.
+        variance: variance of the residual over the width.
+        logits: logits of the centred residual, before LayerNorm divides.
+        highest: the largest of a token's ``logits``.
+        targets: right output of every token; None where no loss is measured.
+        base: logits as the model gives them, shifted so that a token's largest is 0.
+        outcomes: entropy, loss and divergence of ``base``, nats.
     """
 
     centred: Float[Tensor, "I D"]
@@ -358,13 +228,18 @@ class _Tile:
 
     @classmethod
     def of(
-        cls, resid: Float[Tensor, "I D"], matrix: Float[Tensor, "D V"], targets: Int[Tensor, " I"] | None, own: _Neurons
+        cls,
+        resid: Float[Tensor, "I D"],
+        matrix: Float[Tensor, "D V"],
+        targets: Int[Tensor, " I"] | None,
+        neurons: _Neurons,
     ) -> _Tile:
+        """The tokens of a tile as one member's read-out sees them."""
         centred = resid - resid.mean(-1, keepdim=True)
         variance, logits = centred.square().mean(-1), centred @ matrix
-        base = logits * (variance + NORM_EPS).rsqrt()[:, None] + own.constant
+        base = logits * (variance + NORM_EPS).rsqrt()[:, None] + neurons.constant
         base = base - base.amax(-1, keepdim=True)
-        outcomes = own._outcomes(base[None], targets)[:, None]
+        outcomes = neurons._outcomes(base[None], targets)[:, None]
         return cls(centred, variance, logits, logits.amax(-1), targets, base, outcomes)
 
 
@@ -372,7 +247,12 @@ class _Tile:
 
 
 def control_level(control: Effect, quantile: float = 0.99) -> Float[Tensor, " M"]:
-    """The quantile of the total effects of a member's control neurons."""
+    """The quantile of the total effects of a member's control neurons, nats.
+
+    Args:
+        control: effects of ``random_outputs`` with the activations of the neurons, nats.
+        quantile: share of the control neurons whose effect is below the level, in [0, 1].
+    """
     return torch.quantile(control.total, quantile, dim=-1)
 
 
@@ -383,8 +263,9 @@ def candidates(effect: Effect, control: Effect, share: float = 0.5, quantile: fl
     divergence from the unigram through the log-unigram direction.
 
     Args:
-        effect, control: of the neurons, and of ``random_outputs`` with the same activations.
-        share: the mediated share is above it.
-        quantile: the total effect is above this quantile of those of the member's own controls.
+        effect: effects of the neurons, nats.
+        control: effects of ``random_outputs`` with the activations of the neurons, nats.
+        share: mediated share that a candidate exceeds, in [0, 1].
+        quantile: quantile of the member's control effects that a candidate's total effect exceeds, in [0, 1].
     """
     return (effect.mediated > share) & (effect.total > control_level(control, quantile)[:, None])

@@ -1,0 +1,181 @@
+"""What every reader shares: it measures, moves nothing, and states beforehand what it needs of the model and the task.
+
+A reader states three things: the activations it looks at (``sites``), what else it needs (``requirements``), and the
+metrics it records (``records``). A run that lacks something is refused in one line when it is built.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opsin.errors import ConfigError
+from opsin.model.sites import SiteTable
+from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.observers import Observation
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that a run must have, and the line that refuses a run without it.
+
+    Args:
+        field: reader, or setting of a reader, that the line names.
+        lacking: function that says of a module what stands in the way, as the line shows it; None where nothing does.
+        expected: what would do, as the line shows it.
+    """
+
+    field: str
+    lacking: Callable[[OpsinModule], object | None]
+    expected: str
+
+    def check(self, module: OpsinModule) -> None:
+        """Refuse a run that lacks it.
+
+        Raises:
+            ConfigError: names the field, what stands in the way and what would do.
+        """
+        value = self.lacking(module)
+        if value is not None:
+            raise ConfigError(self.field, value, self.expected)
+
+
+class Reader(Callback):
+    """A callback that measures: with or without it the weights are equal to the last bit.
+
+    A subclass overrides what it needs: ``sites``, ``requirements`` and ``records`` state something, ``check`` compares
+    settings with the run. From ``setup`` on the module is ``self._module``.
+    """
+
+    def sites(self, table: SiteTable) -> list[str]:
+        """Names of the activations it looks at.
+
+        Args:
+            table: sites of the model, which gives layers and sizes; a site it lacks may be named, and refuses the run.
+        """
+        return []
+
+    def requirements(self) -> list[Requirement]:
+        """What it needs beside activations, with its settings as they are."""
+        return []
+
+    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+        """Metrics it records, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+        return {}
+
+    def check(self, module: OpsinModule) -> None:
+        """Compare settings with the run, whose requirements are met.
+
+        Raises:
+            ConfigError: a setting that does not fit the model, the task or the run.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._module = opsin_module(pl_module)
+        if stage == "fit":
+            for requirement in (*self.requirements(), _activations(type(self).__name__, self.sites)):
+                requirement.check(self._module)
+            self.check(self._module)
+
+
+class ProbeReader(Reader, ABC):
+    """A reader that is shown the probe at a cadence: before the first step, every so many steps, and after the last.
+
+    Args:
+        every: optimizer steps between measurements.
+
+    Raises:
+        ConfigError: fewer than one step.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = check_count(f"{type(self).__name__}.every", every, "optimizer step")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._module.listen(self.every, self.measure, self.sites(self._module.sites))
+
+    @abstractmethod
+    def measure(self, seen: Observation) -> None:
+        """Record what the probe shows.
+
+        Args:
+            seen: step, probe, and the activations that ``sites`` names.
+        """
+
+
+# ---- requirements of several readers ----------------------------------------------------------------
+
+
+def needs_neurons(reader: str, expected: str = "one with them: transformer.mlp_ratio a number") -> Requirement:
+    """A model with MLPs."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        return None if module.sites.size("N") else "a model without MLPs"
+
+    return Requirement(reader, lacking, expected)
+
+
+def needs_layer_norm(reader: str) -> Requirement:
+    """A model whose read-out passes a LayerNorm."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        return None if "ln_final.hook_scale" in module.sites.sites else "a model without LayerNorm"
+
+    return Requirement(reader, lacking, "one with it: transformer.norm true")
+
+
+def needs_evaluation_set(reader: str, name: str) -> Requirement:
+    """A task with an evaluation set of this name."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        sets = module.task.evaluations
+        return None if name in sets else f"{type(module.task).__name__} with {', '.join(sets)}"
+
+    return Requirement(reader, lacking, f"a task with an evaluation set {name!r}")
+
+
+def _activations(reader: str, sites: Callable[[SiteTable], Sequence[str]]) -> Requirement:
+    """A model with every activation that a reader looks at."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        missing = [site for site in sites(module.sites) if site not in module.sites.sites]
+        return f"a model without {', '.join(missing)}" if missing else None
+
+    return Requirement(reader, lacking, "one with these activations (`opsin sites` lists those of a model)")
+
+
+# ---- settings of several readers --------------------------------------------------------------------
+
+
+def check_count(field: str, value: int, unit: str = "") -> int:
+    """A number that is at least 1.
+
+    Args:
+        field: reader and setting, for the message.
+        value: number that the user wrote.
+        unit: what is counted, for the message.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+    if value < 1:
+        raise ConfigError(field, value, f"at least 1 {unit}".rstrip())
+    return value
+
+
+def log_spaced(last: int, per_decade: int) -> set[int]:
+    """Step 0 and steps from 1 to ``last``, ``per_decade`` in each tenfold, rounded; fewer where they coincide.
+
+    Args:
+        last: largest step that may be among them.
+        per_decade: steps in each tenfold, at least 1.
+    """
+    steps, index = {0}, 0
+    while (step := round(10 ** (index / per_decade))) <= last:
+        steps.add(step)
+        index += 1
+    return steps

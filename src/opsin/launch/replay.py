@@ -1,0 +1,224 @@
+"""The run that is forked, and its state after a step: found, and replayed from the nearest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from opsin.callbacks import KeepRun, WeightsAndBiases
+from opsin.errors import ConfigError, log
+from opsin.launch.recipe import OpsinCLI
+from opsin.population.folder import chunk_folder, is_population, read_document
+from opsin.records.folder import load_saved, write_yaml
+from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
+from opsin.training.module import callbacks_of
+
+# ---- the run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The run that is forked.
+
+    Args:
+        folder: run folder, that of the chunk where the run is part of a population.
+        recipe: resolved recipe of the run, as plain settings.
+        member: index of the member that is forked among the members of the run; 0 of a single run.
+        members: number of members that the run has.
+        name: name of the run, with which the names of its forks begin.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    member: int
+    members: int
+    name: str
+
+    @property
+    def seed(self) -> int:
+        """Seed of the member that is forked."""
+        seed = self.recipe["model"]["seed"]
+        return seed if isinstance(seed, int) else seed[self.member]
+
+
+def find_trunk(folder: Path, member: int | None) -> Trunk:
+    """The run in a folder, or the chunk of a population that has the member.
+
+    Args:
+        folder: folder of a run, or of a population.
+        member: number of the member in the run or population; None for a single run.
+
+    Raises:
+        ConfigError: no run, or no such member.
+    """
+    run, name = folder, folder.resolve().name
+    if is_population(folder):
+        rows = read_document(folder)["members"]
+        _check_member(member, len(rows))
+        row = next(row for row in rows if row["member"] == member)
+        run, name, member = chunk_folder(folder, row["chunk"]), f"{name}-member-{member}", row["slot"]
+    config = run / CONFIG_FILE
+    if not config.exists():
+        raise ConfigError("opsin fork", str(run), "a run folder with a config.yaml")
+    recipe = yaml.safe_load(config.read_text())
+    seed = recipe["model"]["seed"]
+    members = 1 if isinstance(seed, int) else len(seed)
+    if member is not None or members > 1:
+        _check_member(member, members)
+    if run == folder and members > 1:
+        name = f"{name}-member-{member}"
+    return Trunk(run, recipe, member or 0, members, name)
+
+
+def _check_member(member: int | None, members: int) -> None:
+    if member is None or not 0 <= member < members:
+        raise ConfigError("--member", member, f"one of the members 0 to {members - 1}")
+
+
+# ---- its replay -------------------------------------------------------------------------------------
+
+
+class _Reached(Exception):
+    """The run has come to the step of the fork."""
+
+
+class _StopOnceKept(Callback):
+    """Ends a run as soon as its keeper has saved it, before anything else is done."""
+
+    def __init__(self, keeper: KeepRun) -> None:
+        self._keeper = keeper
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._keeper.checkpoint.exists():
+            raise _Reached
+
+
+Nearest = tuple[int, Path | None]
+"""A step, and the checkpoint that a run has of that step; step 0 needs none."""
+
+
+def nearest_checkpoint(trunk: Trunk, at: int) -> Nearest:
+    """The last of the run's checkpoints at or before a step.
+
+    Args:
+        trunk: the run that is forked.
+        at: number of optimizer steps after which it is forked.
+
+    Raises:
+        ConfigError: the run itself began from a later one.
+    """
+    origin = trunk.recipe.get("ckpt_path")
+    found: list[tuple[int, Path]] = []
+    for path in [trunk.folder / LAST_CHECKPOINT, *([Path(origin)] if origin else [])]:
+        saved = load_saved(path)
+        if saved is not None and saved["global_step"] <= at:
+            found.append((saved["global_step"], path))
+    if not found and origin:
+        raise ConfigError("--at", at, f"a step after that of {origin}, from which {trunk.folder} began")
+    return max(found, default=(0, None), key=lambda step_and_path: step_and_path[0])
+
+
+def open_replay(trunk: Trunk, at: int, nearest: Nearest, scratch: Path) -> OpsinCLI:
+    """The run as it was when it came by its nearest checkpoint, in another folder, to be kept first at that step.
+
+    Args:
+        trunk: the run that is forked.
+        at: number of optimizer steps after which it is forked.
+        nearest: checkpoint that the replay starts from, and its step.
+        scratch: folder in which the replay keeps its files.
+    """
+    begun, start = nearest
+    changes = {"run_folder": str(scratch / "replay"), "checkpoint_every": max(at - begun, 1)}
+    path = write_yaml(scratch / "replay.yaml", bare_recipe(trunk.recipe) | changes)
+    return OpsinCLI(["--config", str(path), *([] if start is None else ["--ckpt_path", str(start)])])
+
+
+def bare_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what says where the run is, what it starts from, and what it is part of."""
+    return {name: value for name, value in recipe.items() if name not in ("run_folder", "ckpt_path", "population")}
+
+
+def replay(trunk: Trunk, at: int, nearest: Nearest, cli: OpsinCLI) -> tuple[dict[str, Any], bool]:
+    """The state that a run had after a step: bit for bit, as a step is a function of configuration, seed and number.
+
+    Args:
+        trunk: the run that is forked.
+        at: number of optimizer steps after which it is forked.
+        nearest: checkpoint that the replay starts from, and its step.
+        cli: the run as ``open_replay`` has built it.
+
+    Returns:
+        The checkpoint, and whether the replay recorded what the run did.
+
+    Raises:
+        ConfigError: the run ended before that step.
+    """
+    begun, start = nearest
+    if start is not None and begun == at:
+        saved = load_saved(start)
+        assert saved is not None
+        return saved, True
+    log.info(f"opsin: the state of {trunk.folder} after step {at:,} is replayed from step {begun:,} on")
+    _run_silently(cli)
+    saved = load_saved(cli.keeper.checkpoint)
+    if saved is None or saved["global_step"] != at:
+        raise ConfigError("--at", at, f"a step that {trunk.folder} comes by; it ended after {cli.trainer.global_step}")
+    differs = first_difference(cli.keeper.folder / METRICS_FILE, trunk.folder / METRICS_FILE)
+    if differs is not None:
+        log.warning(
+            f"opsin: the replay of {trunk.folder} differs from its metrics.csv from step {differs} on (another machine "
+            "or version?); the branches continue the replay"
+        )
+    return saved, differs is None
+
+
+def _run_silently(cli: OpsinCLI) -> None:
+    """Train until the keeper saves; nothing is sent to loggers or to the terminal."""
+    trainer = cli.trainer
+    outsiders = (WeightsAndBiases, Checkpoint, ProgressBar)
+    kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, outsiders)]
+    trainer.callbacks = [*kept, _StopOnceKept(cli.keeper)]  # type: ignore[attr-defined]
+    # a logger that keeps nothing, since some callbacks want one
+    trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    try:
+        trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    except _Reached:
+        pass
+    except SystemExit:
+        # how Lightning answers Ctrl-C
+        raise KeyboardInterrupt("interrupted before the branches began; nothing is left behind") from None
+
+
+def first_difference(replayed: Path, original: Path) -> str | None:
+    """The step of the first line in which two tables differ; None where there is none.
+
+    A line that is missing at the end of the original is no difference: that run was killed before it.
+
+    Args:
+        replayed: ``metrics.csv`` of the replay.
+        original: ``metrics.csv`` of the run, which may not exist.
+    """
+    if not original.exists():
+        return None
+    with replayed.open() as replayed_lines, original.open() as original_lines:
+        for line, expected in zip_longest(replayed_lines, original_lines):
+            # a process killed while it wrote leaves half a line
+            if line is None or expected is None or not expected.endswith("\n"):
+                return None
+            if line != expected:
+                return line.split(",", 1)[0]
+    return None

@@ -1,0 +1,72 @@
+"""Small runs that the contracts share: one task and one model that have everything a reader may need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from opsin.callbacks import Clamp
+from opsin.interventions.schedules import Schedule
+from opsin.model.transformer import Transformer
+from opsin.task import Task
+from opsin.tasks import Repeats
+from opsin.training.module import OpsinModule
+from tests.contracts.examples import STEPS
+
+FEW = 8
+"""Optimizer steps of a run that a single reader sees."""
+
+QUIET = ("logger", "enable_checkpointing", "enable_model_summary")
+WHOLE = Transformer(layers=2, width=16, heads=8, mlp_ratio=1, positions="learned", max_positions=12)
+"""Heads as many as the documents name, LayerNorm and MLPs."""
+
+
+def rich_task() -> Task:
+    """Tokens of different frequency, with an evaluation set that repeats itself and an exact predictor."""
+    return Repeats(vocabulary=10, positions=12, batch_size=4, segments=1, shortest=2, longest=4)
+
+
+def module(task: Task | None = None, transformer: Transformer = WHOLE, seeds: Sequence[int] = (3, 5)) -> OpsinModule:
+    """A run of that task that is not trained yet."""
+    small = {"steps_per_batch": 4, "log_every": 2, "probe_size": 40, "evaluation_size": 8}
+    return OpsinModule(rich_task() if task is None else task, transformer, list(seeds), **small, compile=False)
+
+
+def fit(
+    model: OpsinModule, callbacks: Sequence[pl.Callback], folder: Path, steps: int = STEPS, resume: Path | None = None
+) -> pl.Trainer:
+    """Train under a clamp that comes and goes, with an evaluation every second Lightning batch."""
+    window = Schedule(start=2, stop=STEPS - 4, ramp=4)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=[*callbacks, Clamp(heads=["0:1"], pattern="previous_token", schedule=window)],
+        accelerator="cpu",
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+        log_every_n_steps=1,
+        enable_progress_bar=any(isinstance(item, pl.callbacks.ProgressBar) for item in callbacks),
+        **dict.fromkeys(QUIET, False),
+    )
+    trainer.fit(model, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def weights(model: OpsinModule) -> torch.Tensor:
+    """All parameters in one row."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def generators() -> tuple[str, ...]:
+    """States of the global random generators, as short texts.
+
+    That of ``random`` is left out: what checks shapes while tests run draws from it. Nothing in the house imports it.
+    """
+    states = (torch.get_rng_state().tolist(), np.random.get_state())
+    return tuple(hashlib.sha256(repr(state).encode()).hexdigest()[:16] for state in states)
