@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -53,6 +54,16 @@ def opsin(tmp_path, monkeypatch, capsys):
         logger.setLevel(level)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.fixture
+def srun(tmp_path_factory, monkeypatch):
+    """Put an executable named like SLURM's first on the path, and hand out its name."""
+    stand_in = tmp_path_factory.mktemp("slurm") / "srun"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
+    return stand_in.name
 
 
 @pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.slow)])
