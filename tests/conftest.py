@@ -1,15 +1,17 @@
 """Every test runs with the shapes in the package's signatures checked."""
 
+import functools
 import logging
+import os
 import signal
 import sys
 import warnings
-from collections import namedtuple
 
 import hypothesis
 import pytest
 
 from tests.helpers import shapes
+from tests.helpers.processes import Ended
 
 assert "opsin" not in sys.modules, "shapes can only be checked if the hook comes before the package"
 shapes.install("opsin")
@@ -17,7 +19,10 @@ shapes.install("opsin")
 hypothesis.settings.register_profile("opsin", deadline=None)
 hypothesis.settings.load_profile("opsin")
 
-Ended = namedtuple("Ended", "code out err")
+
+def pytest_collection_modifyitems() -> None:
+    """Import Lightning before any test: its log goes for good to what stderr is then, and a test's own is closed."""
+    import lightning.pytorch  # noqa: F401
 
 
 @pytest.fixture
@@ -49,6 +54,28 @@ def opsin(tmp_path, monkeypatch, capsys):
         logger.setLevel(level)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.fixture
+def srun(tmp_path_factory, monkeypatch):
+    """Put an executable named like SLURM's first on the path, and hand out its name."""
+    stand_in = tmp_path_factory.mktemp("slurm") / "srun"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
+    return stand_in.name
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def graphs(request, monkeypatch):
+    """Counts the graphs of runs with ``compile=True``: run as traced, and compiled to code among the slow tests."""
+    import torch
+
+    if request.param == "traced":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture

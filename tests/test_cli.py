@@ -84,6 +84,12 @@ def test_a_run_leaves_its_files_and_prints_where_they_are(fit, tmp_path):
     assert checkpoint(tmp_path / "run")["global_step"] == STEPS
 
 
+def test_where_slurm_is_installed_a_run_prints_what_opsin_says_and_no_more(fit, srun):
+    ended = fit("--run_folder", "run")
+    assert ended.code == 0 and ended.err == ""
+    assert "phase change" in ended.out and srun not in ended.out
+
+
 def test_one_line_of_pandas_reads_the_numbers(fit, tmp_path):
     fit("--run_folder", "run")
     table = pd.read_csv(tmp_path / "run" / "metrics.csv")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind, log
+from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind
+from opsin.launch.advice import hide_advice
 from opsin.launch.fit import fit_recipe
 from opsin.launch.fork import fork_run
 from opsin.launch.recipe import OpsinCLI
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in HELP or (verb in ("resume", "fork") and HELP & {*rest}):
         print(USAGE, end="")
         return 0
-    _quieten()
+    hide_advice()
     end_with_parent()
     try:
         if verb not in VERBS:
@@ -86,15 +85,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opsin: {found or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def _quieten() -> None:
-    """Hide the libraries' advice that does not apply to models of this size; what Opsin says stays."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    # steps end a run here, and a run without a number of steps is refused
-    warnings.filterwarnings("ignore", message=".*`max_epochs` was not set.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    log.setLevel(logging.INFO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import opsin
+from tests.helpers.toys import script
 
 README = (ROOT / "README.md").read_text()
 
@@ -35,11 +38,11 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def opsin(command: str, *further: str) -> None:
+def run(command: str, *further: str) -> None:
+    """A process of its own for each command, as for a user."""
     program, *arguments = shlex.split(command)
     assert program == "opsin"
-    # a process of its own for each, as for a user
-    subprocess.run([sys.executable, "-m", "opsin", *arguments, *further], check=True, capture_output=True)
+    opsin(*arguments, *further, folder=Path.cwd())
 
 
 def test_the_first_command_runs_the_main_job():
@@ -57,7 +60,7 @@ def test_the_tour_runs_in_order(here):
     assert len(tour) == 5
     short = ["--trainer.max_steps", "4", "--model.steps_per_batch", "2", "--model.log_every", "2"]
     for command in tour:
-        opsin(command.replace("--at 3000", "--at 2"), *(short if " fit " in command else []))
+        run(command.replace("--at 3000", "--at 2"), *(short if " fit " in command else []))
     assert (here / "runs" / "mean" / "summary.json").exists()
     assert (here / "runs" / "induction-at-2" / "summary.json").exists()
 
@@ -70,7 +73,7 @@ def test_the_omniglot_command_reads_the_archives_it_names(here):
     for offset, name in enumerate(names):
         characters = [f"Alphabet/character{number:02}" for number in range(30 * offset, 30 * offset + 30)]
         archive(here / name, characters, drawings=5)
-    opsin(command, "--trainer.max_steps", "4")
+    run(command, "--trainer.max_steps", "4")
 
 
 def test_the_two_lines_are_those_of_the_clamped_recipe():
@@ -89,7 +92,7 @@ def test_every_piece_of_yaml_is_a_callback_that_trains(here):
             callback["init_args"].get("schedule", {}).update(start=0)
         recipe["trainer"] |= {"callbacks": callbacks, "max_steps": 4}
         (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        opsin(f"opsin fit --config recipe.yaml --run_folder {number}")
+        run(f"opsin fit --config recipe.yaml --run_folder {number}")
 
 
 def test_the_python_example_has_at_most_ten_lines_and_runs(here):
@@ -101,21 +104,40 @@ def test_the_python_example_has_at_most_ten_lines_and_runs(here):
     assert (here / "runs" / "from-python" / "metrics.csv").exists()
 
 
-def test_the_bench_command_measures_all_loops(tmp_path):
+def bench_command() -> Path:
     (command,) = [line for line in commands() if "bench.py" in line]
-    script = ROOT / command.removeprefix("python ")
-    figures = tmp_path / "bench.json"
-    subprocess.run([sys.executable, script, "--rounds", "1", "--json", figures], check=True, capture_output=True)
+    return ROOT / command.removeprefix("python ")
+
+
+def assert_all_loops_were_measured(figures: Path) -> None:
     measured = json.loads(figures.read_text())
     assert measured["ratio_bare_to_eager"] > 0 and measured["ratio_clamps_and_trackers_to_bare"] > 0
+
+
+def test_the_bench_command_measures_all_loops(tmp_path, monkeypatch):
+    bench = script(bench_command().stem)
+    # what is compiled, without the compiler
+    monkeypatch.setattr("opsin.training.compiling.compile_step", lambda step: step)
+    monkeypatch.setattr(bench, "STEPS_PER_TURN", {"eager": 20, "opsin": 100})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1", "--json", str(tmp_path / "bench.json")])
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.ERROR)
+    bench.main()
+    assert_all_loops_were_measured(tmp_path / "bench.json")
+
+
+@pytest.mark.slow
+def test_the_bench_command_measures_all_loops_compiled(tmp_path):
+    command = [sys.executable, bench_command(), "--rounds", "1", "--json", tmp_path / "bench.json"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert_all_loops_were_measured(tmp_path / "bench.json")
 
 
 def test_the_check_command_reads_a_folder(tmp_path):
     (command,) = [line for line in commands() if "check_reference.py" in line]
     program, folder = command.removeprefix("python ").split()
     assert folder == "DIR"
-    ended = subprocess.run([sys.executable, ROOT / program, tmp_path], check=False, capture_output=True, text=True)
-    assert ended.returncode == 1 and "no .npz files" in ended.stdout
+    ended = opsin(tmp_path, script=ROOT / program, folder=tmp_path, check=False)
+    assert ended.code == 1 and "no .npz files" in ended.out
 
 
 def test_every_command_in_the_readme_is_one_that_a_test_here_executes():

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,10 @@ from tests.helpers.processes import opsin
 
 
 class KillAfter(Callback):
-    """SIGKILL some milliseconds after a step; step and delay come from OPSIN_TEST_KILL, as STEP:MILLISECONDS."""
+    """SIGKILL some milliseconds after a step; step and delay come from OPSIN_TEST_KILL, as STEP:MILLISECONDS.
+
+    With OPSIN_TEST_HOLD, a number of seconds, training stands still for so long before.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if planned := os.environ.get("OPSIN_TEST_KILL"):
@@ -29,6 +33,7 @@ class KillAfter(Callback):
 
     def _maybe(self, seen: Observation) -> None:
         if seen.step == self.step:
+            time.sleep(float(os.environ.get("OPSIN_TEST_HOLD", 0)))
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             threading.Timer(self.seconds, kill).start() if self.seconds else kill()
 

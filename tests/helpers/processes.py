@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["opsin.cli", "matplotlib.figure", "matplotlib.backends.backend_agg", "pandas"])
+CONTEXT.set_forkserver_preload(["opsin.cli", "matplotlib.backends.backend_agg", "wandb"])
 PROGRAM = subprocess.Popen
 
 RUNNING = ".running"
@@ -40,12 +40,13 @@ class Started:
     Args:
         arguments: what follows ``opsin`` on the line.
         folder: working directory of the command.
+        script: path of a Python file that runs in place of ``opsin``.
         environment: variables that it has beside those of this process.
     """
 
-    def __init__(self, *arguments: object, folder: Path, **environment: str) -> None:
+    def __init__(self, *arguments: object, folder: Path, script: Path | None = None, **environment: str) -> None:
         self.texts = [folder / f".{name}-{time.monotonic_ns()}" for name in ("out", "err")]
-        line = [str(argument) for argument in arguments]
+        line = [str(script or "opsin"), *(str(argument) for argument in arguments)]
         self.process = CONTEXT.Process(target=_command, args=(line, folder, {**os.environ, **environment}, self.texts))
         self.process.start()
 
@@ -68,16 +69,15 @@ class Started:
         return Ended(self.process.exitcode, out, err)
 
 
-def opsin(*arguments: object, folder: Path, check: bool = True, **environment: str) -> Ended:
-    """Run a command to its end.
+def opsin(
+    *arguments: object, folder: Path, script: Path | None = None, check: bool = True, **environment: str
+) -> Ended:
+    """Run a command to its end; the arguments are those of ``Started``.
 
     Args:
-        arguments: what follows ``opsin`` on the line.
-        folder: working directory of the command.
         check: whether an exit code other than 0 is a failure of the test.
-        environment: variables that it has beside those of this process.
     """
-    ended = Started(*arguments, folder=folder, **environment).wait()
+    ended = Started(*arguments, folder=folder, script=script, **environment).wait()
     assert not check or ended.code == 0, ended
     return ended
 
@@ -103,8 +103,17 @@ def _command(line: Sequence[str], folder: Path, environment: Mapping[str, str], 
     _lock()
     # those of a population fork again
     subprocess.Popen = _worker_or_program  # type: ignore[assignment,misc]
-    sys.argv = ["opsin", *line]
-    runpy.run_module("opsin", run_name="__main__", alter_sys=False)
+    _run(line)
+
+
+def _run(line: Sequence[str]) -> None:
+    """Run a command line, of which the first part is ``opsin`` or a Python file."""
+    sys.argv = [*line]
+    if line[0] == "opsin":
+        runpy.run_module("opsin", run_name="__main__")
+    else:
+        sys.path.insert(0, str(Path(line[0]).parent))
+        runpy.run_path(line[0], run_name="__main__")
 
 
 def _lock() -> None:
@@ -128,7 +137,7 @@ class ForkedWorker:
         read, self.stdin = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            _become_worker(command[3:], env, (read, stdout.fileno(), stderr.fileno()))
+            _become_worker(command[2:], env, (read, stdout.fileno(), stderr.fileno()))
         os.close(read)
 
     def poll(self) -> int | None:
@@ -162,9 +171,8 @@ def _become_worker(line: Sequence[str], environment: Mapping[str, str], standard
     _lock()
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["opsin", *line]
     try:
-        runpy.run_module("opsin", run_name="__main__", alter_sys=False)
+        _run(line)
         code = 0
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)

@@ -14,8 +14,9 @@ from opsin.interventions.schedules import Schedule
 from opsin.launch import tune as tune
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
+from tests.helpers.processes import opsin
 from tests.helpers.toys import few_shot
-from tests.launch.test_population import RECIPE, opsin
+from tests.launch.test_population import RECIPE
 from tests.training.test_module import fit, module
 
 
@@ -75,8 +76,8 @@ def test_a_trial_ends_after_some_batches_whatever_the_length_of_its_run():
     assert timer.seconds > 0 and model.steps_done == tune.BATCHES * model.steps_per_batch
 
 
-def test_a_trial_finds_what_the_recipe_finds(tmp_path, monkeypatch):
-    """Paths beside the recipe, and writers that act later than a trial lasts."""
+def test_a_trial_finds_what_the_recipe_finds_and_hides_what_a_run_hides(tmp_path, monkeypatch, srun, capfd):
+    """Paths beside the recipe, writers that act later than a trial lasts, and a machine with SLURM."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
     task = {"class_path": "opsin.tasks.Characters", "init_args": {"path": "text.txt", "positions": 8, "batch_size": 4}}
     late = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["0:1"], "schedule": {"start": 900}}}
@@ -84,6 +85,7 @@ def test_a_trial_finds_what_the_recipe_finds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = {"task": task, "model": RECIPE["model"], "trainer": trainer}
     assert list(tune.fastest(lambda size: recipe, 1, 1)) == [1]
+    assert srun not in (printed := capfd.readouterr().err) and "Warning" not in printed
 
 
 @pytest.mark.slow
@@ -104,4 +106,4 @@ def test_tuning_without_a_population_is_refused(tmp_path):
     recipe = {name: value for name, value in RECIPE.items() if name != "population"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", "--tune", folder=tmp_path, check=False)
-    assert ended.returncode == 2 and "--tune: got True, expected a recipe with a population" in ended.stderr
+    assert ended.code == 2 and "--tune: got True, expected a recipe with a population" in ended.err

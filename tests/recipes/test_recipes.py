@@ -1,13 +1,10 @@
 """Every recipe trains, and the clamped one is the other with a clamp."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import yaml
 
 from tests.helpers.paths import RECIPES
+from tests.helpers.processes import opsin as in_process
 from tests.tasks.shared.test_exemplars import archive
 
 
@@ -50,11 +47,9 @@ def test_a_recipe_of_a_population_trains(tmp_path, name):
         yaml.safe_dump(shortened(yaml.safe_load((RECIPES / name).read_text())), sort_keys=False)
     )
     settings = ["--config", name, "--run_folder", "run", "--trainer.max_steps", "4"]
-    command = [sys.executable, "-m", "opsin", "fit", *settings]
-    environment = {**os.environ, "WANDB_MODE": "disabled"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ended = in_process("fit", *settings, folder=tmp_path, check=False, WANDB_MODE="disabled")
     # it says how far it is
-    assert ended.returncode == 0 and all(line.startswith("opsin: ") for line in ended.stderr.splitlines())
+    assert ended.code == 0 and all(line.startswith("opsin: ") for line in ended.err.splitlines()), ended.err
     assert (tmp_path / "run" / "population.png").exists()
 
 

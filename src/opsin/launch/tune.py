@@ -26,6 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opsin.errors import PopulationError, log
 from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
+from opsin.launch.advice import hide_advice
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.workers import end_with_parent, start_worker
 from opsin.model.sites import SiteTable
@@ -217,5 +218,6 @@ def time_recipe(path: Path) -> float:
 
 
 if __name__ == "__main__":
+    hide_advice()
     end_with_parent()
     print(json.dumps({"seconds_per_step": time_recipe(Path(sys.argv[1]))}))

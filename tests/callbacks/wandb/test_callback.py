@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import lightning.pytorch as pl
@@ -29,6 +27,7 @@ from opsin.task import Layout
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
+from tests.helpers.processes import Started
 from tests.helpers.wandb_files import NAMES, history, of_type, offline_runs, read, run_id, steps_of
 from tests.helpers.wandb_files import summary as summary_in
 
@@ -198,26 +197,22 @@ def cli_recipe(folder, steps):
 def wait_for(condition, process, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < until, "the run ended or hangs"
+        assert process.poll() is None, process.wait()
+        assert time.monotonic() < until, "the run hangs"
         time.sleep(0.02)
 
 
-def test_a_killed_run_without_an_account_asks_nothing_and_resumes_without_a_step_back(tmp_path):
+def test_a_killed_run_without_an_account_asks_nothing_and_resumes_without_a_step_back(tmp_path, monkeypatch):
     steps = 300
-    arguments = ["fit", *cli_recipe(tmp_path, steps)]
-    code = f"import sys; from opsin.cli import main; sys.exit(main({arguments!r}))"
+    # with wandb's service of this process, the child would not be killed whole
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     run = tmp_path / "run"
     ledger, checkpoint = run / "wandb_run.json", run / "checkpoints" / "last.ckpt"
-    # with wandb's service of this process, the child would not be killed whole
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
-        )
-        wait_for(lambda: checkpoint.exists() and json.loads(ledger.read_text())["logged_until"] >= 110, process)
-        process.kill()
-        process.wait()
-    assert "API key" not in (tmp_path / "out").read_text() and "offline" in (tmp_path / "out").read_text()
+    process = Started("fit", *cli_recipe(tmp_path, steps), folder=tmp_path)
+    wait_for(lambda: checkpoint.exists() and json.loads(ledger.read_text())["logged_until"] >= 110, process)
+    process.send_signal(signal.SIGKILL)
+    said = process.wait().err
+    assert "API key" not in said and "offline" in said
     assert main(["resume", str(run)]) == 0
     first, second = offline_runs(run)
     taken = steps_of([first, second])

@@ -13,15 +13,14 @@ from opsin.callbacks import Ablate, Clamp, InductionHeads, KeepRun, PhaseChange
 from opsin.callbacks.wandb.callback import WeightsAndBiases
 from opsin.callbacks.wandb.members import LONGEST_TAG, summary_of
 from opsin.callbacks.wandb.population import send_population
-from opsin.cli import main
 from opsin.model.transformer import Transformer
 from opsin.population.tables import QUANTITIES
 from opsin.reports.population import finish_population
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
-from tests.helpers import killers
 from tests.helpers.populations import record, write_population
+from tests.helpers.processes import opsin
 from tests.helpers.wandb_files import NAMES, about, history, of_type, offline_runs, read, run_id, steps_of, summary
 
 STEPS, BATCH_SIZE = 200, 8
@@ -31,7 +30,7 @@ WATCHERS = [
     {"class_path": "opsin.callbacks.PhaseChange"},
     {"class_path": "opsin.callbacks.InductionHeads", "init_args": {"every": 20}},
     {"class_path": "opsin.callbacks.WeightsAndBiases", "init_args": {"tags": ["tiny"], "pictures": 0}},
-    {"class_path": "killers.KillAfter"},
+    {"class_path": "tests.helpers.killers.KillAfter"},
 ]
 RECIPE = {
     "task": {
@@ -75,16 +74,13 @@ def killed(tmp_path_factory) -> Path:
     """A population of one chunk, which was killed while it trained and resumed to its end."""
     here = tmp_path_factory.mktemp("population")
     (here / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
-    tests = str(Path(killers.__file__).parent)
     with pytest.MonkeyPatch.context() as patch:
         no_account(patch, here)
-        patch.syspath_prepend(tests)
-        patch.setenv("PYTHONPATH", tests)
-        patch.setenv("OPSIN_TEST_KILL", "105:0")
-        start = ["--config", str(here / "recipe.yaml"), "--run_folder", str(here / "few"), "--checkpoint_every", "40"]
-        assert main(["fit", *start]) == 1
-        patch.delenv("OPSIN_TEST_KILL")
-        assert main(["resume", str(here / "few")]) == 0
+        start = ["--config", "recipe.yaml", "--run_folder", "few", "--checkpoint_every", "40"]
+        # what wandb's service has received reaches its files within seconds, unless it ends with the run before
+        plan = {"OPSIN_TEST_KILL": "105:0", "OPSIN_TEST_HOLD": "3"}
+        assert opsin("fit", *start, folder=here, check=False, **plan).code == 1
+        opsin("resume", "few", folder=here)
     return here / "few"
 
 

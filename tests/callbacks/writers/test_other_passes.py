@@ -203,7 +203,7 @@ def test_the_report_says_which_pass_a_value_comes_from_and_whether_gradient_flow
     assert row.split()[:3] == ["1", "2", "Preserve"] and "pass 1" in row and "stops" in row
 
 
-def test_a_run_with_three_passes_trains_and_compiles_to_the_same():
+def test_a_run_with_three_passes_trains_and_compiles_to_the_same(graphs):
     def trained(compiled):
         task = FewShot(GaussianClusters(classes=60, features=16), batch_size=8)
         small = {"steps_per_batch": 10, "log_every": 5, "probe_size": 16, "learning_rate": 0.01}
@@ -213,7 +213,7 @@ def test_a_run_with_three_passes_trains_and_compiles_to_the_same():
         pl.Trainer(max_steps=20, callbacks=writers, accelerator="cpu", limit_val_batches=0, **quiet).fit(model)
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
-    assert torch.allclose(trained(False), trained(True), atol=1e-4)
+    assert torch.allclose(trained(False), trained(True), atol=1e-4) and graphs() == 1
 
 
 @pytest.mark.parametrize(
