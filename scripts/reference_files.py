@@ -359,17 +359,17 @@ def relative_error(found: Tensor, expected: np.ndarray, scale: float = 1.0) -> f
     is zero in theory with what puts the limit at five roundings of a number of size ``scale``.
     """
     computed = np.broadcast_to(found.detach().numpy().astype(np.float64), expected.shape)
-    expected = expected.astype(np.float64)
+    wanted = expected.astype(np.float64)
     if not np.isfinite(computed).all():
         return float("inf")
-    difference = np.abs(computed - expected)
+    difference = np.abs(computed - wanted)
     if expected.dtype == np.float32:
         difference = np.maximum(difference - np.spacing(np.abs(expected)) / 2, 0.0)
-    masked = np.abs(expected) >= MASK
-    size = root_mean_square(expected[~masked])
+    masked = np.abs(wanted) >= MASK
+    size = root_mean_square(wanted[~masked])
     noise = 5 * torch.finfo(found.dtype).eps * scale / LIMITS[found.dtype]
     size = max(size, SMALLEST, noise if size < ZERO else 0.0)
-    return float(np.max(difference / np.maximum(np.abs(expected), np.where(masked, 0.0, size)), initial=0.0))
+    return float(np.max(difference / np.maximum(np.abs(wanted), np.where(masked, 0.0, size)), initial=0.0))
 
 
 def norm_error(found: Tensor, expected: np.ndarray) -> float:

@@ -61,7 +61,7 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
 
 def test_the_population_bench_counts_member_steps_of_all_processes():
     population = script("bench_population")
-    kinds = {kind.name: kind for kind in population.arrangements("cpu")}
+    kinds = {kind.name: kind for kind in population.compared_processes("cpu")}
     rates = {name: [100.0, 200.0, 300.0] for name in kinds}
     rates["2x8_members_1_thread"] = [900.0, 1000.0, 1500.0]
     memory = {name: 1e9 + 2e6 * (kind.members - 1) for name, kind in kinds.items()}
