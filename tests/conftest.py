@@ -1,6 +1,7 @@
 """Every test runs with the shapes in the package's signatures checked."""
 
 import functools
+import gc
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import hypothesis
 import pytest
 
 from tests.helpers import shapes
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import Ended
 
 assert "opsin" not in sys.modules, "shapes can only be checked if the hook comes before the package"
@@ -20,9 +22,18 @@ hypothesis.settings.register_profile("opsin", deadline=None)
 hypothesis.settings.load_profile("opsin")
 
 
-def pytest_collection_modifyitems() -> None:
-    """Import Lightning before any test: its log goes for good to what stderr is then, and a test's own is closed."""
+LONG = {"docs", "launch", "recipes", "training", "wandb"}
+"""Folders whose files take longest: begun first, or else one core waits for the other at the end."""
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Import Lightning before any test, since its log goes for good to what stderr is then; put long files first."""
     import lightning.pytorch  # noqa: F401
+
+    items.sort(key=lambda item: LONG.isdisjoint(item.path.relative_to(ROOT).parts))
+    # nothing of the libraries is ever garbage, and looking through it again and again takes long
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
 
 from opsin.interventions.values.patterns import previous_token_pattern
 from opsin.metrics.heads import induction_strength
 from opsin.training.objective import accuracy
 from opsin.training.optimizers import Hyper
+from tests.helpers import shapes
 from tests.helpers.toys import batch_of
 
 
@@ -31,3 +33,17 @@ def test_a_dataclass_with_fields_of_different_members_is_refused():
 def test_a_shape_holds_across_the_arguments_of_one_call(tiny_task):
     with pytest.raises(TypeCheckError, match="logits"):
         accuracy(torch.zeros(2, 4, 5), batch_of(tiny_task))
+
+
+def cut(values: Float[Tensor, " M"], length: int) -> Float[Tensor, " M"]:
+    return values[:length]
+
+
+def test_what_was_right_once_is_refused_where_it_is_wrong_later():
+    checked = shapes._checked(cut)
+    for _ in range(2):
+        assert len(checked(torch.zeros(3), 3)) == 3
+        with pytest.raises(TypeCheckError, match="return value"):
+            checked(torch.zeros(3), 2)
+        with pytest.raises(TypeCheckError, match="values"):
+            checked(torch.zeros(3, 1), 3)
