@@ -132,7 +132,8 @@ class KeepRun(Reader):
     def _end_untrained(self, trainer: Trainer) -> None:
         """Save the run as it stands, and end it."""
         self._write()
-        if trainer.global_step > self._last_saved or trainer.ckpt_path is None:
+        # before the first step there is nothing that its beginning would not make again
+        if trainer.global_step > self._last_saved:
             self._save(trainer)
         self._note_end(trainer)
         raise _EndedUntrained
