@@ -90,7 +90,9 @@ class WeightsAndBiases(Reader):
     def _start(self, trainer: Trainer, mode: WandbMode) -> list[MemberRun]:
         """A run for each member, or none at all."""
         module, keeper = self._module, keeper_of(trainer)
-        files = Path(self.folder or run_folder(trainer)).absolute()
+        # asked for in any case: nothing is written into the folder of another run
+        kept = run_folder(trainer)
+        files = Path(self.folder or kept).absolute()
         members = about_members(module, keeper, self.name, self.group, self.tags or [])
         # runs may share a folder for W&B's files
         paths = ledger_paths(keeper.folder.absolute() if keeper else files, len(members))
@@ -188,6 +190,13 @@ class WeightsAndBiases(Reader):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish the runs now and not in ``on_fit_end``, where other callbacks still complete the summary."""
+        if self._runs and not self._module.is_trained:
+            # it was saved: when it goes on, the newest step may gain a validation, and is sent then
+            self._collect()
+            for run in self._runs:
+                run.send(before=self._module.steps_done)
+                run.forget_unsent()
+            self._finish(interrupted=True)
         self._finish(interrupted=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

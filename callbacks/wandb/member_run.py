@@ -60,6 +60,10 @@ class MemberRun:
             for step, row in rows.items():
                 self._run.log(row, step=step, commit=True)
 
+    def forget_unsent(self) -> None:
+        """Send nothing of the steps that are not sent yet: a resumed run has them again."""
+        self._rows.clear()
+
     def alert(self, event: Event) -> None:
         """Alert once: a resumed run lives through events that the killed process told already."""
         name = f"{event.kind}, step {event.step}, member {event.member}"

@@ -8,12 +8,21 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind
+from opsin.errors import (
+    ConfigError,
+    DivergedError,
+    IdleError,
+    Interruption,
+    PopulationError,
+    config_error_behind,
+)
 from opsin.launch.advice import hide_advice
+from opsin.launch.cluster import forget_other_processes
 from opsin.launch.fit import fit_recipe
 from opsin.launch.fork import fork_run
 from opsin.launch.recipe import OpsinCLI
-from opsin.launch.resume import resume_run
+from opsin.launch.resume import CONTINUE, fit_or_continue, resume_run
+from opsin.launch.signals import PROCESS_SIGNALS, exit_code
 from opsin.launch.workers import end_with_parent
 from opsin.reports.sites import sites_report
 from opsin.training.module import callbacks_of
@@ -22,18 +31,25 @@ USAGE = """usage: opsin VERB ...
 
   opsin fit --config RECIPE.yaml [--trainer.max_steps N] [--trainer.callbacks+=CLASS ...]
                              train; every setting of the recipe can be given on the line
-  opsin resume RUN           continue a killed run from its last checkpoint
+  opsin fit --config RECIPE.yaml --run_folder RUN --continue
+                             for job scripts: start RUN, continue it where it was ended, exit 0 where it is finished
+  opsin resume RUN           continue a run or population that was ended, from its last checkpoint
   opsin fork RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]
                              go on from a step of a run, once for each condition of the file
   opsin sites --config RECIPE.yaml
                              every site, its shape, what may be done to it, and the recipe's plan
   opsin fit --help           all settings
+
+  HUP, INT, TERM, USR1 and USR2 end a run before its next step: it is saved, and the exit code is 128 + the signal.
 """
 
 
 def fit(args: Sequence[str]) -> None:
     """Train as the recipe says, and say where the phase change happened."""
-    fit_recipe(args)
+    if CONTINUE in args:
+        fit_or_continue([argument for argument in args if argument != CONTINUE])
+    else:
+        fit_recipe(args)
 
 
 def resume(args: Sequence[str]) -> None:
@@ -61,17 +77,26 @@ HELP = {"-h", "--help"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started), 130 interrupted."""
+    """Entry point; 0 done, 1 the run failed, 2 a setting is wrong (nothing was started), 128 + signal: ended by it."""
+    with PROCESS_SIGNALS.handled():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if verb in HELP or (verb in ("resume", "fork") and HELP & {*rest}):
         print(USAGE, end="")
         return 0
     hide_advice()
+    forget_other_processes()
     end_with_parent()
     try:
         if verb not in VERBS:
             raise ConfigError("verb", verb, f"one of {', '.join(VERBS)} (`opsin --help`)")
         VERBS[verb](rest)
+    except Interruption as stopped:
+        print(f"opsin: {stopped}", file=sys.stderr)
+        return exit_code(stopped.signal)
     except KeyboardInterrupt as stopped:
         print(f"opsin: {str(stopped) or 'interrupted before training began'}", file=sys.stderr)
         return 130

@@ -37,5 +37,18 @@ class IdleError(RuntimeError):
     """A writer was active and never changed an activation; raised after the run has been written."""
 
 
+class Interruption(BaseException):
+    """A signal ended what this process did. The command line prints it as one line.
+
+    Args:
+        signal: number of the signal, which gives the exit code.
+        message: what was ended and how to go on, in one line.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class PopulationError(RuntimeError):
     """A process of a population failed; the others came to their end."""

@@ -38,6 +38,30 @@ class KillAfter(Callback):
             threading.Timer(self.seconds, kill).start() if self.seconds else kill()
 
 
+class SignalAfter(Callback):
+    """Raises signals in this process after steps that a test has planned, in the middle of a Lightning batch too."""
+
+    planned: ClassVar[dict[int, int]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        opsin_module(pl_module).listen(1, self._raise)
+
+    def _raise(self, seen: Observation) -> None:
+        if number := self.planned.pop(seen.step, None):
+            signal.raise_signal(number)
+
+
+class StopAfter(Callback):
+    """Sets the Trainer's ``should_stop`` after the batch that reaches a step, as a callback of a user may."""
+
+    planned: ClassVar[set[int]] = set()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in self.planned:
+            self.planned.discard(trainer.global_step)
+            trainer.should_stop = True
+
+
 class SaveAt(Callback):
     """Saves a checkpoint after the batch that reaches a step."""
 

@@ -6,8 +6,10 @@ What a branch takes over of the run is in ``launch/branch.py``, the run and its 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +26,9 @@ from opsin.launch.tune import default_chunking
 from opsin.population.chunks import Member, population_document, recipe_of_member
 from opsin.population.folder import chunk_folder
 from opsin.population.settings import Condition, Population
-from opsin.records.folder import write_atomically, write_json, write_yaml
-from opsin.records.schema import CONFIG_FILE, FORK_CHECKPOINT, POPULATION_FILE, RECIPE_FILE
+from opsin.records.claim import claimed
+from opsin.records.folder import PART_SUFFIX, FolderContent, content_of, write_atomically, write_json, write_yaml
+from opsin.records.schema import CLAIM_FILE, CONFIG_FILE, FORK_CHECKPOINT, POPULATION_FILE, RECIPE_FILE
 
 FORK_ARGUMENTS = "RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]"
 
@@ -53,13 +56,45 @@ def fork_run(args: Sequence[str]) -> None:
     _check_step(trunk, parsed.at)
     branches = read_branches(parsed.config)
     out = Path(parsed.run_folder or Path(parsed.run).parent / f"{trunk.name}-at-{parsed.at}")
+    _check_new(out)
+    part = out.with_name(f".{out.name}{PART_SUFFIX}")
+    with claimed(part) as claim:
+        _check_new(out)
+        with _removed_unless_whole(part), tempfile.TemporaryDirectory() as scratch:
+            starts, exact = _start_branches(trunk, parsed.at, branches, out, Path(scratch))
+            origin = {"run": str(trunk.folder), "member": trunk.member, "at": parsed.at, "replay_equals_run": exact}
+            write_fork(part, trunk, starts, origin)
+            # a fork is there whole or not at all
+            part.rename(out)
+        if claim is not None:
+            claim.move(out)
+        train_population(out)
+
+
+def _check_new(out: Path) -> None:
     if out.exists():
-        raise ConfigError("run_folder", str(out), "a new folder")
-    with tempfile.TemporaryDirectory() as scratch:
-        starts, exact = _start_branches(trunk, parsed.at, branches, out, Path(scratch))
-    origin = {"run": str(trunk.folder), "member": trunk.member, "at": parsed.at, "replay_equals_run": exact}
-    write_fork(out, trunk, starts, origin)
-    train_population(out)
+        content = content_of(out)
+        found = "" if content == FolderContent.NEW else f": this one has {content.value}"
+        raise ConfigError("run_folder", str(out), f"a new folder{found}")
+
+
+@contextmanager
+def _removed_unless_whole(part: Path) -> Iterator[None]:
+    """Begin a fork's folder without what a killed process left in it, and leave nothing of one that failed."""
+    _empty(part)
+    try:
+        yield
+    finally:
+        if part.exists():
+            _empty(part)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != CLAIM_FILE:
+            path.unlink()
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:

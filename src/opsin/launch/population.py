@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,9 +20,10 @@ from lightning.pytorch import Callback
 
 from opsin.callbacks.readers.run_folder import is_finished
 from opsin.callbacks.wandb.population import send_population
-from opsin.errors import ConfigError, PopulationError, log
+from opsin.errors import ConfigError, Interruption, PopulationError, log
 from opsin.interventions.plan import Plan
 from opsin.launch.recipe import OpsinCLI, build_run
+from opsin.launch.signals import ended_by
 from opsin.launch.tune import cores, default_chunking, members_that_fit, tuned_chunking
 from opsin.launch.workers import Job, run_jobs
 from opsin.population.chunks import (
@@ -34,10 +36,17 @@ from opsin.population.chunks import (
     members_of,
     population_document,
 )
-from opsin.population.folder import chunk_folder, is_population, read_document
+from opsin.population.folder import chunk_folder, read_document
 from opsin.population.settings import Population
 from opsin.records.folder import load_saved, write_json, write_yaml
-from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE, POPULATION_FILE, RECIPE_FILE
+from opsin.records.schema import (
+    CHUNKS_FOLDER,
+    CONFIG_FILE,
+    LAST_CHECKPOINT,
+    METRICS_FILE,
+    POPULATION_FILE,
+    RECIPE_FILE,
+)
 from opsin.reports.population import finish_population, population_report
 from opsin.training.module import OpsinModule, callbacks_of
 from opsin.training.observers import recorded_metrics
@@ -62,8 +71,6 @@ def fit_population(cli: OpsinCLI) -> None:
     callbacks, validates = callbacks_of(cli.trainer), bool(cli.trainer.limit_val_batches)
     check_population(cli.config.population, cli.model, callbacks, cli.trainer.max_steps, validates)
     folder = cli.keeper.folder
-    if is_population(folder):
-        raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
     recipe = yaml.safe_load(cli.resolved())
     with tempfile.TemporaryDirectory() as scratch:
         population = build_population(recipe, Path(scratch))
@@ -172,7 +179,10 @@ def write_population(population: UntrainedPopulation, chunking: Chunking, folder
         folder: folder of the population.
     """
     chunks = cut_into_chunks(population.members, population.graphs, chunking)
+    # first: it tells a folder whose process was killed before it was whole
     write_yaml(folder / CONFIG_FILE, population.recipe)
+    # what such a process left; no chunk is trained before the folder is whole
+    shutil.rmtree(folder / CHUNKS_FOLDER, ignore_errors=True)
     for number, chunk in enumerate(chunks):
         settings = chunk_recipe(population.recipe, population.conditions, chunk)
         write_yaml(chunk_folder(folder, number) / RECIPE_FILE, settings)
@@ -208,13 +218,18 @@ def train_population(folder: Path) -> None:
     reporter = ProgressReporter(count, count - len(jobs))
     try:
         failed = run_jobs(jobs, chunking.processes, reporter.report_end, reporter.report_steps)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; `opsin resume {folder}` continues") from None
+    except Interruption as stopped:
+        message = f"{ended_by(stopped.signal)}; `opsin resume {folder}` continues"
+        raise Interruption(stopped.signal, message) from None
+    left = [job for job in jobs if _job(job.folder) is not None]
     # one whose members have all diverged ends with an error, and is whole
-    failed = [job for job in failed if _job(job.folder) is not None]
+    failed = [job for job in failed if job in left]
     summary = finish_population(folder)
     send_population(folder, summary)
     print(population_report(summary, folder))
+    if left and not failed:
+        names = ", ".join(job.folder.name for job in left)
+        print(f"unfinished    chunk {names}: ended by the Trainer; `opsin resume {folder}` continues")
     if failed:
         names = ", ".join(job.folder.name for job in failed)
         raise PopulationError(
@@ -254,7 +269,8 @@ class ProgressReporter:
             code: exit code of the process.
         """
         self.done += _job(job.folder) is None
-        end = "finished" if code == 0 else f"ended with code {code}: {job.last_line()}"
+        whole = "finished" if _job(job.folder) is None else "ended untrained"
+        end = whole if code == 0 else f"ended with code {code}: {job.last_line()}"
         log.info(f"opsin: chunk {job.folder.name} {end} ({self.done} of {self.count} done)")
 
     def report_steps(self, running: Sequence[Job]) -> None:

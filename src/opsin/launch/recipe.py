@@ -12,15 +12,16 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
 from opsin.errors import ConfigError, config_error_behind
 from opsin.interventions.plan import Plan
+from opsin.launch.cluster import one_process
 from opsin.population.settings import Population
-from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
+from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
 
@@ -34,6 +35,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "val_check_interval": 20,
     "log_every_n_steps": 1,
 }
+
+
+LAST_OF_LIGHTNING = "last_of_lightning"
+"""Name, without its ending, of the file that ``ModelCheckpoint`` with ``save_last`` keeps."""
 
 
 # ---- the recipe -------------------------------------------------------------------------------------
@@ -104,6 +109,13 @@ class OpsinCLI(LightningCLI):
             callbacks = [*callbacks, Progress()]
         self.keeper = KeepRun(self._folder(), self.resolved(), self.config_init.checkpoint_every)
         settings.callbacks = [*callbacks, self.keeper]
+        settings.plugins = one_process(settings.plugins)
+        if settings.default_root_dir is None:
+            settings.default_root_dir = str(self.keeper.folder)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # ``last.ckpt`` is what a resume starts from
+                callback.CHECKPOINT_NAME_LAST = LAST_OF_LIGHTNING
         if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
             settings.enable_checkpointing = False
         return super().instantiate_trainer(**kwargs)
@@ -115,8 +127,6 @@ class OpsinCLI(LightningCLI):
         folder = Path(self.config.run_folder or unnamed)
         if folder.exists() and not folder.is_dir():
             raise ConfigError("run_folder", str(folder), "a folder")
-        if (folder / METRICS_FILE).exists() and self.config.ckpt_path is None:
-            raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
         return folder
 
     def resolved(self) -> str:

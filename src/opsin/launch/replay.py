@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from opsin.callbacks import KeepRun, WeightsAndBiases
-from opsin.errors import ConfigError, log
+from opsin.errors import ConfigError, Interruption, log
 from opsin.launch.recipe import OpsinCLI
+from opsin.launch.signals import ended_by
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.records.folder import load_saved, write_yaml
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
@@ -91,15 +92,18 @@ class _Reached(Exception):
 
 
 class _StopOnceKept(Callback):
-    """Ends a run as soon as its keeper has saved it, before anything else is done."""
+    """Ends a run as soon as its keeper has saved it, before another step is made."""
 
     def __init__(self, keeper: KeepRun) -> None:
         self._keeper = keeper
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._stop()
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._stop()
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self._stop()
 
     def _stop(self) -> None:
@@ -189,7 +193,8 @@ def replay(trunk: Trunk, at: int, nearest: Nearest, cli: OpsinCLI) -> tuple[dict
 def _run_silently(cli: OpsinCLI) -> None:
     """Train until the keeper saves; nothing is sent to loggers or to the terminal."""
     trainer = cli.trainer
-    outsiders = (WeightsAndBiases, Checkpoint, ProgressBar)
+    # neither does a limit of time of the run end it
+    outsiders = (WeightsAndBiases, Checkpoint, ProgressBar, Timer)
     kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, outsiders)]
     trainer.callbacks = [*kept, _StopOnceKept(cli.keeper)]  # type: ignore[attr-defined]
     # a logger that keeps nothing, since some callbacks want one
@@ -198,9 +203,9 @@ def _run_silently(cli: OpsinCLI) -> None:
         trainer.fit(cli.model, ckpt_path=cli.config.ckpt_path, weights_only=True)
     except _Reached:
         pass
-    except SystemExit:
-        # how Lightning answers Ctrl-C
-        raise KeyboardInterrupt("interrupted before the branches began; nothing is left behind") from None
+    except Interruption as stopped:
+        message = f"{ended_by(stopped.signal)} before the branches began; nothing is left behind"
+        raise Interruption(stopped.signal, message) from None
 
 
 def first_difference(replayed: Path, original: Path) -> str | None:

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from opsin.errors import Interruption
 from opsin.records.schema import LOG_FILE
 
 END_WITH_STDIN = "OPSIN_END_WITH_STDIN"
 """Environment variable that makes a process end when the one that holds its standard input does."""
 
 POLL_SECONDS = 0.2
+
+SAVING_SECONDS = 120.0
+"""How long workers that were asked to end may take for their running step, which is compiled if it is the first."""
 
 
 # ---- one process ------------------------------------------------------------------------------------
@@ -122,9 +126,11 @@ def run_jobs(
                     failed.append(job)
                 on_end(job, code)
             on_poll(running)
+    except Interruption as stopped:
+        _stop(running, stopped.signal)
+        raise
     finally:
-        for job in running:
-            _stop(job)
+        _stop(running, signal.SIGTERM)
     return failed
 
 
@@ -133,12 +139,15 @@ def _code(job: Job) -> int | None:
     return job.process.poll()
 
 
-def _stop(job: Job) -> None:
-    """End a worker as Ctrl-C would, so that it writes what it holds."""
-    assert job.process is not None
-    job.process.send_signal(signal.SIGINT)
-    try:
-        job.process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        job.process.kill()
-        job.process.wait()
+def _stop(jobs: Sequence[Job], number: int) -> None:
+    """End workers by a signal, all at once, so that each saves its run."""
+    workers = [job.process for job in jobs if job.process is not None and job.process.poll() is None]
+    for worker in workers:
+        worker.send_signal(number)
+    until = time.monotonic() + SAVING_SECONDS
+    for worker in workers:
+        try:
+            worker.wait(timeout=max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -17,10 +18,49 @@ import torch
 import yaml
 
 from opsin.records.history import tidy_rows
-from opsin.records.schema import METRICS_COLUMNS, METRICS_FILE
+from opsin.records.schema import (
+    CHUNKS_FOLDER,
+    CONFIG_FILE,
+    LAST_CHECKPOINT,
+    METRICS_COLUMNS,
+    METRICS_FILE,
+    POPULATION_FILE,
+    SUMMARY_FILE,
+)
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is being written; one that is left over is the half of a killed process."""
+
+
+class FolderContent(Enum):
+    """What a folder has; the value is how messages call it."""
+
+    NEW = "no run"
+    RUN = "a run"
+    POPULATION = "a population"
+    PART_OF_POPULATION = "a population that was ended before it was whole"
+    PART_OF_FORK = "a fork that was ended before it was whole"
+
+
+def content_of(folder: Path) -> FolderContent:
+    """What a folder has, by its files; other files than those of a run do not count."""
+    if (folder / POPULATION_FILE).exists():
+        return FolderContent.POPULATION
+    if is_population_recipe(folder / CONFIG_FILE):
+        return FolderContent.PART_OF_POPULATION
+    if (folder / CHUNKS_FOLDER).is_dir():
+        return FolderContent.PART_OF_FORK
+    files = (CONFIG_FILE, METRICS_FILE, LAST_CHECKPOINT, SUMMARY_FILE)
+    return FolderContent.RUN if any((folder / name).exists() for name in files) else FolderContent.NEW
+
+
+def is_population_recipe(path: Path) -> bool:
+    """Whether a file is a resolved recipe with a population."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and bool(content.get("population"))
 
 
 class RunFolder:

@@ -26,6 +26,9 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"
 LOG_FILE = "log.txt"
 """What the process of a chunk printed."""
 
+CLAIM_FILE = ".claim"
+"""Locked by the process that writes into the folder, and gone when none does."""
+
 # ---- files of a population's folder ---------------------------------------------------------------
 
 POPULATION_FILE = "population.json"

@@ -88,12 +88,13 @@ class GateController:
         gates[[row.gate for row in self.plan.interventions if row.intervention in without]] = 0
         return StepGates(gates, clock)
 
-    def during(self, first: int, count: int) -> Iterator[StepGates]:
+    def during(self, first: int, count: int, within_batch: bool = False) -> Iterator[StepGates]:
         """The gates of each of some steps, made when the step begins, and counted as active.
 
         Args:
             first: number of the first of these optimizer steps, from 0.
             count: S, how many steps.
+            within_batch: whether the first is not the first of its Lightning batch, as in a run that ended in between.
         """
         clock = self._clock(first, count)
         learning = self._learning()
@@ -102,7 +103,8 @@ class GateController:
             if step == first or self._newly_measured(step):
                 begin, strengths = step, self._strengths(step, first + count - step)
                 gates = self._as_gates(strengths)
-                self._announce_feedback(step)
+                if step > first or not within_batch or self._newly_measured(step):
+                    self._announce_feedback(step)
             self.active += (strengths[step - begin] > 0) * self._covers * learning
             yield StepGates(gates[step - begin], clock[step - first])
 

@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, log
 from opsin.interventions.apply import constants_of
 from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Start, read_donor
@@ -35,6 +37,7 @@ from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
+from opsin.training.batch_counts import as_before_batch, validation_follows
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
 from opsin.training.gates import GateController
 from opsin.training.objective import evaluation_metrics, scored_logits
@@ -113,6 +116,10 @@ class OpsinModule(pl.LightningModule):
         self._saved_gates: dict[str, Any] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
+        self._batch_handlers: list[Callable[[], None]] = []
+        self._end_requests: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+        self._results: list[Tensor] = []
+        self._end_wanted = False
 
     def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
         values = init_parameters(self.transformer, self.task, self.seeds)
@@ -169,6 +176,30 @@ class OpsinModule(pl.LightningModule):
         """Call ``handler`` with every event announced from now on."""
         self._event_handlers.append(handler)
 
+    def after_batch(self, handler: Callable[[], None]) -> None:
+        """Call ``handler`` at the end of every Lightning batch, after all callbacks and the validation that follows."""
+        self._batch_handlers.append(handler)
+
+    def end_when(self, requested: Callable[[], bool], end: Callable[[], None]) -> None:
+        """Ask before every optimizer step whether the run is to end, and let it be saved and ended there.
+
+        A checkpoint that is saved then resumes within the Lightning batch: to the last bit what would have been.
+
+        Args:
+            requested: function that says whether the run is to end now; quick, as it is called before every step.
+            end: function that saves the run and ends it, by an exception.
+        """
+        self._end_requests.append((requested, end))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training has come to its end: the last step, the end of every member, or an early stopping's word."""
+        stopped = any(
+            isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+            for callback in callbacks_of(self.trainer)
+        )
+        return stopped or self.steps_done >= self.trainer.max_steps or len(self.ended) == self.n_members
+
     def announce(self, event: Event) -> None:
         """Add an event to the run, and call every handler with it."""
         self.events.append(event)
@@ -192,6 +223,9 @@ class OpsinModule(pl.LightningModule):
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_gates = [], [], None
+        self._batch_handlers, self._end_requests, self._results, self._end_wanted = [], [], [], False
+        if trainer.global_step == 0:
+            self._forget_earlier_run()
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         if self.plan.feedback:
@@ -199,6 +233,13 @@ class OpsinModule(pl.LightningModule):
             self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
+
+    def _forget_earlier_run(self) -> None:
+        """Begin without the records of another run of this module; one that resumes loads its own afterwards."""
+        if self.history.names():
+            log.warning("opsin: the module was trained before; the run begins from its weights as they are")
+        self.history, self.events = History(self.task.batch_size), []
+        self.summary.clear()
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
@@ -259,23 +300,28 @@ class OpsinModule(pl.LightningModule):
             self._notify(0, self._listeners)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        first = self.steps_done
-        count = min(self.steps_per_batch, self.trainer.max_steps - first)
+        # a run that ended within a batch has results of it already
+        results, begin = self._results, self.steps_done
+        first = begin - len(results)
+        count = min(self.steps_per_batch, self.trainer.max_steps - first) - len(results)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        results: list[Tensor] = []
         self._active_members.choose(members_in_step(self.n_members, self.ended, self._last_leave))
-        draws = drawn_steps(self.task, self.seeds, first, count)
-        for index, gates in enumerate(self.gates.during(first, count)):
+        draws = drawn_steps(self.task, self.seeds, begin, count)
+        gates = self.gates.during(begin, count, within_batch=bool(results))
+        for done in range(begin + 1, begin + count + 1):
+            self._end_if_requested()
             draw = {name: tensor.to(self.device) for name, tensor in next(draws).items()}
-            optimizer.step(partial(self._update, draw, gates, results))
+            optimizer.step(partial(self._update, draw, next(gates), results))
             self._step_schedulers()
-            done = first + index + 1
             self._log_steps(done, results)
             last = done == self.trainer.max_steps
             self._notify(done, [listener for listener in self._listeners if last or done % listener.every == 0])
         self._active_members.write_back()
+        if self.steps_done < self.trainer.max_steps:
+            self._end_if_requested()
         self._finish_batch(first, torch.stack(results))
+        self._results = []
         self.gates.check_idle(finished=self.steps_done == self.trainer.max_steps)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -285,6 +331,32 @@ class OpsinModule(pl.LightningModule):
             done = self.steps_done
             self._notify(done, [listener for listener in self._listeners if done % listener.every])
             self.gates.check_idle(finished=True)
+
+        self._note_undecided_end()
+        if not validation_follows(self.trainer):
+            self._end_batch()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._note_undecided_end()
+            self._end_batch()
+
+    def _note_undecided_end(self) -> None:
+        """Where the Trainer ends a run that is not trained (``max_time``), end it as a request would."""
+        # an end as the Trainer has it begins with a validation that the run would not have here
+        if self._end_requests and self.trainer.should_stop and not self.is_trained:
+            self._end_wanted, self.trainer.should_stop = self.trainer.fit_loop._can_stop_early, False
+
+    def _end_batch(self) -> None:
+        for handler in self._batch_handlers:
+            handler()
+
+    def _end_if_requested(self) -> None:
+        for requested, end in self._end_requests:
+            if self._end_wanted or requested():
+                self._active_members.write_back()
+                with as_before_batch(self.trainer):
+                    end()
 
     def on_fit_end(self) -> None:
         # once its callbacks have written what there is
@@ -370,6 +442,8 @@ class OpsinModule(pl.LightningModule):
             "seeds": self.seeds,
             "transformer": asdict(self.transformer),
         }
+        if self._results:
+            checkpoint["opsin"]["batch"] = torch.stack(self._results).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["opsin"]
@@ -380,6 +454,7 @@ class OpsinModule(pl.LightningModule):
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
         self._saved_gates = saved["control"]
+        self._results = [*saved["batch"].to(self.device)] if "batch" in saved else []
 
 
 def _numbers(count: int) -> DataLoader:
