@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from opsin.interventions import values as wing
+from opsin.interventions.apply import run_passes
+from opsin.interventions.check_gradient import TinyCase, find_gradient
 from opsin.interventions.intervention import Value
 from tests.contracts.writers import MODEL, made, save_donor, task, writer_rows
-from tests.helpers.toys import batch_of, plan_of, run, weights
+from tests.helpers.toys import batch_of, inputs_of, plan_of, run, weights
 
 RULED_OUT = -1e8
 """Scores and logits below this are ruled out, whatever they come from."""
@@ -47,7 +49,7 @@ def shown(tmp_path_factory) -> dict[str, list[Value]]:
     found = defaultdict(list)
     for row in writer_rows(save_donor(tmp_path_factory.mktemp("donor") / "donor.pt")):
         for item in plan_of(MODEL, task(), *made(row)).interventions:
-            found[type(item.value).__name__].append(item.value)
+            found[type(item.intervention.value).__name__].append(item.intervention.value)
     return found
 
 
@@ -79,11 +81,8 @@ def flows(tmp_path_factory) -> dict[str, list[tuple[Value, bool]]]:
 
 def tap_with(leaves, batch, writers):
     """The tap of these writers on these weights, all at full strength."""
-    from opsin.interventions.apply import run_passes
-    from tests.helpers.toys import scene_of
-
     plan = plan_of(MODEL, task(), *writers)
-    return run_passes(plan, scene_of(plan, MODEL, leaves, batch))
+    return run_passes(plan, inputs_of(plan, MODEL, leaves, batch))
 
 
 def reaches(value, where, leaves) -> bool:
@@ -168,3 +167,24 @@ def test_what_it_says_about_gradient_is_what_autograd_finds(name, flows):
     for value, reached in flows[name]:
         assert value.gradient in ("stops", "flows")
         assert reached == (value.gradient == "flows"), f"{value}: says {value.gradient}"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> dict[str, list]:
+    """Every intervention of the rows of the documents with the donor whose weights its pass runs, by its value."""
+    found = defaultdict(list)
+    for row in writer_rows(save_donor(tmp_path_factory.mktemp("donor") / "donor.pt")):
+        plan = plan_of(MODEL, task(), *made(row))
+        for each in plan.passes:
+            donor = None if each.donor is None else plan.donors[each.donor]
+            for item in (row.intervention for row in each.rows):
+                found[type(item.value).__name__].append((item, donor))
+    return found
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_it_says_about_gradient_is_what_the_check_of_the_build_finds(name, planned):
+    case = TinyCase(MODEL.sites(task()), weights(MODEL, task()), task().batch(0, 0, batch_size=2))
+    assert planned[name], f"no row of a document plans {name}"
+    for item, donor in planned[name]:
+        assert find_gradient(item, donor, case).gradient == item.value.gradient, item

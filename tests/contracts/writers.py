@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from opsin import callbacks
-from opsin.interventions.plan import Writer
+from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
 from opsin.model.transformer import Transformer, init_parameters
 from opsin.tasks import FewShot, GaussianClusters
