@@ -211,7 +211,7 @@ def _summary(
 
 
 def _serve(members: int, threads: int, device: str) -> None:
-    from bench import REFERENCE, EagerLoop, OpsinLoop
+    from bench_loops import REFERENCE, EagerLoop, OpsinLoop
 
     loop = EagerLoop(FewShot(), threads) if not members else OpsinLoop(FewShot(), [], 10**9, members, threads, device)
     loop.turn(50)

@@ -10,25 +10,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opsin.callbacks.readers.base import ProbeReader, Reader
+    from opsin.callbacks.writers.base import ActivationWriter
     from opsin.errors import ConfigError
+    from opsin.interventions.intervention import Intervention, Overwrite, Value
     from opsin.interventions.schedules import Schedule
+    from opsin.interventions.selection import Selection
+    from opsin.model.sites import SiteTable
     from opsin.model.transformer import Transformer
+    from opsin.records.history import History
     from opsin.task import Batch, Layout, Task, Truth
+    from opsin.tasks.shared.next_token import NextToken
     from opsin.training.module import OpsinModule
+    from opsin.training.observers import Observation
 
 LAZY_NAMES = {
+    "ActivationWriter": "opsin.callbacks.writers.base",
     "Batch": "opsin.task",
     "ConfigError": "opsin.errors",
+    "History": "opsin.records.history",
+    "Intervention": "opsin.interventions.intervention",
     "Layout": "opsin.task",
+    "NextToken": "opsin.tasks.shared.next_token",
+    "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
+    "Overwrite": "opsin.interventions.intervention",
+    "ProbeReader": "opsin.callbacks.readers.base",
+    "Reader": "opsin.callbacks.readers.base",
     "Schedule": "opsin.interventions.schedules",
+    "Selection": "opsin.interventions.selection",
+    "SiteTable": "opsin.model.sites",
     "Task": "opsin.task",
     "Transformer": "opsin.model.transformer",
     "Truth": "opsin.task",
+    "Value": "opsin.interventions.intervention",
 }
 """Where every name of ``from opsin import NAME`` is defined."""
 
-__all__ = ["Batch", "ConfigError", "Layout", "OpsinModule", "Schedule", "Task", "Transformer", "Truth"]
+__all__ = [
+    "ActivationWriter",
+    "Batch",
+    "ConfigError",
+    "History",
+    "Intervention",
+    "Layout",
+    "NextToken",
+    "Observation",
+    "OpsinModule",
+    "Overwrite",
+    "ProbeReader",
+    "Reader",
+    "Schedule",
+    "Selection",
+    "SiteTable",
+    "Task",
+    "Transformer",
+    "Truth",
+    "Value",
+]
 
 
 def __getattr__(name: str) -> Any:

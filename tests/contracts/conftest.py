@@ -62,4 +62,4 @@ def resumed(tmp_path_factory) -> Read:
 def kept(folder: Path) -> list[Callback]:
     """Every reader, and one that keeps the run even where no document shows how."""
     made = every_reader(folder)
-    return made if any(isinstance(each, KeepRun) for each in made) else [*made, KeepRun(folder, checkpoint_every=12)]
+    return made if any(isinstance(item, KeepRun) for item in made) else [*made, KeepRun(folder, checkpoint_every=12)]

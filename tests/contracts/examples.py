@@ -38,11 +38,17 @@ def rows() -> tuple[tuple[str, tuple[Settings, ...]], ...]:
     for path in (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"):
         text, name = path.read_text(), str(path.relative_to(ROOT))
         for line in text.splitlines():
-            pieces = [each for piece in INLINE.findall(line) for each in _outermost(yaml.safe_load(piece))]
+            pieces = [item for piece in INLINE.findall(line) for item in _outermost(yaml.safe_load(piece))]
             found += [(name, tuple(pieces))] if pieces else []
         for language, block in FENCED.findall(text):
             shown = list(_outermost(yaml.safe_load(block)) if language == "yaml" else _called_in(block))
             found += [(name, tuple(shown))] if shown else []
+    # a writer may show its row in its own docstring
+    for path in sorted((ROOT / "callbacks" / "writers").glob("*.py")):
+        shown = [
+            settings for piece in INLINE.findall(path.read_text()) for settings in _outermost(yaml.safe_load(piece))
+        ]
+        found += [(str(path.relative_to(ROOT)), tuple(shown))] if shown else []
     return tuple(found)
 
 
@@ -82,19 +88,19 @@ def _called_in(code: str) -> Iterator[Settings]:
 @cache
 def _shown() -> tuple[Settings, ...]:
     """Everything that has a class path, in docs, the README and recipes, in this order."""
-    inside = [each for _, row in rows() for each in _described_in(list(row))]
-    return (*inside, *(each for path in recipes() for each in _described_in(yaml.safe_load(path.read_text()))))
+    inside = [item for _, row in rows() for item in _described_in(list(row))]
+    return (*inside, *(item for path in recipes() for item in _described_in(yaml.safe_load(path.read_text()))))
 
 
 def examples_of(class_path: str) -> list[Settings]:
     """Settings that documents or recipes give to a class, in the order in which they are shown."""
-    return [deepcopy(each) for each in _shown() if each["class_path"] == class_path]
+    return [deepcopy(item) for item in _shown() if item["class_path"] == class_path]
 
 
 def needs_an_example(kind: type) -> bool:
     """Whether a class cannot be made from its defaults."""
     given = list(inspect.signature(kind).parameters.values())
-    return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in given)
+    return any(item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD for item in given)
 
 
 def built(settings: Mapping[str, Any]) -> Any:
@@ -124,7 +130,7 @@ def short(settings: Any, donor: Path | None = None, folder: Path | None = None) 
         folder: folder that stands in for every folder.
     """
     if isinstance(settings, list):
-        return [short(each, donor, folder) for each in settings]
+        return [short(item, donor, folder) for item in settings]
     if not isinstance(settings, dict):
         return settings
     found = {name: short(value, donor, folder) for name, value in settings.items()}

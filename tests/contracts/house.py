@@ -132,7 +132,7 @@ def recipes() -> tuple[Path, ...]:
 
 def imports_of(module: Module) -> list[Import]:
     """What a module imports from the package, each module once a line."""
-    known = {each.name for each in modules()}
+    known = {item.name for item in modules()}
     found = []
     for node in ast.walk(module.tree):
         for name in _named(node, module):

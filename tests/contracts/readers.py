@@ -70,9 +70,9 @@ def makers(name: str, folder: Path) -> list[Callable[[], Callback]]:
         return [MeanOfLogits]
     bare = {"class_path": f"opsin.callbacks.{name}", "init_args": {}}
     chosen = [bare] * _has_defaults(READERS[name]) + _examples(name)
-    settings = [with_short_cadence(short(each, folder=folder)) for each in chosen]
-    unlike = [each for index, each in enumerate(settings) if each not in settings[:index]]
-    return [lambda each=each: built(each) for each in unlike]
+    settings = [with_short_cadence(short(item, folder=folder)) for item in chosen]
+    unlike = [item for index, item in enumerate(settings) if item not in settings[:index]]
+    return [lambda item=item: built(item) for item in unlike]
 
 
 def every_reader(folder: Path) -> list[Callback]:

@@ -51,7 +51,7 @@ def fit(
         check_val_every_n_epoch=None,
         val_check_interval=2,
         log_every_n_steps=1,
-        enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
+        enable_progress_bar=any(isinstance(item, pl.callbacks.ProgressBar) for item in callbacks),
         **dict.fromkeys(QUIET, False),
     )
     trainer.fit(model, ckpt_path=resume, weights_only=True)

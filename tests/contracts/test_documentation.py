@@ -52,7 +52,7 @@ def inherited(module: Module, dotted: str) -> str | None:
         return next((base.__doc__ for base in thing.__mro__[1:-1] if base.__doc__), None)
     bases = holder.__mro__[1:] if holder else ()
     overridden = [inspect.getattr_static(base, dotted.rpartition(".")[2], None) for base in bases]
-    return next((each.__doc__ for each in overridden if each is not None and each.__doc__), None)
+    return next((item.__doc__ for item in overridden if item is not None and item.__doc__), None)
 
 
 def test_every_public_module_class_function_and_property_has_a_docstring():
@@ -144,7 +144,7 @@ def unannotated(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> l
     static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
     arguments = arguments[1:] if method and not static else arguments
     arguments += [*node.args.kwonlyargs, *filter(None, [node.args.vararg, node.args.kwarg])]
-    return [each.arg for each in arguments if each.annotation is None] + ([] if node.returns else ["the result"])
+    return [item.arg for item in arguments if item.annotation is None] + ([] if node.returns else ["the result"])
 
 
 def test_every_file_that_a_document_names_exists():

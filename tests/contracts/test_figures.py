@@ -49,7 +49,7 @@ def test_a_function_that_draws_is_called_by_a_run_its_report_or_a_population(nam
 @pytest.mark.parametrize("name", figure_functions())
 def test_a_figure_can_be_read(name, drawn):
     # the first and the last of a kind: what a run draws again and again looks alike
-    for figure in {id(each): each for each in (*drawn[name][:1], *drawn[name][-1:])}.values():
+    for figure in {id(item): item for item in (*drawn[name][:1], *drawn[name][-1:])}.values():
         canvas = FigureCanvasAgg(figure)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -80,8 +80,8 @@ def texts(figure: Figure) -> list[Text]:
 
 def all_ticks(axes: Axes) -> list[Text]:
     """Labels of ticks, those beyond the ends of an axis too."""
-    both = [tick for axis in (axes.xaxis, axes.yaxis) for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
-    return [label for tick in both for label in (tick.label1, tick.label2)]
+    ticks = [tick for axis in (axes.xaxis, axes.yaxis) for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    return [label for tick in ticks for label in (tick.label1, tick.label2)]
 
 
 def shown_ticks(axes: Axes) -> tuple[list[Text], list[Text]]:

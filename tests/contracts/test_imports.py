@@ -66,7 +66,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_every_wing_has_a_level():
     unknown = {wing_of(module.name) for module in modules()} - {FRONT} - LEVEL.keys()
-    report("wings that ../shared/DESIGN.md gives no level", sorted(unknown))
+    report("wings that stand on no level", sorted(unknown))
 
 
 def test_imports_point_one_way():
@@ -116,9 +116,9 @@ def test_the_tools_of_this_file_find_a_circle_and_an_import_inside_a_function(tm
     path.write_text("def f():\n    from opsin.task import Task\n    import opsin.cli\n")
     # a file of no wing, in which what counts is what is found
     found = imports_of(Unnamed("opsin.one", path))
-    assert [each.imported for each in found] == ["opsin.task", "opsin.cli"]
+    assert [item.imported for item in found] == ["opsin.task", "opsin.cli"]
     edges = {"a": {"b": Import("a", "b", "1")}, "b": {"c": Import("b", "c", "2")}, "c": {"a": Import("c", "a", "3")}}
-    assert [each.imported for each in circle(edges, "a")] == ["b", "c", "a"]
+    assert [item.imported for item in circle(edges, "a")] == ["b", "c", "a"]
     assert not circle({"a": {"b": Import("a", "b", "1")}}, "a")
 
 

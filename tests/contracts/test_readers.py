@@ -125,7 +125,7 @@ def shifted(state: Any) -> Any:
 def numbers(state: Any) -> list[str]:
     """All numbers of a state in order, as text; not whether it has finished, which a run that goes on has not."""
     if isinstance(state, dict | list):
-        return [each for value in (state.values() if isinstance(state, dict) else state) for each in numbers(value)]
+        return [item for value in (state.values() if isinstance(state, dict) else state) for item in numbers(value)]
     return [repr(state)] if isinstance(state, int | float) and not isinstance(state, bool) else []
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from opsin.interventions import values as wing
-from opsin.interventions.apply import run_passes
 from opsin.interventions.check_gradient import TinyCase, find_gradient
+from opsin.interventions.identity import identity
 from opsin.interventions.intervention import Value
 from tests.contracts.writers import MODEL, made, save_donor, task, writer_rows
-from tests.helpers.toys import batch_of, inputs_of, plan_of, run, weights
+from tests.helpers.toys import batch_of, plan_of, run, weights
 
 RULED_OUT = -1e8
 """Scores and logits below this are ruled out, whatever they come from."""
@@ -24,7 +24,7 @@ RULED_OUT = -1e8
 
 def identity_of(value: Value) -> str:
     """What tells a value from another in a plan's digest."""
-    return repr(value)
+    return identity(value)
 
 
 def values() -> dict[str, type[Value]]:
@@ -48,8 +48,9 @@ def shown(tmp_path_factory) -> dict[str, list[Value]]:
     """The values of every row of the documents, by their class."""
     found = defaultdict(list)
     for row in writer_rows(save_donor(tmp_path_factory.mktemp("donor") / "donor.pt")):
-        for item in plan_of(MODEL, task(), *made(row)).interventions:
-            found[type(item.intervention.value).__name__].append(item.intervention.value)
+        for planned in plan_of(MODEL, task(), *made(row)).interventions:
+            value = planned.intervention.value
+            found[type(value).__name__].append(value)
     return found
 
 
@@ -81,6 +82,9 @@ def flows(tmp_path_factory) -> dict[str, list[tuple[Value, bool]]]:
 
 def tap_with(leaves, batch, writers):
     """The tap of these writers on these weights, all at full strength."""
+    from opsin.interventions.apply import run_passes
+    from tests.helpers.toys import inputs_of
+
     plan = plan_of(MODEL, task(), *writers)
     return run_passes(plan, inputs_of(plan, MODEL, leaves, batch))
 
@@ -156,6 +160,8 @@ def test_values_that_differ_in_a_field_have_another_identity(name, flows):
         unlike = {
             field.name: with_field(value, field.name, changed(getattr(value, field.name)))
             for field in dataclasses.fields(value)
+            # what follows from the site or from other fields
+            if not field.metadata.get("derived")
         }
         hidden = [field for field, other in unlike.items() if identity_of(other) == identity_of(value)]
         assert not hidden, f"{name}: fields that its identity leaves out: {hidden}"

@@ -85,7 +85,7 @@ def test_it_says_in_whom_when_and_in_which_order_it_acts(name, donor):
 def test_at_strength_zero_it_changes_nothing_bitwise(name, donor, values, untouched):
     for row in rows_of(name, donor)[:1]:
         found = trained(values, *made(row), strength=0.0)
-        assert {each for each in untouched if not torch.equal(found[each], untouched[each])} == set()
+        assert {item for item in untouched if not torch.equal(found[item], untouched[item])} == set()
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -93,8 +93,8 @@ def test_members_that_it_does_not_select_are_bitwise_untouched(name, donor, valu
     for row in rows_of(name, donor)[:1]:
         writers = made(row, members=[1])
         found = trained(values, *writers, strength=1.0)
-        assert {each for each in untouched if not torch.equal(found[each][0], untouched[each][0])} == set()
-        changed = {each for each in untouched if not torch.equal(found[each][1], untouched[each][1])}
+        assert {item for item in untouched if not torch.equal(found[item][0], untouched[item][0])} == set()
+        changed = {item for item in untouched if not torch.equal(found[item][1], untouched[item][1])}
         # directions that are taken on the way are still empty where no run takes them
         assert changed or not all(supply.fixed for supply in plan_of(MODEL, task(), *writers).supplies)
 

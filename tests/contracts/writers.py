@@ -45,7 +45,7 @@ def writer_rows(donor: Path) -> list[tuple[Settings, ...]]:
     """Rows of the documents without the callbacks that write nothing, for a short run; only those with a writer."""
     found = []
     for _, row in rows():
-        kept = tuple(short(deepcopy(each), donor) for each in row if name_of(each) in WRITERS)
+        kept = tuple(short(deepcopy(item), donor) for item in row if name_of(item) in WRITERS)
         found += [kept] if kept else []
     return found
 
@@ -54,9 +54,9 @@ def rows_of(name: str, donor: Path) -> list[tuple[Settings, ...]]:
     """Rows with one writer, which comes first in each."""
     found = []
     for row in writer_rows(donor):
-        for index, each in enumerate(row):
-            if name_of(each) == name:
-                found.append((each, *row[:index], *row[index + 1 :]))
+        for index, item in enumerate(row):
+            if name_of(item) == name:
+                found.append((item, *row[:index], *row[index + 1 :]))
                 break
     return found
 
@@ -68,4 +68,4 @@ def name_of(settings: Settings) -> str:
 
 def made(row: tuple[Settings, ...], **changes: Any) -> list[Callback]:
     """The callbacks of one row, each with these settings changed."""
-    return [built({**each, "init_args": {**each["init_args"], **changes}}) for each in row]
+    return [built({**item, "init_args": {**item["init_args"], **changes}}) for item in row]

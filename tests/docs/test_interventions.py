@@ -8,8 +8,6 @@ import pytest
 import yaml
 
 from opsin import callbacks as callbacks
-from opsin.interventions.build_plan import Writer
-from opsin.interventions.weights import WeightWriter
 from tests.helpers.paths import ROOT
 
 TEXT = (ROOT / "docs" / "interventions.md").read_text()
@@ -62,13 +60,6 @@ def test_a_row_of_the_table_trains(row, donor, opsin, tmp_path):
     shutil.copytree(donor, tmp_path / "runs" / "donor")
     ended = opsin("fit", "--config", recipe_of(attached, tmp_path), "--run_folder", "run")
     assert ended.code == 0, ended.err
-
-
-def test_every_writer_has_a_row():
-    writers = {name for name in callbacks.__all__ if isinstance(getattr(callbacks, name), type)}
-    writers = {name for name in writers if issubclass(getattr(callbacks, name), (Writer, WeightWriter))}
-    shown = {piece["class_path"].rsplit(".", 1)[1] for row in ROWS for piece in pieces(row)}
-    assert writers <= shown
 
 
 def test_every_reference_option_that_the_check_knows_has_a_row():

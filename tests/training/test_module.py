@@ -15,17 +15,11 @@ from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlatea
 
 from opsin.callbacks import (
     Ablate,
-    AttentionSinks,
-    Calibration,
     Clamp,
     InductionHeads,
     KeepRun,
-    PhaseChange,
     PreviousTokenHeads,
     Progress,
-    ProgressMeasures,
-    Snapshots,
-    WeightsAndBiases,
 )
 from opsin.errors import ConfigError, DivergedError
 from opsin.interventions.schedules import Schedule
@@ -72,19 +66,6 @@ def test_how_many_steps_a_batch_carries_does_not_change_the_weights():
     a, b = module(steps_per_batch=10), module(steps_per_batch=5)
     fit(a, steps=30), fit(b, steps=30)
     assert torch.equal(weights(a), weights(b))
-
-
-def test_all_readers_together_leave_the_weights_bitwise_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    readers = [InductionHeads(every=3), PreviousTokenHeads(every=7), PhaseChange(), Snapshots(every=1)]
-    readers += [KeepRun(tmp_path, checkpoint_every=10), Progress(), WeightsAndBiases(), InductionHeads(every=5)]
-    readers += [ProgressMeasures({"match": [Clamp(heads=["1:0"], pattern="match")]}, every=4)]
-    readers += [AttentionSinks(every=6, effect_every=None), Calibration(every=4, fit=["vector"], fit_every=20)]
-    watched, alone = module(), module()
-    clamp = {"heads": ["0:1"], "pattern": "previous_token", "schedule": Schedule(start=5, stop=25, ramp=10)}
-    fit(watched, callbacks=[*readers, Clamp(**clamp)], limit_val_batches=None, val_check_interval=2)
-    fit(alone, callbacks=[Clamp(**clamp)])
-    assert torch.equal(weights(watched), weights(alone))
 
 
 def test_trackers_of_one_step_share_one_pass(monkeypatch):

@@ -171,7 +171,7 @@ class OpsinModule(pl.LightningModule):
         self._event_handlers.append(handler)
 
     def announce(self, event: Event) -> None:
-        """Tell everybody."""
+        """Add an event to the run, and call every handler with it."""
         self.events.append(event)
         for handler in self._event_handlers:
             handler(event)
@@ -323,7 +323,7 @@ class OpsinModule(pl.LightningModule):
         # Lightning counts one optimizer step a batch where it labels what it logs itself
         self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(results) - 1
 
-    # ---- looking --------------------------------------------------------------------------------
+    # ---- what readers see -----------------------------------------------------------------------
 
     def _notify(self, done: int, due: Sequence[Listener]) -> None:
         if not due:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from opsin.callbacks import Ablate, ActivationSparsity, AttentionSinks, Clamp, InductionHeads
+from opsin.callbacks import Ablate, ActivationSparsity, AttentionSinks, InductionHeads
 from opsin.errors import ConfigError
-from opsin.interventions.schedules import Schedule
 from opsin.metrics.activity import by_tokens
 from opsin.metrics.heads import attention_sink
 from opsin.model.transformer import Transformer, forward
@@ -115,17 +114,6 @@ def test_the_token_before_is_that_of_the_row_before():
 
 def readers():
     return [AttentionSinks(every=3, effect_every=10), ActivationSparsity(every=4), InductionHeads(every=5)]
-
-
-def test_training_does_not_notice_that_activity_is_watched():
-    clamp = {"heads": ["0:1"], "pattern": "previous_token", "schedule": Schedule(start=5)}
-    alone, watched = module(seed=[1, 2]), module(seed=[1, 2])
-    train(alone, 10, Clamp(**clamp))
-    before = torch.get_rng_state()
-    train(watched, 10, Clamp(**clamp), *readers())
-    assert torch.equal(torch.get_rng_state(), before)
-    for one, other in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path):

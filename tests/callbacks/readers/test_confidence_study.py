@@ -18,7 +18,6 @@ from opsin.model.transformer import Transformer, forward
 from opsin.tasks import Characters, Repeats
 from opsin.training.module import OpsinModule
 from tests.callbacks.readers.test_neurons import Sent
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import ToyTokens, train
 
 MODEL = Transformer(layers=2, width=12, heads=2, mlp_ratio=2.0)
@@ -144,25 +143,6 @@ def test_without_candidates_the_nearest_are_shown_and_called_so(tmp_path):
     assert {value for key, value in table(tmp_path / "confidence.csv").items() if key[1] == "candidate"} == {0.0}
     titles = [axes.get_title(loc="left") for axes in confidence_figure(study._studies, [""], 1, "").axes]
     assert titles[1] == "Not candidates: mean activation"
-
-
-def test_training_does_not_notice_the_study(tmp_path):
-    alone, watched = module([1, 2]), module([1, 2])
-    train(alone, 20)
-    before = torch.get_rng_state()
-    train(watched, 20, ConfidenceStudy(draws=3), KeepRun(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
-    for left, right in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_a_resumed_run_leaves_the_study_of_an_uninterrupted_one(tmp_path):
-    saved, study = tmp_path / "middle.ckpt", {"draws": 3}
-    whole = train(module([1, 2]), 40, ConfidenceStudy(**study), KeepRun(tmp_path / "whole"), SaveAt(20, saved))
-    resumed = train(module([1, 2]), 40, ConfidenceStudy(**study), KeepRun(tmp_path / "resumed"), resume=str(saved))
-    assert whole.summary["confidence"] == resumed.summary["confidence"]
-    for name in ("confidence.csv", "confidence.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
 
 
 def test_a_callback_that_trains_a_second_model_studies_that_one(tmp_path):

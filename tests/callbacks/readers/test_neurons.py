@@ -31,7 +31,6 @@ from opsin.metrics.neuron_weights import ReadOut, logit_var, null_share, weight_
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from opsin.training.observers import recorded_metrics
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import ToyTokens, train
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -147,32 +146,6 @@ def test_a_run_that_ends_early_leaves_the_table_of_its_last_step(tmp_path):
 
 
 NAMES = ("entropy_neurons", "token_frequency_neurons")
-
-
-def test_training_does_not_notice_that_neurons_are_watched(tmp_path):
-    alone, watched = module([1, 2]), module([1, 2])
-    train(alone, 20)
-    before = torch.get_rng_state()
-    train(watched, 20, *both(every=3), KeepRun(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
-    for left, right in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_a_resumed_run_leaves_the_files_and_the_summary_of_an_uninterrupted_one(tmp_path):
-    saved = tmp_path / "middle.ckpt"
-    whole = train(module([1, 2]), 60, *both(every=4), KeepRun(tmp_path / "whole"), SaveAt(30, saved))
-    resumed = train(module([1, 2]), 60, *both(every=4), KeepRun(tmp_path / "resumed"), resume=str(saved))
-    assert whole.summary["entropy_neurons"] == resumed.summary["entropy_neurons"]
-    assert whole.events == resumed.events
-    for name in NAMES:
-        files = [{p.name: p.read_bytes() for p in (tmp_path / f / name).iterdir()} for f in ("whole", "resumed")]
-        late = {key for key in files[0] if int(key[5:12]) > 30}
-        assert late and {key: files[0][key] for key in late} == files[1]
-        pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("whole", "resumed")]
-        assert pictures[0] == pictures[1]
-    tables = [(tmp_path / folder / "metrics.csv").read_text() for folder in ("whole", "resumed")]
-    assert tables[0] == tables[1] and tables[0].count("entropy_neurons/candidates") == 2 * 16
 
 
 def test_a_member_s_state_is_that_of_its_single_run(tmp_path):

@@ -15,7 +15,6 @@ from opsin.callbacks import (
     Clamp,
     CopyFromPattern,
     InductionHeads,
-    KeepRun,
     PerfectPreviousInput,
     Preserve,
     ProgressMeasures,
@@ -30,7 +29,6 @@ from opsin.training import progress_measures as progress
 from opsin.training.module import OpsinModule, opsin_module
 from opsin.training.objective import accuracy, cross_entropy, scored_logits
 from opsin.training.observers import recorded_metrics
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import train
 
 
@@ -132,17 +130,6 @@ QUIET = {
 }
 
 
-def test_training_does_not_notice_that_it_is_measured():
-    alone, watched = module([1, 2]), module([1, 2])
-    train(alone, 20, Ablate(heads=["0:1"]))
-    before = torch.get_rng_state()
-    train(watched, 20, Ablate(heads=["0:1"]), measures(*SETS, every=3))
-    assert torch.equal(torch.get_rng_state(), before)
-    for left, right in zip(alone.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(left, right)
-    assert watched.plan.digest() == alone.plan.digest()
-
-
 def test_single_pass_sets_share_one_pass_and_others_add_one_for_each_pass_they_take_from(monkeypatch):
     seen = []
     for place in (progress, __import__("opsin.interventions.apply", fromlist=["apply"])):
@@ -153,18 +140,6 @@ def test_single_pass_sets_share_one_pass_and_others_add_one_for_each_pass_they_t
         seen.clear()
         model._notify(0, model._listeners)
         assert seen == passes
-
-
-def test_a_resumed_run_leaves_the_table_and_the_summary_of_an_uninterrupted_one(tmp_path):
-    def callbacks(folder):
-        return [measures("pattern", "preserve", "members"), InductionHeads(every=4), KeepRun(tmp_path / folder)]
-
-    saved = tmp_path / "middle.ckpt"
-    whole = train(module([1, 2]), 60, *callbacks("whole"), SaveAt(30, saved))
-    resumed = train(module([1, 2]), 60, *callbacks("resumed"), resume=str(saved))
-    tables = [(tmp_path / folder / "metrics.csv").read_text() for folder in ("whole", "resumed")]
-    assert tables[0] == tables[1] and tables[0].count("progress/preserve/loss") == 2 * 13
-    assert whole.summary["progress"] == resumed.summary["progress"]
 
 
 def replay(model: OpsinModule, losses: dict[str, np.ndarray]) -> dict:

@@ -22,7 +22,7 @@ from opsin.callbacks import (
 )
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
-from opsin.interventions.intervention import Clock, Value
+from opsin.interventions.intervention import Clock
 from opsin.model.transformer import Transformer
 from tests.helpers.toys import batch_of, few_shot, inputs_of, plan_of, run, weights
 
@@ -114,15 +114,3 @@ def test_where_a_value_lets_the_gradient_flow_it_is_the_finite_difference(name):
     slope = sum((gradient * along[name]).sum() for name, gradient in zip(leaves, found, strict=True))
     assert abs(slope) > 1e-3
     torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-6, atol=1e-8)
-
-
-def test_no_value_is_left_out():
-    def kinds(value):
-        return {sub for kind in value.__subclasses__() for sub in ({kind} | kinds(kind))}
-
-    tried = set()
-    for writers in [*STOPS.values(), *FLOWS.values()]:
-        plan = plan_of(MODEL, TASK, *writers)
-        tried |= {type(row.intervention.value) for row in plan.interventions}
-    named = {kind for kind in kinds(Value) if kind.__module__.startswith("opsin") and not kind.__abstractmethods__}
-    assert named - tried == set()
