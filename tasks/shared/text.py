@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from opsin.errors import ConfigError
-from opsin.records.user_files import UNREADABLE, check_memory, check_regular, reason
+from opsin.records.user_files import UNREADABLE, check_file_memory, check_regular, reason
 from opsin.tasks.shared.streams import below
 
 MEMORY_PER_BYTE = 40
@@ -48,7 +48,7 @@ def read_text(path: str, field: str, vocabulary: int | None, heldout: float, lea
         ConfigError: a file that cannot be read, is not UTF-8 or is too short.
     """
     try:
-        check_memory(MEMORY_PER_BYTE * check_regular(path))
+        check_file_memory(MEMORY_PER_BYTE * check_regular(path))
         content = Path(path).read_text(encoding="utf-8-sig")
     except UNREADABLE as problem:
         raise ConfigError(field, path, f"a readable text file in UTF-8 ({reason(problem)})") from problem

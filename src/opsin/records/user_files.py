@@ -75,7 +75,7 @@ def check_regular(path: str | Path) -> int:
     return found.st_size
 
 
-def check_memory(needed: int) -> None:
+def check_file_memory(needed: int) -> None:
     """Refuse what needs more than half of this machine's memory.
 
     Args:
@@ -99,7 +99,7 @@ def check_array_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
     Raises:
         MemoryError: it would not fit.
     """
-    check_memory(math.prod(shape) * (dtype.itemsize + np.dtype(np.float64).itemsize))
+    check_file_memory(math.prod(shape) * (dtype.itemsize + np.dtype(np.float64).itemsize))
 
 
 def is_numeric(dtype: np.dtype) -> bool:
@@ -157,7 +157,7 @@ def read_settings(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     Raises:
         ValueError: its text is no such document; other errors are among ``UNREADABLE``.
     """
-    check_memory(32 * check_regular(path))
+    check_file_memory(32 * check_regular(path))
     content = parse(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where settings by name should be")
