@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from opsin.callbacks import Graft
 from opsin.errors import ConfigError
 from opsin.interventions.donors import Start
+from opsin.launch.fit import check_fits
 from opsin.model.transformer import Transformer, init_parameters
 from opsin.tasks import ArrayFile, Omniglot
 from opsin.training.module import OpsinModule
@@ -329,3 +331,72 @@ def test_a_snapshot_of_every_shape_of_model_is_a_start(shape, tmp_path):
     torch.save({"transformer": asdict(shape), "parameters": values}, tmp_path / "step.pt")
     module = OpsinModule(few_shot(), shape, initial=[Start(str(tmp_path / "step.pt"), 1)])
     assert all(torch.equal(x, values[name][1:]) for name, x in module.parameters_by_name().items())
+
+
+# ---- checkpoints that no run has written ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a finished run."""
+    from opsin.cli import main
+
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_folder", str(folder / "run")]) == 0
+    return torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
+
+
+def at(content, way):
+    for key in way[:-1]:
+        content = content[key]
+    return content, way[-1]
+
+
+WAYS = [
+    ("epoch",),
+    ("global_step",),
+    ("state_dict",),
+    ("state_dict", "members.ln_final.w"),
+    ("loops",),
+    ("loops", "fit_loop"),
+    ("loops", "fit_loop", "epoch_loop.batch_progress"),
+    ("callbacks",),
+    ("optimizer_states",),
+    ("optimizer_states", 0),
+    ("optimizer_states", 0, "state"),
+    ("optimizer_states", 0, "state", 3),
+    ("optimizer_states", 0, "state", 3, "exp_avg"),
+    ("optimizer_states", 0, "param_groups"),
+    ("lr_schedulers",),
+    ("opsin",),
+    ("opsin", "events"),
+    ("opsin", "plan"),
+    ("opsin", "control"),
+    ("opsin", "control", "fired"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
+@pytest.mark.parametrize("how", ["missing", "nothing", "text", "wrong_tensor"])
+def test_a_checkpoint_with_a_part_that_is_none_is_refused_before_anything_is_made(way, how, checkpoint, tmp_path):
+    spoilt = deepcopy(checkpoint)
+    parent, key = at(spoilt, way)
+    if how == "missing":
+        del parent[key]
+    else:
+        parent[key] = {"nothing": None, "text": "text", "wrong_tensor": torch.ones(3, dtype=torch.int64)}[how]
+    if way == ("opsin", "plan") and how == "text":
+        pytest.skip("a plan is a text: that of another plan is refused where plans are compared")
+    if way == ("opsin", "control", "fired") and how == "wrong_tensor":
+        pytest.skip("counts are a tensor: those of another plan are refused where plans are compared")
+    torch.save(spoilt, tmp_path / "last.ckpt")
+    module = OpsinModule(few_shot(batch_size=4, train_classes=8), SMALL)
+    refused("ckpt_path", tmp_path / "last.ckpt", lambda path: check_fits(Path(path), module))
+
+
+def test_the_checkpoint_of_another_model_is_refused_by_its_first_tensor(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    check_fits(tmp_path / "last.ckpt", OpsinModule(few_shot(), SMALL))
+    with pytest.raises(ConfigError, match=r"blocks\.2\.attn\.W_O of shape \(1, 8, 8\) as in this model; it has None"):
+        check_fits(tmp_path / "last.ckpt", OpsinModule(few_shot(), Transformer(3, 8, 2)))
