@@ -32,7 +32,7 @@ _ENTRIES: Mapping[str, type] = {
 }
 """What is restored before training begins, by the way to it."""
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> None:
@@ -55,7 +55,7 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
     if not (len(states) == 1 and _is_optimizer(states[0], len(parameters))):
         expected = f"a checkpoint of a run, with one optimizer of {len(parameters)} parameters"
         raise ConfigError("ckpt_path", path, expected)
-    for moment in _MOMENTS:
+    for moment in _ADAM_STATE:
         found = {name: states[0]["state"][number].get(moment) for number, name in enumerate(parameters)}
         _check_tensors(path, found, parameters, f"{moment} of ")
 
