@@ -7,11 +7,13 @@ of a drawing.
 from __future__ import annotations
 
 import io
+import math
 import re
+import warnings
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import h5py
 import numpy as np
@@ -19,12 +21,37 @@ from jaxtyping import Float32
 from PIL import Image, ImageOps
 
 from opsin.errors import ConfigError
+from opsin.records.user_files import (
+    UNREADABLE,
+    check_array_memory,
+    check_regular,
+    is_numeric,
+    read_npy_header,
+    read_npy_numbers,
+    reason,
+)
 
 REFERENCE_DATASET = "resnet18/224/feat"
 """Where the reference system's own feature file keeps its array."""
 
-_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
-"""What a missing file, a file of another format and a damaged one raise; includes images Pillow cannot read."""
+_UNREADABLE_DRAWING: tuple[type[Exception], ...] = (
+    *UNREADABLE,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What an archive raises that is damaged or no archive, and a drawing that is none."""
+
+MOST_PIXELS = 2**22
+"""Most pixels of a drawing; the official ones have 105 x 105."""
+
+MOST_BYTES = 2**24
+"""Most bytes of a drawing's file, unpacked."""
+
+MOST_BYTES_OF_ARCHIVE = 2**30
+"""Most bytes of all drawings of an archive, unpacked."""
+
+MOST_NAMES = 10
+"""Most names of arrays that an error lists."""
 
 _DRAWING = re.compile(r"images_[^/]+/([^/]+/character\d+)/[^/.]+\.png")
 """A drawing of an official archive; does not fit folders, nor the ``__MACOSX/`` shadow of some archives."""
@@ -43,7 +70,7 @@ class Exemplars(ABC):
 
 
 def _at_least(source: Exemplars, field: str, value: int | float, least: int) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise ConfigError(f"{type(source).__name__}.{field}", value, f"at least {least}")
 
 
@@ -117,8 +144,8 @@ class Omniglot(Exemplars):
     def __init__(
         self, archives: list[str], size: int = 14, features: int = 512, paper: float = 0.2, seed: int = 0
     ) -> None:
-        if not archives:
-            raise ConfigError("Omniglot.archives", archives, "at least one archive")
+        if not archives or isinstance(archives, str):
+            raise ConfigError("Omniglot.archives", archives, "a list of at least one archive")
         _at_least(self, "size", size, 1)
         _at_least(self, "features", features, 1)
         _at_least(self, "seed", seed, 0)
@@ -135,7 +162,7 @@ class Omniglot(Exemplars):
         drawings = {name: len(pixels) for name, pixels in characters.items()}
         if len(set(drawings.values())) > 1:
             fewest, most = min(drawings, key=drawings.__getitem__), max(drawings, key=drawings.__getitem__)
-            found = f"{drawings[fewest]} of {fewest}, {drawings[most]} of {most}"
+            found = f"{drawings[fewest]} of {fewest}, {drawings[most]} of {most} in {', '.join(self.archives)}"
             raise ConfigError("Omniglot.archives", found, "the same number of drawings of every character")
         ink = np.stack([characters[name] for name in sorted(characters)])
         return self._project(self.paper + (1 - self.paper) * ink)
@@ -143,25 +170,33 @@ class Omniglot(Exemplars):
     def _read(self, archive: str) -> dict[str, Float32[np.ndarray, "exemplars P"]]:
         """The drawings of one archive by ``alphabet/character``."""
         try:
+            check_regular(archive)
             with zipfile.ZipFile(archive) as opened:
-                drawings = sorted(name for name in opened.namelist() if _DRAWING.fullmatch(name))
-                found: dict[str, list[Float32[np.ndarray, " P"]]] = {}
-                for name in drawings:
-                    character = name.split("/", 1)[1].rsplit("/", 1)[0]
-                    found.setdefault(character, []).append(self._ink(opened.read(name)))
-        except _UNREADABLE as error:
-            raise ConfigError("Omniglot.archives", archive, f"a readable Omniglot zip file ({error})") from error
+                drawings = _drawings(opened)
+                found = {
+                    character: np.stack([self._ink(opened, drawing) for drawing in of_character])
+                    for character, of_character in drawings.items()
+                }
+        except ConfigError:
+            raise
+        except _UNREADABLE_DRAWING as error:
+            expected = f"a readable Omniglot zip file ({reason(error)})"
+            raise ConfigError("Omniglot.archives", archive, expected) from error
         if not found:
             layout = "a zip file with images_*/ALPHABET/characterNN/*.png"
             raise ConfigError("Omniglot.archives", archive, layout)
-        return {character: np.stack(images) for character, images in found.items()}
+        return found
 
-    def _ink(self, png: bytes) -> Float32[np.ndarray, " P"]:
-        with Image.open(io.BytesIO(png)) as image:
-            if self.size > min(image.size):
-                raise ConfigError("Omniglot.size", self.size, f"at most {min(image.size)}, the drawings' own")
-            ink = ImageOps.invert(image.convert("L"))
-            small = _ink_in_the_middle(ink).resize((self.size, self.size), Image.Resampling.BOX)
+    def _ink(self, opened: zipfile.ZipFile, drawing: zipfile.ZipInfo) -> Float32[np.ndarray, " P"]:
+        try:
+            grey = _read_grey(opened, drawing)
+        except _UNREADABLE_DRAWING as error:
+            raise ValueError(f"{drawing.filename}: {reason(error)}") from error
+        if self.size > min(grey.size):
+            expected = f"at most {min(grey.size)}, the drawings' own in {opened.filename}"
+            raise ConfigError("Omniglot.size", self.size, expected)
+        ink = ImageOps.invert(grey)
+        small = _ink_in_the_middle(ink).resize((self.size, self.size), Image.Resampling.BOX)
         return np.asarray(small, np.float32).ravel() / 255
 
     def _project(self, ink: Float32[np.ndarray, "classes exemplars P"]) -> Float32[np.ndarray, "classes exemplars F"]:
@@ -169,7 +204,60 @@ class Omniglot(Exemplars):
         if pixels != self.features:
             normal = np.random.Generator(np.random.Philox(self.seed)).standard_normal
             ink = ink @ normal((pixels, self.features), dtype=np.float32)
-        return ink / np.sqrt(np.mean(ink**2))
+        size = np.sqrt(np.mean(ink**2))
+        if not size > 0:
+            raise ConfigError("Omniglot.archives", self.archives, "drawings with ink, or paper above 0")
+        return ink / size
+
+
+def _drawings(opened: zipfile.ZipFile) -> dict[str, list[zipfile.ZipInfo]]:
+    """The drawings of an archive in the order of their names, by ``alphabet/character``.
+
+    Of a character that lies in several folders ``images_*`` the first folder counts.
+    """
+    for name, times in Counter(opened.namelist()).items():
+        if ".." in PurePosixPath(name).parts:
+            raise ValueError(f"the name {name} leaves the archive")
+        if times > 1:
+            raise ValueError(f"{name} occurs {times} times")
+    found: dict[str, list[zipfile.ZipInfo]] = {}
+    folders: dict[str, str] = {}
+    for drawing in sorted(opened.infolist(), key=lambda drawing: drawing.filename):
+        if _DRAWING.fullmatch(drawing.filename):
+            folder, path = drawing.filename.split("/", 1)
+            character = path.rsplit("/", 1)[0]
+            if folders.setdefault(character, folder) == folder:
+                found.setdefault(character, []).append(drawing)
+    unpacked = sum(drawing.file_size for of_character in found.values() for drawing in of_character)
+    if unpacked > MOST_BYTES_OF_ARCHIVE:
+        raise ValueError(f"{unpacked:,} bytes of drawings; at most {MOST_BYTES_OF_ARCHIVE:,}")
+    return found
+
+
+def _read_grey(opened: zipfile.ZipFile, drawing: zipfile.ZipInfo) -> Image.Image:
+    """A drawing in shades of grey on white paper, whatever its own colours are."""
+    if drawing.file_size > MOST_BYTES:
+        raise ValueError(f"{drawing.file_size:,} bytes; at most {MOST_BYTES:,}")
+    png = opened.read(drawing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # no other format, since some of those run programs
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} in all")
+            return _on_white(image)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits; Pillow would cut them off instead of scaling them
+        deep, paper = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        grey = np.where(deep == paper, 255, deep // 257) if isinstance(paper, int) else deep // 257
+        return Image.fromarray(grey.astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("L")
+    ink = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink).convert("L")
 
 
 def _ink_in_the_middle(ink: Image.Image) -> Image.Image:
@@ -201,37 +289,54 @@ class ArrayFile(Exemplars):
         """Read the array, as float32, neither centred nor scaled."""
         read = self._npz if Path(self.path).suffix == ".npz" else self._h5
         try:
+            check_regular(self.path)
             array = read()
-        except _UNREADABLE as error:
-            raise ConfigError("ArrayFile.path", self.path, f"a readable file ({error})") from error
-        if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "fiu":
-            found = f"{array.dtype} array of shape {array.shape}"
-            raise ConfigError("ArrayFile.dataset", found, "numbers, classes x exemplars x features")
+        except ConfigError:
+            raise
+        except UNREADABLE as error:
+            raise ConfigError("ArrayFile.path", self.path, f"a readable file ({reason(error)})") from error
         with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, caught below
-            array = array.astype(np.float32)
+            array = np.ascontiguousarray(array, np.float32)
         if not np.isfinite(array).all():
             bad = f"{int((~np.isfinite(array)).sum())} non-finite values in {self.path}"
             raise ConfigError("ArrayFile.dataset", bad, "finite float32 numbers only")
         return array
 
     def _npz(self) -> np.ndarray:
-        with zipfile.ZipFile(self.path), np.load(self.path) as arrays:  # the first refuses what is no .npz at all
-            only = arrays.files[0] if len(arrays.files) == 1 else None
-            name = self._named(self.dataset or only, arrays.files)
-            try:
-                return np.asarray(arrays[name])
-            except ValueError as error:
-                raise ConfigError(
-                    "ArrayFile.dataset", name, "an array of plain numbers, not pickled objects"
-                ) from error
+        with zipfile.ZipFile(self.path) as arrays:
+            members = [member for member in arrays.infolist() if not member.is_dir()]
+            names = [member.filename.removesuffix(".npy") for member in members]
+            name = self._named(self.dataset or (names[0] if len(names) == 1 else None), names)
+            if names.count(name) > 1:
+                raise ValueError(f"{name} occurs {names.count(name)} times")
+            member = members[names.index(name)]
+            with arrays.open(member) as stream:
+                header = read_npy_header(stream)
+                self._check(*header[::2])
+                return read_npy_numbers(stream, header, member.file_size)
 
     def _h5(self) -> np.ndarray:
         with h5py.File(self.path, "r") as file:
             names: list[str] = []
+            # follows no link into another file
             file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-            return file[self._named(self.dataset or REFERENCE_DATASET, names)][()]
+            array = file[self._named(self.dataset or REFERENCE_DATASET, names)]
+            self._check(array.shape, array.dtype)
+            if array.external or array.is_virtual:
+                raise ValueError(f"the numbers of {array.name} lie in another file")
+            check_array_memory(array.shape, array.dtype)
+            return array[()]
+
+    def _check(self, shape: tuple[int, ...] | None, dtype: np.dtype) -> None:
+        """Refuse an array that cannot be exemplars, before it is read."""
+        if shape is None or len(shape) != 3 or 0 in shape or not is_numeric(dtype):
+            found = f"{dtype} array of shape {shape} in {self.path}"
+            objects = ", not pickled objects" if dtype.hasobject else ""
+            raise ConfigError("ArrayFile.dataset", found, f"numbers, classes x exemplars x features{objects}")
 
     def _named(self, name: str | None, names: list[str]) -> str:
         if name not in names:
-            raise ConfigError("ArrayFile.dataset", name, f"one of {', '.join(sorted(names)) or '(the file is empty)'}")
+            shown = [*sorted(names)[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])]
+            listed = ", ".join(shown) or "(the file is empty)"
+            raise ConfigError("ArrayFile.dataset", name, f"one of {listed} in {self.path}")
         return name

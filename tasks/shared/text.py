@@ -12,7 +12,11 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from opsin.errors import ConfigError
+from opsin.records.user_files import UNREADABLE, check_file_memory, check_regular, reason
 from opsin.tasks.shared.streams import below
+
+MEMORY_PER_BYTE = 40
+"""Bytes of memory that each byte of a file takes while its characters are counted and become tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Text:
 
 
 def read_text(path: str, field: str, vocabulary: int | None, heldout: float, least: int) -> Text:
-    """A UTF-8 file as tokens.
+    """A UTF-8 file as tokens; a mark of the byte order at its beginning is no character, and a line ends in one.
 
     Args:
         path: path of the text file.
@@ -44,9 +48,12 @@ def read_text(path: str, field: str, vocabulary: int | None, heldout: float, lea
         ConfigError: a file that cannot be read, is not UTF-8 or is too short.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as problem:
-        raise ConfigError(field, path, "a readable text file in UTF-8") from problem
+        check_file_memory(MEMORY_PER_BYTE * check_regular(path))
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except UNREADABLE as problem:
+        raise ConfigError(field, path, f"a readable text file in UTF-8 ({reason(problem)})") from problem
+    if "\0" in content:
+        raise ConfigError(field, path, "a text file in UTF-8; it holds NUL characters, as binary files and UTF-16 do")
     codes = np.frombuffer(content.encode("utf-32-le"), np.uint32)
     seen = len(codes) - round(heldout * len(codes))
     kinds, counts = np.unique(codes[:seen], return_counts=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from opsin.interventions import values as wing
+from opsin.interventions.check_gradient import TinyCase, find_gradient
 from opsin.interventions.identity import identity
 from opsin.interventions.intervention import Value
 from tests.contracts.writers import MODEL, made, save_donor, task, writer_rows
@@ -172,3 +173,24 @@ def test_what_it_says_about_gradient_is_what_autograd_finds(name, flows):
     for value, reached in flows[name]:
         assert value.gradient in ("stops", "flows")
         assert reached == (value.gradient == "flows"), f"{value}: says {value.gradient}"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> dict[str, list]:
+    """Every intervention of the rows of the documents with the donor whose weights its pass runs, by its value."""
+    found = defaultdict(list)
+    for row in writer_rows(save_donor(tmp_path_factory.mktemp("donor") / "donor.pt")):
+        plan = plan_of(MODEL, task(), *made(row))
+        for each in plan.passes:
+            donor = None if each.donor is None else plan.donors[each.donor]
+            for item in (row.intervention for row in each.rows):
+                found[type(item.value).__name__].append((item, donor))
+    return found
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_it_says_about_gradient_is_what_the_check_of_the_build_finds(name, planned):
+    case = TinyCase(MODEL.sites(task()), weights(MODEL, task()), task().batch(0, 0, batch_size=2))
+    assert planned[name], f"no row of a document plans {name}"
+    for item, donor in planned[name]:
+        assert find_gradient(item, donor, case).gradient == item.value.gradient, item

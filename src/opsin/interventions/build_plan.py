@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import combinations
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.interventions.feedback import by_head
-from opsin.interventions.intervention import Clock, Intervention, Need, Pass, Relative, Supply, Weight
+from opsin.interventions.intervention import Clock, Intervention, Need, Pass, Relative, Supply, Value, Weight
 from opsin.interventions.plan import InputAddress, Plan, PlannedChange, PlannedIntervention, PlannedPass
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.weights import NumberedChange, WeightTable, WeightWriter, order_changes
@@ -186,7 +186,10 @@ def _collect(writers: Iterable[Writer], sites: SiteTable) -> dict[Intervention, 
     found: list[tuple[Intervention, str, int]] = []
     writers_seen: Counter[str] = Counter()
     for writer in writers:
-        items = by_head(writer.interventions(sites), lambda item: sites.find(item.site, item.writer).layer)
+        wanted = writer.interventions(sites)
+        for item in wanted:
+            _refuse_unstated(item)
+        items = by_head(wanted, lambda item: sites.find(item.site, item.writer).layer)
         writers_seen.update({item.writer for item in items})
         found += [(item, item.writer, writers_seen[item.writer]) for item in items]
     for (a, *_), (b, *_) in combinations(found, 2):
@@ -194,6 +197,17 @@ def _collect(writers: Iterable[Writer], sites: SiteTable) -> dict[Intervention, 
         if a == b:
             _refuse_contest(a, b, overlap=True)
     return {item: name if writers_seen[name] == 1 else f"{name} {number}" for item, name, number in found}
+
+
+def _refuse_unstated(item: Intervention) -> None:
+    """Refuse a value whose fields do not say what it is, by which passes are shared and checkpoints know a plan."""
+    kind, value = type(item.value).__name__, item.value
+    if not (isinstance(value, Value) and is_dataclass(value) and value.__dataclass_params__.frozen):
+        raise ConfigError(item.writer, kind, "a Value that is a frozen dataclass, so that its fields say what it is")
+    try:
+        hash(value)
+    except TypeError as error:
+        raise ConfigError(item.writer, kind, f"a value whose fields can be hashed ({error})") from error
 
 
 def _passes_before(later: Pass) -> list[Pass]:

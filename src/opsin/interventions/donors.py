@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import Transformer, position_table
+from opsin.model.transformer import Transformer, parameter_shapes, position_table
 from opsin.records.folder import load_saved
 from opsin.records.schema import LAST_CHECKPOINT
+from opsin.records.user_files import UNREADABLE, reason
 from opsin.task import Task
+
+_PRECISIONS = (torch.float16, torch.float32, torch.float64)
+"""What weights may be stored in."""
 
 EXPECTED = "a checkpoint (RUN/checkpoints/last.ckpt), a snapshot (RUN/snapshots/step_NNNNNNN.pt) or a run folder"
 
@@ -107,21 +112,73 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
         ConfigError: no such file, none that a run has written, or no such member in it.
     """
     path = Path(path)
-    saved = _read_saved(f"{writer}.donor", path / LAST_CHECKPOINT if path.is_dir() else path)
-    if "parameters" in saved:
-        shape, parameters = saved["transformer"], saved["parameters"]
-    else:
-        shape, state = saved["opsin"]["transformer"], saved["state_dict"]
-        parameters = {name.removeprefix("members."): x for name, x in state.items() if name.startswith("members.")}
-    count = next(iter(parameters.values())).shape[0]
+    file = path / LAST_CHECKPOINT if path.is_dir() else path
+    saved = _read_saved(f"{writer}.donor", file)
+    try:
+        model, parameters = _model_and_parameters(saved)
+        count = _check_parameters(model, parameters)
+    except UNREADABLE as error:
+        raise ConfigError(f"{writer}.donor", str(file), f"{EXPECTED} ({reason(error)})") from error
     if not 0 <= member < count:
         raise ConfigError(f"{writer}.member", member, f"a member from 0 to {count - 1} of {path}")
     weights = {name: x[member : member + 1].clone() for name, x in parameters.items()}
-    return donor_from(str(path), Transformer(**shape), weights, f"{writer}.donor")
+    for name, x in weights.items():
+        if not bool(x.isfinite().all()):
+            raise ConfigError(f"{writer}.donor", str(file), f"finite weights; {name} of member {member} has others")
+    return donor_from(str(path), model, weights, f"{writer}.donor")
+
+
+def _model_and_parameters(saved: Mapping[str, Any]) -> tuple[Transformer, dict[str, Tensor]]:
+    """What a file that some run may have written says of its model, and its weights."""
+    if "parameters" in saved:
+        shape, parameters = saved["transformer"], dict(saved["parameters"])
+    else:
+        shape, state = saved["opsin"]["transformer"], saved["state_dict"]
+        parameters = {name.removeprefix("members."): x for name, x in state.items() if name.startswith("members.")}
+    for setting in fields(Transformer):
+        value, kind = shape.get(setting.name, setting.default), type(setting.default)
+        numbers = isinstance(value, (int, float)) or (value is None and setting.name == "mlp_ratio")
+        if not (numbers if setting.name == "mlp_ratio" or kind is float else isinstance(value, kind)):
+            raise ValueError(f"transformer.{setting.name} is {value!r}")
+    return Transformer(**shape), parameters
+
+
+def _check_parameters(model: Transformer, parameters: Mapping[str, Tensor]) -> int:
+    """Refuse weights that are not those of the model.
+
+    Returns:
+        How many members have them.
+
+    Raises:
+        ValueError: names the first parameter that is missing, unknown, or not as it should be.
+    """
+    for name, x in parameters.items():
+        plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+        if not (plain and x.dtype in _PRECISIONS):
+            raise ValueError(f"{name} holds no floating-point numbers")
+        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
+            raise ValueError(f"{name} holds fewer numbers than it says")
+    for name in ("embed.W_E", "unembed.W_U", *(["embed.W_F"] if "embed.W_F" in parameters else [])):
+        if name not in parameters or parameters[name].dim() != 3:
+            raise ValueError(f"no {name} of three axes")
+    # or else a file could name more blocks than any memory has room for
+    if model.layers > len(parameters):
+        raise ValueError(f"{model.layers} blocks and {len(parameters)} parameters")
+    features = parameters["embed.W_F"].shape[1] if "embed.W_F" in parameters else None
+    members, tokens = parameters["embed.W_E"].shape[:2]
+    shapes = parameter_shapes(model, features, tokens, parameters["unembed.W_U"].shape[-1])
+    for name in sorted(shapes.keys() | parameters.keys()):
+        expected = (members, *shapes[name]) if name in shapes else None
+        found = tuple(parameters[name].shape) if name in parameters else None
+        if found != expected:
+            raise ValueError(f"{name} of shape {found}, and not {expected}")
+    if not members:
+        raise ValueError("no member")
+    return members
 
 
 def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
     saved = load_saved(path)
-    if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
+    if saved is None or not ("transformer" in saved or "opsin" in saved):
         raise ConfigError(field_name, str(path), EXPECTED)
     return saved

@@ -38,6 +38,10 @@ class Overwrite:
 class Value(ABC):
     """What an activation is overwritten by: a small frozen dataclass, a pure function of the activation and its needs.
 
+    A subclass states its gradient: ``"flows"`` where gradient passes through it, into the activation or into what it
+    needs, and ``"stops"`` where it detaches them. A run refuses a value of the user's own that states something else
+    than autograd finds (``check_gradient.py``).
+
     A subclass states its identity: every field counts, but for those with ``metadata=DERIVED``. A class that has been
     renamed since its name was first written to a checkpoint keeps that name as ``identity_name``.
     """
@@ -59,7 +63,10 @@ class Value(ABC):
 
     @property
     def gradient(self) -> str:
-        """``"stops"`` or ``"flows"``: whether gradient passes through the value, into what it is made from."""
+        """``"stops"`` or ``"flows"``: whether gradient passes through the value, into what it is made from.
+
+        By default that of its sources: right for a value that detaches ``x``, and no source of its own.
+        """
         return "flows" if any(source.trains for source in self.sources) else "stops"
 
     @abstractmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.errors import ConfigError, Interruption
+from opsin.launch.check_checkpoint import check_contents
 from opsin.launch.population import fit_population
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.signals import PROCESS_SIGNALS, ended_by
@@ -129,9 +130,4 @@ def check_fits(checkpoint: Path, module: OpsinModule) -> None:
     Raises:
         ConfigError: names the first tensor that has another shape.
     """
-    saved = {name: tuple(tensor.shape) for name, tensor in load_checkpoint(checkpoint)["state_dict"].items()}
-    built = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for name in sorted(built.keys() | saved.keys()):
-        if saved.get(name) != built.get(name):
-            expected = f"{name} of shape {built.get(name)} as in this model; it has {saved.get(name)}"
-            raise ConfigError("ckpt_path", str(checkpoint), expected)
+    check_contents(str(checkpoint), load_checkpoint(checkpoint), module)

@@ -20,6 +20,7 @@ from opsin.launch.signals import ended_by
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.records.folder import load_saved, write_yaml
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
+from opsin.records.user_files import UNREADABLE, read_settings, reason
 from opsin.training.module import callbacks_of
 
 # ---- the run ----------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def find_trunk(folder: Path, member: int | None) -> Trunk:
     config = run / CONFIG_FILE
     if not config.exists():
         raise ConfigError("opsin fork", str(run), "a run folder with a config.yaml")
-    recipe = yaml.safe_load(config.read_text())
+    recipe = _read_recipe(config)
     seed = recipe["model"]["seed"]
     members = 1 if isinstance(seed, int) else len(seed)
     if member is not None or members > 1:
@@ -77,6 +78,20 @@ def find_trunk(folder: Path, member: int | None) -> Trunk:
     if run == folder and members > 1:
         name = f"{name}-member-{member}"
     return Trunk(run, recipe, member or 0, members, name)
+
+
+def _read_recipe(config: Path) -> dict[str, Any]:
+    """The configuration of a run, which says what the fork needs to know of it."""
+    try:
+        recipe = read_settings(config, yaml.safe_load)
+        seed, model, trainer = recipe["model"]["seed"], recipe["model"], recipe["trainer"]
+        numbers = [model["steps_per_batch"], trainer["max_steps"], *([seed] if isinstance(seed, int) else seed)]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("seed, steps_per_batch and max_steps are whole numbers")
+    except UNREADABLE as error:
+        expected = f"the configuration that a run has written ({type(error).__name__}: {reason(error)})"
+        raise ConfigError("opsin fork", str(config), expected) from error
+    return recipe
 
 
 def _check_member(member: int | None, members: int) -> None:

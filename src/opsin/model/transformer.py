@@ -138,6 +138,38 @@ def init_parameters(model: Transformer, task: Task, seeds: Sequence[int]) -> dic
     return {name: torch.stack([member[name] for member in members]) for name in members[0]}
 
 
+def parameter_shapes(model: Transformer, features: int | None, tokens: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of one member, without the member axis, by the names of ``init_parameters``.
+
+    Args:
+        model: shape of the transformer.
+        features: F, entries of a feature vector; None when the input is tokens only.
+        tokens: size of the input vocabulary.
+        outputs: V, number of classes predicted.
+    """
+    width, neurons = model.width, model.neurons
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.w": (width,), f"{name}.b": (width,)} if model.norm else {}
+
+    shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (tokens, width)}
+    if features is not None:
+        shapes |= {"embed.W_F": (features, width), "embed.b_F": (width,)}
+    if model.positions == "learned":
+        shapes["pos_embed.W_pos"] = (model.max_positions, width)
+    for layer in range(model.layers):
+        block = f"blocks.{layer}"
+        shapes |= norm(f"{block}.ln1")
+        shapes |= {f"{block}.attn.W_QKV": (width, 3 * width), f"{block}.attn.W_O": (width, width)}
+        if neurons is not None:
+            shapes |= norm(f"{block}.ln2")
+            shapes |= {f"{block}.mlp.W_in": (width, neurons), f"{block}.mlp.b_in": (neurons,)}
+            shapes |= {f"{block}.mlp.W_out": (neurons, width), f"{block}.mlp.b_out": (width,)}
+    shapes |= norm("ln_final")
+    shapes["unembed.W_U"] = (width, outputs)
+    return shapes | ({"unembed.b_U": (outputs,)} if model.unembed_bias else {})
+
+
 def _init_member(model: Transformer, task: Task, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     width, neurons = model.width, model.neurons

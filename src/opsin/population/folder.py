@@ -40,6 +40,7 @@ from opsin.records.schema import (
     TRAIN_LOSS,
     UNFINISHED,
 )
+from opsin.records.user_files import UNREADABLE, read_settings, reason
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,35 @@ def is_population(path: Path) -> bool:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """What ``population.json`` says in the folder of a population."""
-    return json.loads((path / POPULATION_FILE).read_text())
+    """What ``population.json`` says in the folder of a population.
+
+    Raises:
+        ConfigError: it is no such document.
+    """
+    file = path / POPULATION_FILE
+    content = _read_json(file)
+    rows, conditions = content.get("members"), content.get("conditions")
+    if not (isinstance(rows, list) and isinstance(conditions, list) and all(map(_is_row, rows))):
+        raise ConfigError(POPULATION_FILE, str(file), "a population's conditions and members")
+    return content
+
+
+def _is_row(row: object) -> bool:
+    """Whether it says of a member what every row of ``population.json`` says."""
+    numbers = ("member", "seed", "chunk", "slot")
+    return isinstance(row, dict) and "condition" in row and all(isinstance(row.get(name), int) for name in numbers)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON document that a run has written.
+
+    Raises:
+        ConfigError: it is no such document.
+    """
+    try:
+        return read_settings(file, json.loads)
+    except UNREADABLE as error:
+        raise ConfigError(file.name, str(file), f"a JSON document that a run has written ({reason(error)})") from error
 
 
 def read_population(path: Path) -> TrainedPopulation:
@@ -166,7 +194,7 @@ def rows_of_chunk(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
 
 def _summary(folder: Path) -> Mapping[str, Any] | None:
     file = folder / SUMMARY_FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    return _read_json(file) if file.exists() else None
 
 
 def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple[str, Mapping[str, Any]]:

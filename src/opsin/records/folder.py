@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,6 +27,7 @@ from opsin.records.schema import (
     POPULATION_FILE,
     SUMMARY_FILE,
 )
+from opsin.records.user_files import UNREADABLE, check_regular
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is being written; one that is left over is the half of a killed process."""
@@ -102,8 +103,11 @@ class RunFolder:
 def load_saved(path: Path) -> dict[str, Any] | None:
     """A checkpoint or snapshot on the CPU; None where there is none that can be read."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError):
+        check_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE:
         return None
     return saved if isinstance(saved, dict) else None
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from opsin.errors import ConfigError, log
 from opsin.interventions.apply import constants_of
 from opsin.interventions.build_plan import Writer, build_plan
+from opsin.interventions.check_gradient import check_gradients
 from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan
@@ -248,6 +249,7 @@ class OpsinModule(pl.LightningModule):
         plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
         for donor in plan.donors:
             donor.check(self.task)
+        check_gradients(plan, self.sites, self.parameters_by_name(), self.task)
         return plan
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

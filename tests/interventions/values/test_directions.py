@@ -1,5 +1,8 @@
 """Claims about directions: what given rows and a weight span, and when directions are taken."""
 
+import os
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -159,3 +162,46 @@ def test_a_setting_out_of_its_range_is_refused(make, field):
     with pytest.raises(ConfigError) as refused:
         make()
     assert refused.value.field == field
+
+
+def header(shape, kind):
+    text = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+class RunsWhenUnpickled:
+    """Ends the process of whoever unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (13,)
+
+
+BAD_FILES = {
+    "terabytes": header((10**6, 10**6), "<f8") + b"\0" * 64,
+    "more_than_there_is": header((2, 3), "<f8") + b"\0" * 8,
+    "objects": header((1, 1), "|O"),
+    "code": header((1, 1), "|O") + pickle.dumps(RunsWhenUnpickled()),
+    "text": b"1 2 3\n4 5 6\n",
+    "pickle": pickle.dumps(RunsWhenUnpickled()),
+    "empty": b"",
+    "complex": header((1, 1), "<c16") + b"\0" * 16,
+    "one_axis": header((3,), "<f8") + b"\0" * 24,
+    "not_a_number": header((1, 1), "<f8") + np.array([np.nan]).tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_holds_no_directions_is_refused_by_setting_and_file(name, tmp_path):
+    path = tmp_path / "rows.npy"
+    path.write_bytes(BAD_FILES[name])
+    with pytest.raises(ConfigError, match=r"^Project\.directions: got '.*rows\.npy', expected ") as caught:
+        read_directions("Project.directions", str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [os.mkdir, os.mkfifo, lambda path: None])
+def test_what_is_no_regular_file_holds_no_directions(place, tmp_path):
+    place(tmp_path / "rows.npy")
+    with pytest.raises(ConfigError, match=r"^Project\.directions: got '.*rows\.npy', expected a \.npy file"):
+        read_directions("Project.directions", str(tmp_path / "rows.npy"))

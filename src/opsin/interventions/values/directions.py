@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.nullspace import Label
+from opsin.records.user_files import UNREADABLE, check_regular, read_npy_header, read_npy_numbers, reason
 
 LEAST_INDEPENDENT = 1e-6
 """Smallest singular value of independent directions of length 1."""
@@ -176,14 +178,15 @@ def read_directions(field_name: str, setting: str | list[list[float]]) -> GivenD
     """
     shown, expected = setting if isinstance(setting, str) else f"{len(setting)} rows", "equally long rows of numbers"
     try:
-        rows = np.load(setting, allow_pickle=False) if isinstance(setting, str) else np.array(setting, np.float64)
-    except (OSError, ValueError, TypeError, EOFError):
-        rows = None
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiu":
+        given = _read_rows(setting) if isinstance(setting, str) else np.array(setting, np.float64)
+    except UNREADABLE as error:
+        found = f"a .npy file of {expected} ({reason(error)})" if isinstance(setting, str) else expected
+        raise ConfigError(field_name, shown, found) from error
+    if given.ndim != 2 or not given.size:
         raise ConfigError(field_name, shown, f"a .npy file of {expected}" if isinstance(setting, str) else expected)
-    if not np.isfinite(rows).all():
+    if not np.isfinite(given).all():
         raise ConfigError(field_name, shown, "finite numbers")
-    rows = torch.from_numpy(rows.astype(np.float64))
+    rows = torch.from_numpy(np.ascontiguousarray(given, np.float64))
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     # each of length 1, so that the scale of a direction says nothing about whether it is independent
     _, values, right = torch.linalg.svd(rows / lengths.clamp(min=torch.finfo(torch.float64).tiny), full_matrices=False)
@@ -193,6 +196,12 @@ def read_directions(field_name: str, setting: str | list[list[float]]) -> GivenD
         raise ConfigError(field_name, shown, expected)
     basis = right.T.contiguous()
     return GivenDirections(hashlib.sha256(basis.numpy().tobytes()).hexdigest()[:16], basis)
+
+
+def _read_rows(path: str) -> np.ndarray:
+    size = check_regular(path)
+    with Path(path).open("rb") as file:
+        return read_npy_numbers(file, read_npy_header(file), size)
 
 
 # ---- directions of a weight -----------------------------------------------------------------------
