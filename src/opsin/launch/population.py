@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback
 
 from opsin.callbacks.readers.run_folder import is_finished
@@ -37,6 +36,7 @@ from opsin.population.chunks import (
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.population.settings import Population
 from opsin.records.folder import load_saved, write_json, write_yaml
+from opsin.records.recipe_text import parse_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE, POPULATION_FILE, RECIPE_FILE
 from opsin.reports.population import finish_population, population_report
 from opsin.training.module import OpsinModule, callbacks_of
@@ -64,7 +64,7 @@ def fit_population(cli: OpsinCLI) -> None:
     folder = cli.keeper.folder
     if is_population(folder):
         raise ConfigError("run_folder", str(folder), f"a new folder, or `opsin resume {folder}` to continue it")
-    recipe = yaml.safe_load(cli.resolved())
+    recipe = parse_recipe(cli.resolved(), CONFIG_FILE)
     with tempfile.TemporaryDirectory() as scratch:
         population = build_population(recipe, Path(scratch))
     fit = members_that_fit(cli.model, recipe["population"].get("processes") or cores())

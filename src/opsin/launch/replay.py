@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -18,6 +17,7 @@ from opsin.errors import ConfigError, log
 from opsin.launch.recipe import OpsinCLI
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.records.folder import load_saved, write_yaml
+from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
 from opsin.training.module import callbacks_of
 
@@ -68,7 +68,7 @@ def find_trunk(folder: Path, member: int | None) -> Trunk:
     config = run / CONFIG_FILE
     if not config.exists():
         raise ConfigError("opsin fork", str(run), "a run folder with a config.yaml")
-    recipe = yaml.safe_load(config.read_text())
+    recipe = read_recipe(config)
     seed = recipe["model"]["seed"]
     members = 1 if isinstance(seed, int) else len(seed)
     if member is not None or members > 1:

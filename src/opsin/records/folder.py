@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import yaml
 
 from opsin.records.history import tidy_rows
+from opsin.records.recipe_text import dump_recipe
 from opsin.records.schema import METRICS_COLUMNS, METRICS_FILE
 
 PART_SUFFIX = ".part"
@@ -98,4 +98,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> Path:
     """Write plain settings as YAML in their order, atomically."""
-    return write_atomically(path, yaml.safe_dump(dict(settings), sort_keys=False))
+    return write_atomically(path, dump_recipe(settings))
