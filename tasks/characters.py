@@ -43,6 +43,7 @@ class Characters(NextToken):
     """
 
     context = 3
+    path_settings = ("path",)
 
     def __init__(
         self, path: str, vocabulary: int | None = None, positions: int = 48, batch_size: int = 64, heldout: float = 0.1

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.model.memory import check_memory
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
 from opsin.tasks.shared.exemplars import Exemplars, GaussianClusters
 from opsin.tasks.shared.streams import (
@@ -190,6 +191,10 @@ class FewShot(Task):
         self.context, self.batch_size, self.noise = context, batch_size, noise
         self.n_tokens = self.n_outputs = n_labels
         self._check_numbers(zipf, relabelling_seed)
+        # where induction should look, twice, and the numbers that decide about one sequence
+        length = 2 * context + 1
+        check_memory("FewShot.context", context, 2 * length**2 + 8 * length)
+        check_memory("FewShot.batch_size", batch_size, batch_size * (2 * length**2 + 8 * length))
         in_play = self._check_kinds()
 
         self._bank = {"exemplars": torch.from_numpy(exemplars.load())}
@@ -216,6 +221,8 @@ class FewShot(Task):
     def _check_numbers(self, zipf: float, relabelling_seed: int) -> None:
         for name, count in {"n_labels": self.n_outputs, "batch_size": self.batch_size, "context": self.context}.items():
             _require(count >= 1, f"FewShot.{name}", count, "at least 1")
+        labels = self.n_outputs
+        _require(labels <= _MOST_RELABELLINGS, "FewShot.n_labels", labels, f"at most {_MOST_RELABELLINGS:,}")
         for name, value in {"zipf": zipf, "noise": self.noise}.items():
             _require(0 <= value < math.inf, f"FewShot.{name}", value, "a finite number, at least 0")
         _require(0 <= relabelling_seed <= UINT64_MAX, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")

@@ -58,6 +58,8 @@ class Repeats(NextToken):
         ConfigError: a value out of its range, or a text that cannot be read or is too short.
     """
 
+    path_settings = ("text",)
+
     def __init__(
         self,
         vocabulary: int = 48,
@@ -73,7 +75,7 @@ class Repeats(NextToken):
     ) -> None:
         super().__init__(vocabulary, positions, batch_size, ("train", "repeated"))
         self.require("zipf", zipf, 0 <= zipf < np.inf, "a finite number, at least 0")
-        self.require("segments", segments, segments >= 1, "at least 1")
+        self.require("segments", segments, 1 <= segments <= positions, f"1 .. {positions}, the positions")
         for name, value in (("segment_probability", segment_probability), ("noise", noise)):
             self.require(name, value, 0 <= value <= 1, "a probability")
         self.require("shortest", shortest, shortest >= 2, "at least 2: a copy of one token cannot be foreseen")

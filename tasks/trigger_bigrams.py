@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from opsin.model.memory import check_memory
 from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, entropy, repeat_first_half
 from opsin.tasks.shared.streams import (
     UINT64_MAX,
@@ -85,6 +86,7 @@ class TriggerBigrams(NextToken):
         for name, value in (("zipf", zipf), ("spread", spread)):
             self.require(name, value, 0 <= value < math.inf, "a finite number, at least 0")
         self.require("table_seed", table_seed, 0 <= table_seed <= UINT64_MAX, "0 .. 2**64 - 1")
+        check_memory("TriggerBigrams.vocabulary", vocabulary, 3 * 8 * vocabulary**2)
         self.triggers, self.fixed = triggers, fixed
         self._masses = zipf_masses(vocabulary, zipf)
         normal = np.random.Generator(np.random.Philox(table_seed)).standard_normal((vocabulary, vocabulary))

@@ -330,7 +330,7 @@ def test_a_run_made_longer_in_its_own_folder_says_so_in_its_configuration(fit, t
     fit("--run_folder", "run", "--trainer.max_steps", 20)
     assert fit("--run_folder", "run", "--ckpt_path", "run/checkpoints/last.ckpt").code == 0
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert settings["trainer"]["max_steps"] == STEPS and "ckpt_path" not in settings
+    assert settings["trainer"]["max_steps"] == STEPS and settings["ckpt_path"] is None
 
 
 def test_a_full_disk_is_one_line(fit, monkeypatch):

@@ -148,22 +148,31 @@ def _activations(reader: str, sites: Callable[[SiteTable], Sequence[str]]) -> Re
     return Requirement(reader, lacking, "one with these activations (`opsin sites` lists those of a model)")
 
 
+LARGEST_COUNT = 2**62
+"""Largest number of steps or sequences that a reader can count."""
+
+MOST_PER_DECADE = 1_000
+"""Largest number of files or pictures in each tenfold of steps."""
+
 # ---- settings of several readers --------------------------------------------------------------------
 
 
-def check_count(field: str, value: int, unit: str = "") -> int:
+def check_count(field: str, value: int, unit: str = "", most: int = LARGEST_COUNT) -> int:
     """A number that is at least 1.
 
     Args:
         field: reader and setting, for the message.
         value: number that the user wrote.
         unit: what is counted, for the message.
+        most: largest number that there may be.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or one too large.
     """
     if value < 1:
         raise ConfigError(field, value, f"at least 1 {unit}".rstrip())
+    if value > most:
+        raise ConfigError(field, value, f"at most {most:,}")
     return value
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsin.callbacks.readers.base import ProbeReader, Requirement, check_count
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
 from opsin.metrics.calibration import (
     at_temperature,
     brier_score,
@@ -80,10 +80,9 @@ class Calibration(ProbeReader):
         unknown = [name for name in fit or () if name not in FITS]
         if unknown or fit == []:
             raise ConfigError("Calibration.fit", unknown[0] if unknown else [], f"any of {', '.join(FITS)}, or null")
-        if focus != 0 and not focus >= 1:
-            raise ConfigError("Calibration.focus", focus, "0, or at least 1")
-        if not penalty >= 0:
-            raise ConfigError("Calibration.penalty", penalty, "0 or more")
+        if focus != 0:
+            check_number("Calibration.focus", focus, "0, or at least 1", 1)
+        check_number("Calibration.penalty", penalty, "0 or more", 0)
         self.fit, self.fit_every = tuple(fit or ()), fit_every
         self.focus, self.penalty, self.clamping_steps = focus, penalty, clamping_steps
         self._knows_exact = False

@@ -45,6 +45,10 @@ StudyLine = tuple[str, str, int | str, float]
 """One line of the table without its member: what, neuron, position, value."""
 
 
+MOST_DRAWS = 10_000
+"""Random output weights that an ablation may be compared with."""
+
+
 class ConfidenceStudy(Reader):
     """Draws, at the end, how sure a model is along a sequence that repeats itself, and which neurons make it so.
 
@@ -79,7 +83,7 @@ class ConfidenceStudy(Reader):
 
     def __init__(self, top: int = 3, draws: int = 40) -> None:
         self.top = check_count("ConfidenceStudy.top", top, "neuron")
-        self.draws = check_count("ConfidenceStudy.draws", draws)
+        self.draws = check_count("ConfidenceStudy.draws", draws, most=MOST_DRAWS)
         self._studies: list[Study] = []
 
     def sites(self, table: SiteTable) -> list[str]:

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from opsin.callbacks.readers.base import ProbeReader, Requirement, log_spaced
+from opsin.callbacks.readers.base import MOST_PER_DECADE, ProbeReader, Requirement, log_spaced
 from opsin.callbacks.readers.last_layer import (
     effects_and_control,
     last_layer_sites,
@@ -97,7 +97,7 @@ class NeuronTracker(ProbeReader):
 
     def __init__(self, every: int = 500, tables: int = 3) -> None:
         super().__init__(every)
-        if tables < 0:
+        if not 0 <= tables <= MOST_PER_DECADE:
             raise ConfigError(f"{type(self).__name__}.tables", tables, "0 or more")
         self.tables = tables
         self._forget(0)

@@ -14,11 +14,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.base import Reader, check_count, log_spaced
+from opsin.callbacks.readers.base import LARGEST_COUNT, MOST_PER_DECADE, Reader, check_count, log_spaced
 from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import run_folder
 from opsin.records.folder import PART_SUFFIX, write_atomically
 from opsin.training.observers import Event, Observation
+
+MOST_STATES = {"per_decade": MOST_PER_DECADE, "ring": 2**20, "every": LARGEST_COUNT}
+"""Largest number of each of its settings."""
 
 
 class Snapshots(Reader):
@@ -43,7 +46,7 @@ class Snapshots(Reader):
 
     def __init__(self, per_decade: int = 8, ring: int = 32, every: int = 100) -> None:
         for name, value in {"per_decade": per_decade, "ring": ring, "every": every}.items():
-            check_count(f"Snapshots.{name}", value)
+            check_count(f"Snapshots.{name}", value, most=MOST_STATES[name])
         self.per_decade, self.ring, self.every = per_decade, ring, every
         self._forget()
 

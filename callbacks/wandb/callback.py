@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from opsin.callbacks.readers.base import Reader, log_spaced
+from opsin.callbacks.readers.base import MOST_PER_DECADE, Reader, log_spaced
 from opsin.callbacks.readers.heads import pattern_sites
 from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import keeper_of, run_folder
@@ -58,6 +58,8 @@ class WeightsAndBiases(Reader):
             0 for none at all.
     """
 
+    folder_settings = ("folder",)
+
     def __init__(
         self,
         project: str = "opsin",
@@ -68,8 +70,8 @@ class WeightsAndBiases(Reader):
         folder: str | None = None,
         pictures: int = 3,
     ) -> None:
-        if pictures < 0:
-            raise ConfigError("WeightsAndBiases.pictures", pictures, "0 or more")
+        if not 0 <= pictures <= MOST_PER_DECADE:
+            raise ConfigError("WeightsAndBiases.pictures", pictures, f"0 or more, at most {MOST_PER_DECADE:,}")
         self.project, self.name, self.group, self.tags = project, name, group, tags
         self.mode, self.folder, self.pictures = mode, folder, pictures
         self._runs: list[MemberRun] = []

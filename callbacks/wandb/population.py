@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opsin.callbacks.wandb.callback import WeightsAndBiases
 from opsin.callbacks.wandb.start import Ledger, WandbMode, default_mode, open_ledgers, start, unharmed
 from opsin.errors import log
 from opsin.population.chunks import listed
 from opsin.population.tables import Row, with_intervals
+from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
 SummaryTables = Mapping[str, Sequence[Row]]
@@ -34,7 +33,7 @@ def send_population(folder: Path, summary: SummaryTables) -> None:
         folder: folder of the population, which ``finish_population`` has written.
         summary: tables that ``finish_population`` has returned, rows by the name of the table.
     """
-    recipe = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    recipe = read_recipe(folder / CONFIG_FILE)
     settings = callback_settings(recipe)
     callback = None if settings is None else WeightsAndBiases(**settings)
     mode = "disabled" if callback is None else callback.mode or default_mode()

@@ -12,7 +12,7 @@ from opsin.callbacks.writers.base import (
     neuron_site,
     neurons_by_layer,
 )
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
 from opsin.interventions.intervention import Intervention, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import check_share
@@ -133,8 +133,7 @@ def _constant(clamped: str, value: float | None) -> Value:
 def _pattern(name: str, strength: float | None, temperature: float | None, labels_only: bool) -> Value:
     strength, temperature = 1.0 if strength is None else strength, temperature or 0.0
     check_share("Clamp.strength", strength)
-    if temperature < 0:
-        raise ConfigError("Clamp.temperature", temperature, "0 (hard maximum) or more")
+    check_number("Clamp.temperature", temperature, "0 (hard maximum) or more", 0)
     if name == "previous_token":
         return PreviousToken(strength, labels_only)
     return Induction(strength) if name == "induction" else Match(temperature)

@@ -47,6 +47,8 @@ class Graft(ActivationWriter):
             trained on another task.
     """
 
+    path_settings = ("donor",)
+
     def __init__(
         self,
         donor: str | Donor,

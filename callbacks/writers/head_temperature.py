@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opsin.callbacks.writers.base import ActivationWriter, heads_by_layer
-from opsin.errors import ConfigError
+from opsin.errors import check_number
 from opsin.interventions.intervention import Intervention, Source
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.passes import Tempered
@@ -37,8 +37,7 @@ class HeadTemperature(ActivationWriter):
     ) -> None:
         super().__init__(members, schedule, order)
         for head, temperature in temperatures.items():
-            if not temperature > 0:
-                raise ConfigError(f"HeadTemperature.temperatures[{head}]", temperature, "more than 0")
+            check_number(f"HeadTemperature.temperatures[{head}]", temperature, "more than 0", 0, open_low=True)
         self.temperatures, self.detach = temperatures, detach
 
     def interventions(self, sites: SiteTable) -> list[Intervention]:

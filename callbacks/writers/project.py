@@ -64,6 +64,8 @@ class Project(ActivationWriter):
             probe too small to learn from.
     """
 
+    path_settings = ("directions",)
+
     def __init__(
         self,
         site: str,

@@ -48,8 +48,8 @@ class Reinitialise(ChosenWeightsWriter):
         order: int | None = None,
     ) -> None:
         seeds = [seed] if isinstance(seed, int) else seed
-        if seeds is not None and (not seeds or min(seeds) < 0):
-            raise ConfigError("Reinitialise.seed", seed, "one seed of 0 or more, or one per member")
+        if seeds is not None and (not seeds or min(seeds) < 0 or max(seeds) >= 2**64):
+            raise ConfigError("Reinitialise.seed", seed, "one seed of 0 or more, below 2**64, or one per member")
         if schedule == Schedule():
             expected = "when the weights are set, such as {start: 5000, stop: 5001}"
             raise ConfigError("Reinitialise.schedule", str(schedule), expected)

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 
 log = logging.getLogger("lightning.pytorch.opsin")
 """A child of Lightning's logger, so that it shows where Lightning's does."""
+
+
+LONGEST_VALUE = 200
+"""Characters of a value that a message shows."""
+
+
+def shortened(text: str, length: int) -> str:
+    """A text in one line, with its middle left out where it is longer than that.
+
+    Args:
+        text: text that is shown.
+        length: largest number of characters of the result, at least 20.
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 17]} ... {line[-12:]}"
 
 
 class ConfigError(ValueError):
@@ -18,7 +34,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}: got {value!r}, expected {expected}")
+        super().__init__(f"{field}: got {shortened(repr(value), LONGEST_VALUE)}, expected {expected}")
         self.field, self.value, self.expected = field, value, expected
 
 
@@ -27,6 +43,27 @@ def config_error_behind(error: BaseException | None) -> ConfigError | None:
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def check_number(
+    field: str, value: float, expected: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Refuse a number that is not finite or lies outside of a range.
+
+    Args:
+        field: setting that the number was written under.
+        value: number that the user gave.
+        expected: words for the range, for the message.
+        low: smallest number of the range.
+        high: largest number of the range.
+        open_low: whether the smallest number is outside of the range itself.
+
+    Raises:
+        ConfigError: the number cannot be.
+    """
+    inside = math.isfinite(value) and low <= value <= high
+    if not inside or (open_low and value == low):
+        raise ConfigError(field, value, expected)
 
 
 class DivergedError(RuntimeError):

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
+from opsin.model.memory import check_memory
 from opsin.records.user_files import (
     UNREADABLE,
     check_array_memory,
@@ -70,8 +71,7 @@ class Exemplars(ABC):
 
 
 def _at_least(source: Exemplars, field: str, value: int | float, least: int) -> None:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{type(source).__name__}.{field}", value, f"at least {least}")
+    check_number(f"{type(source).__name__}.{field}", value, f"at least {least}", least)
 
 
 class GaussianClusters(Exemplars):
@@ -107,6 +107,9 @@ class GaussianClusters(Exemplars):
         _at_least(self, "common", common, 0)
         _at_least(self, "seed", seed, 0)
         self.shape = (classes, exemplars, features)
+        # the normal numbers and the exemplars made from them, in double precision
+        sizes = f"{classes} classes, {exemplars} exemplars, {features} features"
+        check_memory("GaussianClusters", sizes, 2 * 8 * math.prod(self.shape))
         self.within, self.common, self.seed = within, common, seed
 
     def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
@@ -141,6 +144,8 @@ class Omniglot(Exemplars):
         seed: seed of the projection, at least 0.
     """
 
+    path_settings = ("archives",)
+
     def __init__(
         self, archives: list[str], size: int = 14, features: int = 512, paper: float = 0.2, seed: int = 0
     ) -> None:
@@ -151,6 +156,7 @@ class Omniglot(Exemplars):
         _at_least(self, "seed", seed, 0)
         if not 0 <= paper < 1:
             raise ConfigError("Omniglot.paper", paper, "at least 0 and less than 1")
+        check_memory("Omniglot", f"size {size}, features {features}", 4 * size**2 * features)
         self.archives, self.size, self.features = list(archives), size, features
         self.paper, self.seed = paper, seed
 
@@ -279,6 +285,8 @@ class ArrayFile(Exemplars):
         dataset: name of the array. None: in ``.npz`` the only array there is, in ``.h5``
             ``resnet18/224/feat``, where the reference system's feature file has it.
     """
+
+    path_settings = ("path",)
 
     def __init__(self, path: str, dataset: str | None = None) -> None:
         if Path(path).suffix not in (".npz", ".h5"):

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from opsin.errors import ConfigError
+from opsin.model.memory import check_memory
 from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
 from opsin.tasks.shared.streams import check_draw, stream_key
 
@@ -48,6 +49,10 @@ class NextToken(Task):
         self.require("vocabulary", vocabulary, vocabulary >= 2, "at least 2")
         self.require("positions", positions, positions >= 4, "at least 4")
         self.require("batch_size", batch_size, batch_size >= 1, "at least 1")
+        # where induction should look, twice
+        check_memory(f"{type(self).__name__}.positions", positions, 2 * positions**2)
+        check_memory(f"{type(self).__name__}.batch_size", batch_size, batch_size * 2 * positions**2)
+        check_memory(f"{type(self).__name__}.vocabulary", vocabulary, 16 * vocabulary)
         self.n_tokens = self.n_outputs = vocabulary
         self.positions, self.batch_size, self.evaluations = positions, batch_size, tuple(evaluations)
         every = tuple(range(positions))

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 
 from opsin.errors import ConfigError
 from opsin.launch.branch import branch_recipe, branch_state, check_branch, state_of_member
 from opsin.launch.population import train_population
 from opsin.launch.recipe import BuiltRun, OpsinCLI, build_run
+from opsin.launch.recipe_parser import check_structure
+from opsin.launch.recipe_paths import RecipePaths
 from opsin.launch.replay import Trunk, bare_recipe, find_trunk, nearest_checkpoint, open_replay, replay
 from opsin.launch.tune import default_chunking
 from opsin.population.chunks import Member, population_document, recipe_of_member
@@ -28,6 +29,7 @@ from opsin.population.folder import chunk_folder
 from opsin.population.settings import Condition, Population
 from opsin.records.claim import claimed
 from opsin.records.folder import PART_SUFFIX, FolderContent, content_of, write_atomically, write_json, write_yaml
+from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CLAIM_FILE, CONFIG_FILE, FORK_CHECKPOINT, POPULATION_FILE, RECIPE_FILE
 
 FORK_ARGUMENTS = "RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]"
@@ -125,11 +127,10 @@ def read_branches(path: Path | None) -> dict[str, dict[str, Any]]:
     """
     if path is None:
         return {"same": {}}
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("--config", str(path), f"a YAML file ({' '.join(str(error).split())})") from error
-    found = content.get("conditions") if isinstance(content, dict) and [*content] == ["conditions"] else None
+    content = read_recipe(path, expected="conditions: settings of each branch by its name")
+    check_structure(content.get("conditions"), "conditions")
+    RecipePaths([path], absolute=True).fix_classes(content)
+    found = content["conditions"] if [*content] == ["conditions"] else None
     if not (isinstance(found, dict) and found and all(isinstance(value, dict | None) for value in found.values())):
         raise ConfigError("--config", str(path), "conditions, and nothing else: settings of each branch by its name")
     branches = {str(name): dict(settings or {}) for name, settings in found.items()}

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback
 
 from opsin.callbacks.readers.run_folder import is_finished
@@ -39,6 +38,7 @@ from opsin.population.chunks import (
 from opsin.population.folder import chunk_folder, read_document
 from opsin.population.settings import Population
 from opsin.records.folder import load_saved, write_json, write_yaml
+from opsin.records.recipe_text import parse_recipe
 from opsin.records.schema import (
     CHUNKS_FOLDER,
     CONFIG_FILE,
@@ -71,7 +71,7 @@ def fit_population(cli: OpsinCLI) -> None:
     callbacks, validates = callbacks_of(cli.trainer), bool(cli.trainer.limit_val_batches)
     check_population(cli.config.population, cli.model, callbacks, cli.trainer.max_steps, validates)
     folder = cli.keeper.folder
-    recipe = yaml.safe_load(cli.resolved())
+    recipe = parse_recipe(cli.resolved(), CONFIG_FILE)
     with tempfile.TemporaryDirectory() as scratch:
         population = build_population(recipe, Path(scratch))
     fit = members_that_fit(cli.model, recipe["population"].get("processes") or cores())

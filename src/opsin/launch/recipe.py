@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.callbacks import KeepRun, Progress
+from opsin.callbacks.readers.base import Reader
 from opsin.errors import ConfigError, config_error_behind
 from opsin.interventions.plan import Plan
 from opsin.launch.cluster import one_process
+from opsin.launch.recipe_parser import RecipeParser, check_recipe, recipe_files, use_recipe_yaml
+from opsin.launch.recipe_paths import RecipePaths
 from opsin.population.settings import Population
+from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
@@ -44,16 +48,6 @@ LAST_OF_LIGHTNING = "last_of_lightning"
 # ---- the recipe -------------------------------------------------------------------------------------
 
 
-class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong with a setting."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and end the process with code 2."""
-        found = config_error_behind(ex)
-        print(f"opsin: {found or ' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-
-
 class OpsinCLI(LightningCLI):
     """LightningCLI with the task and the seed at the top level of a recipe, and a run folder.
 
@@ -65,6 +59,7 @@ class OpsinCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        use_recipe_yaml()
         try:
             super().__init__(
                 OpsinModule,
@@ -72,7 +67,7 @@ class OpsinCLI(LightningCLI):
                 seed_everything_default=False,
                 trainer_defaults=TRAINER_DEFAULTS,
                 auto_configure_optimizers=False,
-                parser_class=OneLineParser,
+                parser_class=RecipeParser,
                 # or else a misspelled setting that begins like another one is taken for it
                 parser_kwargs={"allow_abbrev": False},
                 args=list(args),
@@ -98,7 +93,11 @@ class OpsinCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, without a warning where the process has arguments of its own."""
+        self.files = recipe_files(args)
+        for path in self.files:
+            check_recipe(path, parser)
         self.config = parser.parse_args(args)
+        RecipePaths(self.files).fix(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a progress bar unless it is switched off, and with the keeper of the run folder."""
@@ -107,6 +106,7 @@ class OpsinCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, Progress()]
+        refuse_repeated(callbacks)
         self.keeper = KeepRun(self._folder(), self.resolved(), self.config_init.checkpoint_every)
         settings.callbacks = [*callbacks, self.keeper]
         settings.plugins = one_process(settings.plugins)
@@ -131,14 +131,34 @@ class OpsinCLI(LightningCLI):
 
     def resolved(self) -> str:
         """The recipe with every setting that it leaves open, as YAML: the ``config.yaml`` of the run."""
-        config, folder, start = self.config, self.config.run_folder, self.config.ckpt_path
-        if folder and start and Path(start) == Path(folder) / LAST_CHECKPOINT:
+        config, folder, start = copy.deepcopy(self.config), self.config.run_folder, self.config.ckpt_path
+        config.pop("data", None)
+        RecipePaths(self.files, absolute=True).fix(config)
+        if folder and start and Path(start).absolute() == (Path(folder) / LAST_CHECKPOINT).absolute():
             saved = Path(folder) / CONFIG_FILE
             if saved.exists():
                 # a resumed run says what it began from, not where it was killed
-                config = config.clone()
-                config.ckpt_path = yaml.safe_load(saved.read_text()).get("ckpt_path")
-        return self.parser.dump(config)
+                config.ckpt_path = read_recipe(saved).get("ckpt_path")
+        return self.parser.dump(config, skip_unset=False)
+
+
+def refuse_repeated(callbacks: Sequence[Callback]) -> None:
+    """Refuse a callback that stands twice among others, where the two would keep or record the same.
+
+    Args:
+        callbacks: all callbacks of the run.
+
+    Raises:
+        ConfigError: names their class.
+    """
+    seen: dict[str, Callback] = {}
+    for callback in callbacks:
+        keeps = is_overridden("state_dict", callback, Callback) or isinstance(callback, Reader)
+        if keeps and callback.state_key in seen:
+            expected = "one of them, or two with different settings: both would write the same"
+            raise ConfigError("trainer.callbacks", f"{type(callback).__name__} twice", expected)
+        if keeps:
+            seen[callback.state_key] = callback
 
 
 # ---- the run ----------------------------------------------------------------------------------------

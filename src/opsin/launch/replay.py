@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -19,8 +18,9 @@ from opsin.launch.recipe import OpsinCLI
 from opsin.launch.signals import ended_by
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.records.folder import load_saved, write_yaml
+from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
-from opsin.records.user_files import UNREADABLE, read_settings, reason
+from opsin.records.user_files import UNREADABLE, reason
 from opsin.training.module import callbacks_of
 
 # ---- the run ----------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def find_trunk(folder: Path, member: int | None) -> Trunk:
 def _read_recipe(config: Path) -> dict[str, Any]:
     """The configuration of a run, which says what the fork needs to know of it."""
     try:
-        recipe = read_settings(config, yaml.safe_load)
+        recipe = read_recipe(config, "opsin fork")
         seed, model, trainer = recipe["model"]["seed"], recipe["model"], recipe["trainer"]
         numbers = [model["steps_per_batch"], trainer["max_steps"], *([seed] if isinstance(seed, int) else seed)]
         if not all(isinstance(number, int) for number in numbers):

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opsin.callbacks.readers.run_folder import is_finished
 from opsin.errors import ConfigError
 from opsin.launch.fit import fit_built, fit_recipe, load_checkpoint
@@ -15,6 +13,7 @@ from opsin.launch.population import fit_population, train_population
 from opsin.launch.recipe import OpsinCLI
 from opsin.records.claim import claimed
 from opsin.records.folder import FolderContent, content_of
+from opsin.records.recipe_text import parse_recipe, read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
 
 CONTINUE = "--continue"
@@ -94,7 +93,7 @@ def fit_or_continue(args: Sequence[str]) -> None:
         fit_built(cli)
         return
     _check_resumable(folder)
-    _check_same_recipe(folder, yaml.safe_load(cli.resolved()))
+    _check_same_recipe(folder, parse_recipe(cli.resolved(), CONFIG_FILE))
     if content == FolderContent.RUN:
         with claimed(folder):
             _resume_single_run(folder, args)
@@ -103,7 +102,7 @@ def fit_or_continue(args: Sequence[str]) -> None:
 
 
 def _check_same_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    saved = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    saved = read_recipe(folder / CONFIG_FILE)
     found = _first_difference(saved, recipe)
     if found is not None:
         name, before, now = found

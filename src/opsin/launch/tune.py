@@ -29,6 +29,7 @@ from opsin.interventions.weights import WeightWriter
 from opsin.launch.advice import hide_advice
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.workers import end_with_parent, start_worker
+from opsin.model.memory import available_bytes
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer
 from opsin.population.chunks import Chunking, UntrainedPopulation, chunk_recipe
@@ -91,11 +92,6 @@ def member_bytes(model: Transformer, task: Task) -> int:
     return 4 * (COPIES * activations + 5 * (weights + width * (task.n_features or 0)))
 
 
-def memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def members_that_fit(module: OpsinModule, processes: int) -> int:
     """Largest number of members in one process for which half of the machine's memory suffices; at least 1.
 
@@ -103,7 +99,7 @@ def members_that_fit(module: OpsinModule, processes: int) -> int:
         module: module of a run of the population.
         processes: number of processes that train at once.
     """
-    return max(1, memory() // 2 // processes // member_bytes(module.transformer, module.task))
+    return max(1, available_bytes() // 2 // processes // member_bytes(module.transformer, module.task))
 
 
 # ---- trying ---------------------------------------------------------------------------------------

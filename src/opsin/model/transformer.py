@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
 from opsin.model.sites import SiteTable, build_sites
 from opsin.task import Batch, Layout, Task
 
 Parameters = Mapping[str, Tensor]
 Tap = Callable[[str, Tensor], Tensor]
 
+MOST_LAYERS = 10_000
 NORM_EPS = 1e-5
 MASKED_SCORE = -1e20
 # standard deviation of a standard normal truncated at two sigma
@@ -72,8 +73,9 @@ class Transformer:
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"transformer.{name}", getattr(self, name), "at least 1")
+            check_number(f"transformer.{name}", getattr(self, name), "at least 1", 1)
+        if self.layers > MOST_LAYERS:
+            raise ConfigError("transformer.layers", self.layers, f"at most {MOST_LAYERS:,}")
         if self.width % self.heads:
             raise ConfigError("transformer.heads", self.heads, f"a divisor of the width {self.width}")
         if self.positions not in ("rope", "sinusoidal", "learned"):
@@ -82,11 +84,12 @@ class Transformer:
             raise ConfigError("transformer.heads", self.heads, "an even head width for rotary positions")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ConfigError("transformer.width", self.width, "an even width for sinusoidal positions")
-        if self.mlp_ratio is not None and round(self.mlp_ratio * self.width) < 1:
-            raise ConfigError("transformer.mlp_ratio", self.mlp_ratio, "at least one neuron, or null for no MLPs")
+        if self.mlp_ratio is not None:
+            # half a neuron is rounded to none
+            least, expected = 0.5 / self.width, "at least one neuron, or null for no MLPs"
+            check_number("transformer.mlp_ratio", self.mlp_ratio, expected, least, open_low=True)
         for name in ("position_base", "init_scale"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"transformer.{name}", getattr(self, name), "more than 0")
+            check_number(f"transformer.{name}", getattr(self, name), "more than 0", 0, open_low=True)
 
     @property
     def head_width(self) -> int:

@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
 from opsin.interventions.schedules import Schedule
+
+MOST_MEMBERS = 100_000
+"""Seeds of a population, processes, and members of one."""
 
 
 @dataclass
@@ -35,6 +38,12 @@ class Condition:
     initial: str | None = None
 
     def __post_init__(self) -> None:
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        for name, rate in rates.items():
+            if rate is not None:
+                above = name == "learning_rate"
+                expected = "more than 0" if above else "0 or more"
+                check_number(f"population.conditions: {name}", rate, expected, 0, open_low=above)
         for callback in (*self.callbacks, *chain.from_iterable(self.by_seed.values())):
             if not hasattr(callback, "members"):
                 expected = "one that acts in chosen members; trainer.callbacks are for all"
@@ -90,11 +99,13 @@ class Population:
 
     def __post_init__(self) -> None:
         for name in ("processes", "members_per_process"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"population.{name}", value, "at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_number(f"population.{name}", value, f"from 1 to {MOST_MEMBERS:,}", 1, MOST_MEMBERS)
         few = self.seeds < 1 if isinstance(self.seeds, int) else not self.seeds
         if few or (isinstance(self.seeds, list) and (min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds))):
             raise ConfigError("population.seeds", self.seeds, "how many, at least 1, or different seeds of 0 or more")
+        largest = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
+        check_number("population.seeds", largest, f"at most {MOST_MEMBERS:,} seeds", high=MOST_MEMBERS)
         if len({*self.compare}) < len(self.compare):
             raise ConfigError("population.compare", self.compare, "each metric once")
         for name in self.conditions:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from opsin.records.history import tidy_rows
+from opsin.records.recipe_text import dump_recipe
 from opsin.records.schema import (
     CHUNKS_FOLDER,
     CONFIG_FILE,
@@ -142,4 +143,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> Path:
     """Write plain settings as YAML in their order, atomically."""
-    return write_atomically(path, yaml.safe_dump(dict(settings), sort_keys=False))
+    return write_atomically(path, dump_recipe(settings))

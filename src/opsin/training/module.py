@@ -32,6 +32,7 @@ from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan
 from opsin.interventions.weights import WeightWriter, weight_table
+from opsin.model.memory import check_run_sizes
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
 from opsin.records.history import History
 from opsin.records.schema import STEP_METRICS, number_name
@@ -108,6 +109,8 @@ class OpsinModule(pl.LightningModule):
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
+        sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
+        check_run_sizes(transformer, task, len(self.seeds), sets)
         self.sites = transformer.sites(task)
         self.members = Members(self._first_weights(initial))
         self.history = History(task.batch_size)

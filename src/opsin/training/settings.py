@@ -6,7 +6,14 @@ from typing import Literal, Protocol
 
 import lightning.pytorch as pl
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
+
+MOST_STEPS_PER_BATCH = 1_000_000
+"""Optimizer steps of one Lightning batch, whose results wait in memory."""
+
+MOST_THREADS = 1024
+
+LARGEST_SEED = 2**64 - 1
 
 
 class Settings(Protocol):
@@ -16,6 +23,8 @@ class Settings(Protocol):
     learning_rate: float | list[float]
     weight_decay: float | list[float]
     gradient_clip: float | None
+    betas: tuple[float, float]
+    eps: float
     steps_per_batch: int
     log_every: int
     probe_size: int
@@ -37,21 +46,26 @@ def check_settings(module: Settings) -> None:
         value = getattr(module, name)
         if isinstance(value, list) and len(value) != len(module.seeds):
             raise ConfigError(f"model.{name}", value, f"one number, or one for each of {len(module.seeds)} seeds")
-        lowest = min(value) if isinstance(value, list) else value
-        if lowest < 0 or (lowest == 0 and name == "learning_rate"):
-            raise ConfigError(f"model.{name}", value, "more than 0" if name == "learning_rate" else "0 or more")
+        expected = "more than 0" if name == "learning_rate" else "0 or more"
+        for number in value if isinstance(value, list) else [value]:
+            check_number(f"model.{name}", number, expected, 0, open_low=name == "learning_rate")
     for name in ("steps_per_batch", "log_every", "probe_size", "evaluation_size", "threads"):
-        if getattr(module, name) <= 0:
-            raise ConfigError(f"model.{name}", getattr(module, name), "more than 0")
+        check_number(f"model.{name}", getattr(module, name), "more than 0", 0, open_low=True)
+    for name, most in {"steps_per_batch": MOST_STEPS_PER_BATCH, "threads": MOST_THREADS}.items():
+        check_number(f"model.{name}", getattr(module, name), f"at most {most:,}", high=most)
+    for beta in module.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError("model.betas", list(module.betas), "two numbers of 0 or more and less than 1")
+    check_number("model.eps", module.eps, "more than 0", 0, open_low=True)
     if module.idle not in ("stop", "warn"):
         raise ConfigError("model.idle", module.idle, "'stop' or 'warn'")
     if module.steps_per_batch % module.log_every:
         expected = f"a divisor of steps_per_batch {module.steps_per_batch}"
         raise ConfigError("model.log_every", module.log_every, expected)
-    if not module.seeds or min(module.seeds) < 0:
-        raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more")
-    if module.gradient_clip is not None and module.gradient_clip <= 0:
-        raise ConfigError("model.gradient_clip", module.gradient_clip, "more than 0, or null")
+    if not module.seeds or min(module.seeds) < 0 or max(module.seeds) > LARGEST_SEED:
+        raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more, below 2**64")
+    if module.gradient_clip is not None:
+        check_number("model.gradient_clip", module.gradient_clip, "more than 0, or null", 0, open_low=True)
 
 
 def refuse_uneven_checkpoints(trainer: pl.Trainer, steps_per_batch: int) -> None:
