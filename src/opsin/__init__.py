@@ -7,9 +7,12 @@ and callbacks in ``opsin.callbacks``. Deeper paths may move from one version to 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# not from typing: `python -m opsin` comes by here while the working folder, which may hold a typing.py, is searched
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from opsin.errors import ConfigError
     from opsin.interventions.schedules import Schedule
     from opsin.model.transformer import Transformer
@@ -32,10 +35,22 @@ __all__ = ["Batch", "ConfigError", "Layout", "OpsinModule", "Schedule", "Task", 
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _installed_version()
     if name not in LAZY_NAMES:
         raise AttributeError(f"module 'opsin' has no attribute {name!r}")
     return getattr(importlib.import_module(LAZY_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])
+
+
+def _installed_version() -> str:
+    """The version that the installed package states; ``unknown`` where Opsin is imported without being installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("opsin")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import opsin
 from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind, log
 from opsin.launch.fit import fit_recipe
 from opsin.launch.fork import fork_run
@@ -29,6 +30,7 @@ USAGE = """usage: opsin VERB ...
   opsin sites --config RECIPE.yaml
                              every site, its shape, what may be done to it, and the recipe's plan
   opsin fit --help           all settings
+  opsin --version            the version that is installed
 """
 
 
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in HELP or (verb in ("resume", "fork") and HELP & {*rest}):
         print(USAGE, end="")
         return 0
+    if verb == "--version":
+        print(f"opsin {opsin.__version__}")
+        return 0
     _quieten()
     end_with_parent()
     try:
@@ -97,4 +102,6 @@ def _quieten() -> None:
     # steps end a run here, and a run without a number of steps is refused
     warnings.filterwarnings("ignore", message=".*`max_epochs` was not set.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # whoever asks for a profiler wants its report
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     log.setLevel(logging.INFO)

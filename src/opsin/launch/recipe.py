@@ -14,15 +14,17 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.errors import ConfigError, config_error_behind
+from opsin.errors import ConfigError, config_error_behind, log
 from opsin.interventions.plan import Plan
 from opsin.population.settings import Population
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
+from opsin.training.trainer_settings import check_recipe_settings, check_trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -94,10 +96,28 @@ class OpsinCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, without a warning where the process has arguments of its own."""
         self.config = parser.parse_args(args)
+        self._refuse_global_seed()
+
+    def _refuse_global_seed(self) -> None:
+        """Refuse Lightning's seed, which seeds nothing here; a run of before that had one goes on."""
+        seed = self.config.seed_everything
+        if seed is False or seed is None:
+            return
+        expected = f"none; model.seed, {self.config.model.seed} here, seeds initialisation and data"
+        if not self._is_in_run_folder():
+            raise ConfigError("seed_everything", seed, expected)
+        log.info(f"opsin: seed_everything: {seed} changes nothing; expected {expected}")
+        self.config.seed_everything = False
+
+    def _is_in_run_folder(self) -> bool:
+        """Whether the recipe is one that lies in the run folder, which has been made before."""
+        paths, folder = self.config.config or [], self.config.run_folder
+        return folder is not None and any(Path(str(path)).resolve().parent == Path(folder).resolve() for path in paths)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a progress bar unless it is switched off, and with the keeper of the run folder."""
         settings = self.config_init.get("trainer")
+        check_recipe_settings(settings)
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -106,7 +126,16 @@ class OpsinCLI(LightningCLI):
         settings.callbacks = [*callbacks, self.keeper]
         if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
             settings.enable_checkpointing = False
-        return super().instantiate_trainer(**kwargs)
+        if settings.default_root_dir is None:
+            settings.default_root_dir = self.keeper.folder
+        # an allocation of several tasks has as many runs, and no launcher's variable says what one of them does
+        settings.plugins = [LightningEnvironment()]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ImportError, TypeError, RuntimeError) as error:
+            raise MisconfigurationException(str(error)) from error
+        check_trainer(trainer)
+        return trainer
 
     def _folder(self) -> Path:
         recipe = Path(str(self.config.config[0])).stem if self.config.config else "run"
