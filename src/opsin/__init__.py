@@ -36,7 +36,9 @@ __all__ = ["Batch", "ConfigError", "Layout", "OpsinModule", "Schedule", "Task", 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _installed_version()
+        from opsin.records.version import installed_version
+
+        return installed_version()
     if name not in LAZY_NAMES:
         raise AttributeError(f"module 'opsin' has no attribute {name!r}")
     return getattr(importlib.import_module(LAZY_NAMES[name]), name)
@@ -44,13 +46,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, "__version__"])
-
-
-def _installed_version() -> str:
-    """The version that the installed package states; ``unknown`` where Opsin is imported without being installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("opsin")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 
-RANK_VARIABLES = (
+LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK"),
 )
@@ -32,7 +32,7 @@ def _forget_surroundings() -> None:
     """
     if _is_module_run() and not sys.flags.safe_path and sys.path[:1] == [_working_folder()]:
         del sys.path[0]
-    for name in RANK_VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
 
 

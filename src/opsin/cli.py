@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import opsin
 from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind, log
 from opsin.launch.fit import fit_recipe
 from opsin.launch.fork import fork_run
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.resume import resume_run
 from opsin.launch.workers import end_with_parent
+from opsin.records.version import installed_version
 from opsin.reports.sites import sites_report
 from opsin.training.module import callbacks_of
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     if verb == "--version":
-        print(f"opsin {opsin.__version__}")
+        print(f"opsin {installed_version()}")
         return 0
     _quieten()
     end_with_parent()

@@ -37,6 +37,7 @@ from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
 from opsin.training.gates import GateController
+from opsin.training.monitors import ValidationTimes, monitored_numbers, show_to_monitors
 from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
@@ -44,6 +45,7 @@ from opsin.training.probe import ForwardPasses
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepGates
+from opsin.training.trainer_settings import check_trainer
 from opsin.training.weight_updates import drawn_values
 
 
@@ -111,6 +113,7 @@ class OpsinModule(pl.LightningModule):
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self._saved_gates: dict[str, Any] | None = None
+        self._monitored: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
 
@@ -160,6 +163,7 @@ class OpsinModule(pl.LightningModule):
         """
         for metric, values in metrics.items():
             self.history.record(metric, step, values)
+        show_to_monitors(self.trainer, self._monitored, metrics)
         if self.trainer.loggers:
             numbers = {**_logged(metrics), "sequences": step * self.task.batch_size}
             for logger in self.trainer.loggers:
@@ -181,6 +185,12 @@ class OpsinModule(pl.LightningModule):
 
     # ---- set-up -------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; this is the first hook of a run, before Lightning joins processes, so settings are refused here."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
@@ -194,9 +204,13 @@ class OpsinModule(pl.LightningModule):
         self._listeners, self._event_handlers, self._saved_gates = [], [], None
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
+        recorded = recorded_metrics(callbacks_of(trainer), self.sites, self.task, bool(trainer.limit_val_batches))
         if self.plan.feedback:
-            validates = bool(trainer.limit_val_batches)
-            self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
+            self.plan.check_feedback(recorded)
+        times = ValidationTimes(trainer, self.task, self.steps_per_batch)
+        times.check()
+        own_hooks = type(self) is not OpsinModule
+        self._monitored = monitored_numbers(callbacks_of(trainer), recorded, times, own_hooks)
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
 
@@ -255,6 +269,13 @@ class OpsinModule(pl.LightningModule):
     # ---- training -----------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        # a resumed run shows what it recorded last before it was killed
+        last = {
+            metric: self.history[metric].values[-1] for metric, _ in self._monitored.values() if metric in self.history
+        }
+        show_to_monitors(
+            self.trainer, self._monitored, {name: torch.from_numpy(values) for name, values in last.items()}
+        )
         if self.steps_done == 0:
             self._notify(0, self._listeners)
 

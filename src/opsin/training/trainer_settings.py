@@ -35,7 +35,7 @@ class TrainerRule:
     setting: str
     accepts: Callable[[Any], bool]
     expected: str
-    value_of: Callable[[Trainer], Any] = lambda trainer: None
+    value_of: Callable[[Any], Any] = lambda trainer: None
 
     def check(self, value: object) -> None:
         """Refuse a value that a run does not work with.
@@ -64,7 +64,7 @@ def _strategy(trainer: Trainer) -> object:
 def _plugins(trainer: Trainer) -> object:
     connector = trainer._accelerator_connector
     found = [connector.checkpoint_io, connector._layer_sync]
-    foreign = [type(each).__name__ for each in found if each is not None and not _known_plugin(each)]
+    foreign = [type(plugin).__name__ for plugin in found if plugin is not None and not _known_plugin(plugin)]
     return foreign or None
 
 
@@ -94,7 +94,9 @@ def _is_off(value: object) -> bool:
 
 
 RULES = (
-    TrainerRule("devices", _one_device, "1: a population trains many models, a process a core", lambda t: t.num_devices),
+    TrainerRule(
+        "devices", _one_device, "1: a population trains many models, a process a core", lambda t: t.num_devices
+    ),
     TrainerRule("num_nodes", lambda value: value == 1, "1: a run is one process", lambda t: t.num_nodes),
     TrainerRule("strategy", lambda value: value == "auto", "auto: a run is one process on one device", _strategy),
     TrainerRule(
