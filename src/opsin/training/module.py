@@ -35,7 +35,7 @@ from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
-from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
+from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
 from opsin.training.monitors import ValidationTimes, monitored_numbers, show_to_monitors
 from opsin.training.objective import evaluation_metrics, scored_logits
@@ -197,8 +197,8 @@ class OpsinModule(pl.LightningModule):
         trainer = self.trainer
         if trainer.max_steps < 1:
             raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
-        if self.compile_setting is True and not has_compiler():
-            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
+        if self.compile_setting is True and (problem := compiler_problem()):
+            raise ConfigError("model.compile", True, f"false, or a C++ compiler on the path that works ({problem})")
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_gates = [], [], None
