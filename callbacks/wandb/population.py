@@ -37,9 +37,11 @@ def send_population(folder: Path, summary: SummaryTables) -> None:
     recipe = yaml.safe_load((folder / CONFIG_FILE).read_text())
     settings = callback_settings(recipe)
     callback = None if settings is None else WeightsAndBiases(**settings)
-    mode = "disabled" if callback is None else callback.mode or default_mode()
-    if callback is not None and mode != "disabled":
-        with unharmed(unharmed_part="the population is whole"):
+    if callback is None:
+        return
+    with unharmed(unharmed_part="the population is whole"):
+        mode = callback.mode or default_mode()
+        if mode != "disabled":
             _send(folder.absolute(), summary, callback, mode, recipe)
 
 
@@ -62,6 +64,8 @@ def _send(
     }
     for run in start(mode, files, [about]):
         ledger.logged_until += 1
+        # a sweep's agent has chosen the name of its run
+        ledger.id = run.id
         ledger.save()
         run.log(pictures(folder) | tables(summary), step=ledger.logged_until)
         run.summary.update(numbers(summary))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from lightning.pytorch import Trainer
@@ -78,6 +80,16 @@ class OpsinCLI(LightningCLI):
         except ValueError as error:
             # raised by the Trainer, or by a callback that is not Opsin's
             raise config_error_behind(error) or MisconfigurationException(str(error)) from error
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of ``model`` and ``trainer``; of those that are a number or a share, 1 is a number."""
+        super().add_core_arguments_to_parser(parser)
+        actions: list[Any] = parser._actions
+        for action in actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                # Python holds unions of the same types in any order for one, and remembers the first that it saw
+                action._typehint = functools.reduce(operator.or_, sorted(kinds, key=lambda kind: kind is not int))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that a recipe has beside ``model`` and ``trainer``."""

@@ -17,12 +17,13 @@ from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, log
 from opsin.interventions.apply import constants_of
 from opsin.interventions.build_plan import Writer, build_plan
 from opsin.interventions.donors import Start, read_donor
@@ -47,6 +48,9 @@ from opsin.training.step import Step
 from opsin.training.step_inputs import StepGates
 from opsin.training.trainer_settings import check_trainer
 from opsin.training.weight_updates import drawn_values
+
+LONGEST_UNTRAINED = 1_000_000
+"""Optimizer steps in which a schedule must act at least once where the Trainer trains none."""
 
 
 class OpsinModule(pl.LightningModule):
@@ -113,6 +117,7 @@ class OpsinModule(pl.LightningModule):
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self._saved_gates: dict[str, Any] | None = None
+        self._steps_before = 0
         self._monitored: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
@@ -138,8 +143,13 @@ class OpsinModule(pl.LightningModule):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps finished; equals the Trainer's ``global_step``."""
-        return self.trainer.global_step
+        """Optimizer steps finished; equals the Trainer's ``global_step``, but for one that does not train."""
+        done = self.trainer.global_step
+        return done if self._is_fitting else max(done, self._steps_before)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
 
     def listen(self, every: int, notify: Callable[[Observation], None], sites: Sequence[str] = ()) -> None:
         """Call ``notify`` after every ``every`` optimizer steps, before the first and after the last.
@@ -187,11 +197,15 @@ class OpsinModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """None; this is the first hook of a run, before Lightning joins processes, so settings are refused here."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             check_trainer(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:
+        # a run is one process; in a cluster's job Lightning's loggers would write in the first task alone
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        if stage == "validate":
+            self._set_up_validation()
         if stage != "fit":
             return
         trainer = self.trainer
@@ -202,6 +216,9 @@ class OpsinModule(pl.LightningModule):
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_gates = [], [], None
+        self._drop_passes()
+        if trainer.global_step == 0:
+            self._forget_earlier_run()
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         recorded = recorded_metrics(callbacks_of(trainer), self.sites, self.task, bool(trainer.limit_val_batches))
@@ -213,6 +230,26 @@ class OpsinModule(pl.LightningModule):
         self._monitored = monitored_numbers(callbacks_of(trainer), recorded, times, own_hooks)
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
+
+    def _forget_earlier_run(self) -> None:
+        """Begin without the records of another run of this module; one that resumes loads its own afterwards."""
+        if self.history.names():
+            log.warning("opsin: the module was trained before; the run begins from its weights as they are")
+        self.history, self.events = History(self.task.batch_size), []
+        self.summary.clear()
+
+    def _set_up_validation(self) -> None:
+        """Plan what the Trainer's writers do; what a run before this has counted stays where they are its own."""
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else LONGEST_UNTRAINED
+        plan = self.plan_for(callbacks_of(self.trainer), steps)
+        if getattr(self, "plan", None) is None or plan.digest() != self.plan.digest():
+            self.plan = plan
+            self._drop_passes()
+
+    def _drop_passes(self) -> None:
+        """Let the next start build its forward passes anew."""
+        for name in ("constants", "gates", "forward_passes"):
+            self.__dict__.pop(name, None)
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
@@ -242,6 +279,15 @@ class OpsinModule(pl.LightningModule):
         return _numbers(len(self.task.evaluations))
 
     def on_fit_start(self) -> None:
+        self._build_passes()
+        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
+        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        self._active_members = ActiveMembers(run_step, self.n_members)
+        # a graph for fewer members must repay its making, as the first must
+        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
+
+    def _build_passes(self) -> None:
+        """Build what forward passes need, in the type and on the device that the parameters have now."""
         dtype = next(self.members.parameters()).dtype
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
         drawn = drawn_values(self.plan.changes, self.transformer, self.task, self.seeds)
@@ -260,11 +306,6 @@ class OpsinModule(pl.LightningModule):
             self.parameters_by_name,
             lambda: self.steps_done,
         )
-        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
-        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
-        self._active_members = ActiveMembers(run_step, self.n_members)
-        # a graph for fewer members must repay its making, as the first must
-        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -306,6 +347,10 @@ class OpsinModule(pl.LightningModule):
             done = self.steps_done
             self._notify(done, [listener for listener in self._listeners if done % listener.every])
             self.gates.check_idle(finished=True)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._steps_before = self.trainer.global_step
 
     def on_fit_end(self) -> None:
         # once its callbacks have written what there is
@@ -370,19 +415,33 @@ class OpsinModule(pl.LightningModule):
         """The sequences of one of the task's evaluation sets, those that validation sees."""
         return self.forward_passes.evaluation_set(name, self.evaluation_size)
 
+    def on_validation_start(self) -> None:
+        if self._is_fitting:
+            return
+        built = getattr(self, "constants", None)
+        if built is None or (built.table.device, built.table.dtype) != (self.device, self.dtype):
+            if self.plan.supplies and self._saved_gates is None:
+                expected = "ckpt_path of a run with these writers: they take over what the run has computed"
+                raise ConfigError("Trainer.validate", ", ".join(row.name for row in self.plan.rows), expected)
+            with torch.inference_mode(False):
+                self._build_passes()
+
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
         metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
         for metric, values in metrics.items():
-            self.log(metric, values.mean(), logger=False, batch_size=1)
-        if not self.trainer.sanity_checking:
+            self.log(metric, values.mean(), logger=not self._is_fitting, batch_size=1)
+        if self._is_fitting and not self.trainer.sanity_checking:
             self.record(self.steps_done, metrics)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a callback may save before the run begins
+        if "gates" not in self.__dict__:
+            self._build_passes()
         checkpoint["opsin"] = {
             "history": self.history.state_dict(),
             "events": [vars(event) for event in self.events],
@@ -394,13 +453,16 @@ class OpsinModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["opsin"]
-        if self.trainer.state.fn == TrainerFn.FITTING and saved["plan"] != self.plan.digest():
+        self._steps_before = checkpoint["global_step"]
+        if self._is_fitting and saved["plan"] != self.plan.digest():
             raise ConfigError(
                 "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
-        self._saved_gates = saved["control"]
+        # whoever validates may do so under other interventions
+        self._saved_gates = saved["control"] if saved["plan"] == self.plan.digest() else None
+        self._drop_passes()
 
 
 def _numbers(count: int) -> DataLoader:
