@@ -19,8 +19,8 @@ from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import keeper_of, run_folder
 from opsin.callbacks.wandb.member_run import MemberRun
 from opsin.callbacks.wandb.members import about_members, summary_of
-from opsin.callbacks.wandb.start import WandbMode, default_mode, open_ledgers, start, unharmed
-from opsin.errors import ConfigError
+from opsin.callbacks.wandb.start import WandbMode, default_mode, has_agent, open_ledgers, start, unharmed
+from opsin.errors import ConfigError, log
 from opsin.figures.attention import attention_figure, position_names
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.heads import induction_strength
@@ -42,7 +42,8 @@ class WeightsAndBiases(Reader):
 
     Keys are those of ``metrics.csv``, ``METRIC/LAYER:HEAD`` for a head and ``METRIC/max`` for the
     strongest. Pictures are ``attention``, and those of other callbacks under their names. Every member of
-    several is a run of its own, with its own settings; those of a population are called ``CONDITION seed N`` and
+    several is a run of its own, with its own settings (but a sweep's agent has one run, which receives member 0 or the
+    summary of the population); those of a population are called ``CONDITION seed N`` and
     tagged with both, and a run of job type ``summary`` joins them when the population ends.
 
     Args:
@@ -79,15 +80,14 @@ class WeightsAndBiases(Reader):
     # ---- start ----------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        mode = self.mode or default_mode()
-        if mode == "disabled":
-            return
-        self._records_read: dict[str, int] = {}
+        self._runs, self._records_read = [], dict[str, int]()
         self._picture_times = log_spaced(trainer.max_steps, self.pictures) if self.pictures else set()
         self._picture_due = trainer.ckpt_path is None
         with unharmed():
-            self._runs = self._start(trainer, mode)
-            self._module.on_event(self._on_event)
+            mode = self.mode or default_mode()
+            if mode != "disabled":
+                self._runs = self._start(trainer, mode)
+                self._module.on_event(self._on_event)
 
     def _start(self, trainer: Trainer, mode: WandbMode) -> list[MemberRun]:
         """A run for each member, or none at all."""
@@ -103,7 +103,14 @@ class WeightsAndBiases(Reader):
         settings = [
             {"project": self.project, "id": ledger.id, **about} for ledger, about in zip(ledgers, members, strict=True)
         ]
-        started = zip(start(mode, files, settings), ledgers, strict=False)
+        if has_agent() and len(settings) > 1:
+            log.info("opsin: a sweep's agent has one run: it receives member 0; the others are in metrics.csv alone")
+            settings = settings[:1]
+        started = [*zip(start(mode, files, settings), ledgers, strict=False)]
+        for run, ledger in started:
+            # an agent's run is called as the agent says, and a resumed process needs the name
+            ledger.id = run.id
+            ledger.save()
         return [MemberRun(run, ledger, module.task.batch_size) for run, ledger in started]
 
     # ---- while it trains --------------------------------------------------------------------------
@@ -142,16 +149,16 @@ class WeightsAndBiases(Reader):
         for metric in history.names():
             series, read = history[metric], self._records_read.get(metric, 0)
             for step, values in zip(series.steps[read:], series.values[read:], strict=True):
-                for run, member_values in zip(self._runs, values, strict=True):
+                for run, member_values in zip(self._runs, values, strict=False):
                     run.add(step, scalars(metric, member_values))
             self._records_read[metric] = len(series.steps)
 
     def _draw(self, step: int, members: Iterable[int]) -> None:
         """Add the attention of some members, where the model has any, to a step that is not sent yet."""
         module = self._module
-        drawn = [m for m in members if m < PICTURED_MEMBERS and self._runs[m].lacks("attention", step)]
+        drawn = [m for m in self._pictured(members) if self._runs[m].lacks("attention", step)]
         sites = [site for site in pattern_sites(module.sites) if site in module.sites.sites]
-        if not (self.pictures and drawn and sites):
+        if not (drawn and sites):
             return
         seen = module.observe(module.probe, sites)
         patterns = torch.stack([seen[site].mean(1) for site in sites], 1).float().cpu()
@@ -161,12 +168,17 @@ class WeightsAndBiases(Reader):
                 picture = self._picture(patterns[member].numpy(), induction[member].numpy(), step)
                 self._runs[member].add(step, {"attention": picture})
 
+    def _pictured(self, members: Iterable[int]) -> list[int]:
+        """Those of some members that have a run and are drawn."""
+        count = min(PICTURED_MEMBERS, len(self._runs)) if self.pictures else 0
+        return [member for member in members if member < count]
+
     def _show(self, step: int, members: Iterable[int]) -> None:
         """Add the newest pictures that other callbacks have of some members to a step that is not sent yet."""
         from wandb import Image
 
         pictured = [callback for callback in callbacks_of(self._module.trainer) if isinstance(callback, Pictured)]
-        drawn = [m for m in members if m < PICTURED_MEMBERS and self.pictures]
+        drawn = self._pictured(members)
         for callback, member in product(pictured, drawn):
             run = self._runs[member]
             picture = callback.picture(member) if run.lacks(callback.name, step) else None
@@ -183,7 +195,7 @@ class WeightsAndBiases(Reader):
         return Image(as_image(figure), caption=title)
 
     def _on_event(self, event: Event) -> None:
-        if self._runs and event.kind == PHASE_CHANGE:
+        if event.member < len(self._runs) and event.kind == PHASE_CHANGE:
             self._draw(self._module.steps_done, [event.member])
             self._show(self._module.steps_done, [event.member])
             self._runs[event.member].alert(event)

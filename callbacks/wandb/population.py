@@ -36,9 +36,11 @@ def send_population(folder: Path, summary: SummaryTables) -> None:
     recipe = read_recipe(folder / CONFIG_FILE)
     settings = callback_settings(recipe)
     callback = None if settings is None else WeightsAndBiases(**settings)
-    mode = "disabled" if callback is None else callback.mode or default_mode()
-    if callback is not None and mode != "disabled":
-        with unharmed(unharmed_part="the population is whole"):
+    if callback is None:
+        return
+    with unharmed(unharmed_part="the population is whole"):
+        mode = callback.mode or default_mode()
+        if mode != "disabled":
             _send(folder.absolute(), summary, callback, mode, recipe)
 
 
@@ -61,6 +63,8 @@ def _send(
     }
     for run in start(mode, files, [about]):
         ledger.logged_until += 1
+        # a sweep's agent has chosen the name of its run
+        ledger.id = run.id
         ledger.save()
         run.log(pictures(folder) | tables(summary), step=ledger.logged_until)
         run.summary.update(numbers(summary))

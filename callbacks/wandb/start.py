@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 WandbMode = Literal["online", "offline", "disabled"]
 
 MODES: dict[str, WandbMode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+RUN_ID_VARIABLE = "WANDB_RUN_ID"
+LONGEST_LINE = 200
+"""Characters of an error of W&B that a message shows; some list every setting that could have been."""
+
 UPSTREAM_HOST = "api.wandb.ai"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 300
@@ -90,7 +94,7 @@ class Ledger:
         return cls(path, **json.loads(path.read_text()))
 
     @classmethod
-    def open(cls, path: Path, fingerprint: str, from_checkpoint: bool) -> Ledger:
+    def open(cls, path: Path, fingerprint: str, from_checkpoint: bool, wanted_id: str | None = None) -> Ledger:
         """Continue what a file holds if it is the ledger of this run, else begin anew.
 
         It is if the run starts from a checkpoint, or if a run with an equal configuration was killed before its first
@@ -100,12 +104,13 @@ class Ledger:
             path: file that keeps the ledger.
             fingerprint: hash of the configuration.
             from_checkpoint: whether the run starts from a checkpoint.
+            wanted_id: name that a run which begins anew is given; a random one when None.
         """
         if path.exists():
             old = cls.read(path)
             if from_checkpoint or (old.fingerprint == fingerprint and not old.finished):
                 return cls(path, old.id, fingerprint, old.logged_until, old.told)
-        return cls(path, secrets.token_hex(4), fingerprint)
+        return cls(path, wanted_id or secrets.token_hex(4), fingerprint)
 
     def save(self) -> None:
         """Write the file."""
@@ -124,13 +129,30 @@ def open_ledgers(
         fingerprints: hash of every run's configuration.
         from_checkpoint: whether the runs start from a checkpoint.
     """
-    ledgers = [Ledger.open(*entry, from_checkpoint) for entry in zip(paths, fingerprints, strict=True)]
+    ids = wanted_ids(len(paths))
+    ledgers = [
+        Ledger.open(path, fingerprint, from_checkpoint, wanted)
+        for path, fingerprint, wanted in zip(paths, fingerprints, ids, strict=True)
+    ]
     # what a killed process handed over last may not have reached its file
     written = written_until(files, [ledger.id for ledger in ledgers if ledger.logged_until >= 0])
     for ledger in ledgers:
         ledger.logged_until = min(ledger.logged_until, written.get(ledger.id, ledger.logged_until))
         ledger.save()
     return ledgers
+
+
+def wanted_ids(count: int) -> list[str | None]:
+    """Names that ``WANDB_RUN_ID`` gives to runs which start together: itself, and ``ID-SLOT`` of several."""
+    wanted = os.environ.get(RUN_ID_VARIABLE)
+    if not wanted:
+        return [None] * count
+    return [wanted] if count == 1 else [f"{wanted}-{slot}" for slot in range(count)]
+
+
+def has_agent() -> bool:
+    """Whether this process is the trial of a sweep, whose agent has chosen the id of its run."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
@@ -148,7 +170,8 @@ def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
         return {}
     for _, path in paths:
         _wait_until_settled(path)
-    command = [sys.executable, "-c", READ_SUMMARIES, *(str(path) for _, path in paths)]
+    # -P: a file of the working folder is not taken for one of Python's
+    command = [sys.executable, "-P", "-c", READ_SUMMARIES, *(str(path) for _, path in paths)]
     read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     texts = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
     unread = {run_id for run_id, text in texts if not text}
@@ -172,7 +195,7 @@ def _wait_until_settled(path: Path) -> None:
 def default_mode() -> WandbMode:
     """What ``WANDB_MODE`` says; without it, online where an API key is configured."""
     wanted = os.environ.get("WANDB_MODE", "")
-    if wanted == "disabled":
+    if wanted == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled"
     return MODES.get(wanted) or ("online" if has_key() else "offline")
 
@@ -261,5 +284,6 @@ def unharmed(give_up: Callable[[], None] = lambda: None, unharmed_part: str = "t
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What went wrong, without line breaks, and no longer than a line is read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."

@@ -7,9 +7,12 @@ and callbacks in ``opsin.callbacks``. Deeper paths may move from one version to 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# not from typing: `python -m opsin` comes by here while the working folder, which may hold a typing.py, is searched
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from opsin.callbacks.readers.base import ProbeReader, Reader
     from opsin.callbacks.writers.base import ActivationWriter
     from opsin.errors import ConfigError
@@ -71,10 +74,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from opsin.records.version import installed_version
+
+        return installed_version()
     if name not in LAZY_NAMES:
         raise AttributeError(f"module 'opsin' has no attribute {name!r}")
     return getattr(importlib.import_module(LAZY_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

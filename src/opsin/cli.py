@@ -24,6 +24,7 @@ from opsin.launch.recipe import OpsinCLI
 from opsin.launch.resume import CONTINUE, fit_or_continue, resume_run
 from opsin.launch.signals import PROCESS_SIGNALS, exit_code
 from opsin.launch.workers import end_with_parent
+from opsin.records.version import installed_version
 from opsin.reports.sites import sites_report
 from opsin.training.module import callbacks_of
 
@@ -39,6 +40,7 @@ USAGE = """usage: opsin VERB ...
   opsin sites --config RECIPE.yaml
                              every site, its shape, what may be done to it, and the recipe's plan
   opsin fit --help           all settings
+  opsin --version            the version that is installed
 
   HUP, INT, TERM, USR1 and USR2 end a run before its next step: it is saved, and the exit code is 128 + the signal.
 """
@@ -86,6 +88,9 @@ def _run(argv: Sequence[str] | None) -> int:
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if verb in HELP or (verb in ("resume", "fork") and HELP & {*rest}):
         print(USAGE, end="")
+        return 0
+    if verb == "--version":
+        print(f"opsin {installed_version()}")
         return 0
     hide_advice()
     forget_other_processes()

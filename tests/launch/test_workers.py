@@ -17,7 +17,7 @@ time.sleep(60)
 
 def test_a_worker_has_one_thread_and_ends_with_the_process_that_started_it(tmp_path, monkeypatch):
     (tmp_path / "waiting.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     worker = start_worker("waiting", ["argument"], output=subprocess.PIPE)
     # the variable is not handed on: processes that a worker starts are not workers
     assert worker.stdout.readline().split() == [b"argument", b"1", b"False"]

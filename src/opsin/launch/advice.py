@@ -19,4 +19,6 @@ def hide_advice() -> None:
     # of a machine where SLURM is installed; a run is one process, with or without it
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # whoever asks for a profiler wants its report
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     log.setLevel(logging.INFO)

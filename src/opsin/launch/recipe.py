@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
@@ -18,7 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.callbacks import KeepRun, Progress
 from opsin.callbacks.readers.base import Reader
-from opsin.errors import ConfigError, config_error_behind
+from opsin.errors import ConfigError, config_error_behind, log
 from opsin.interventions.plan import Plan
 from opsin.launch.cluster import one_process
 from opsin.launch.recipe_parser import RecipeParser, check_recipe, recipe_files, use_recipe_yaml
@@ -28,6 +30,7 @@ from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
+from opsin.training.trainer_settings import check_recipe_settings, check_trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -77,6 +80,16 @@ class OpsinCLI(LightningCLI):
             # raised by the Trainer, or by a callback that is not Opsin's
             raise config_error_behind(error) or MisconfigurationException(str(error)) from error
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of ``model`` and ``trainer``; of those that are a number or a share, 1 is a number."""
+        super().add_core_arguments_to_parser(parser)
+        actions: list[Any] = parser._actions
+        for action in actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                # Python holds unions of the same types in any order for one, and remembers the first that it saw
+                action._typehint = functools.reduce(operator.or_, sorted(kinds, key=lambda kind: kind is not int))
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that a recipe has beside ``model`` and ``trainer``."""
         parser.add_subclass_arguments(Task, "task", help="what is learned", required=True)
@@ -98,10 +111,28 @@ class OpsinCLI(LightningCLI):
             check_recipe(path, parser)
         self.config = parser.parse_args(args)
         RecipePaths(self.files).fix(self.config)
+        self._refuse_global_seed()
+
+    def _refuse_global_seed(self) -> None:
+        """Refuse Lightning's seed, which seeds nothing here; a run of before that had one goes on."""
+        seed = self.config.seed_everything
+        if seed is False or seed is None:
+            return
+        expected = f"none; model.seed, {self.config.model.seed} here, seeds initialisation and data"
+        if not self._is_in_run_folder():
+            raise ConfigError("seed_everything", seed, expected)
+        log.info(f"opsin: seed_everything: {seed} changes nothing; expected {expected}")
+        self.config.seed_everything = False
+
+    def _is_in_run_folder(self) -> bool:
+        """Whether the recipe is one that lies in the run folder, which has been made before."""
+        paths, folder = self.config.config or [], self.config.run_folder
+        return folder is not None and any(Path(str(path)).resolve().parent == Path(folder).resolve() for path in paths)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a progress bar unless it is switched off, and with the keeper of the run folder."""
         settings = self.config_init.get("trainer")
+        check_recipe_settings(settings)
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -118,7 +149,12 @@ class OpsinCLI(LightningCLI):
                 callback.CHECKPOINT_NAME_LAST = LAST_OF_LIGHTNING
         if settings.enable_checkpointing is None and not any(isinstance(c, Checkpoint) for c in callbacks):
             settings.enable_checkpointing = False
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ImportError, TypeError, RuntimeError) as error:
+            raise MisconfigurationException(str(error)) from error
+        check_trainer(trainer)
+        return trainer
 
     def _folder(self) -> Path:
         recipe = Path(str(self.config.config[0])).stem if self.config.config else "run"

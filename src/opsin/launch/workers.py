@@ -23,6 +23,9 @@ from opsin.records.schema import LOG_FILE
 END_WITH_STDIN = "OPSIN_END_WITH_STDIN"
 """Environment variable that makes a process end when the one that holds its standard input does."""
 
+AGENT_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+"""Environment variables by which W&B gives a process its run: that of a population, and not of every chunk."""
+
 POLL_SECONDS = 0.2
 
 SAVING_SECONDS = 120.0
@@ -50,8 +53,14 @@ def start_worker(
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=errors,
-        env={**os.environ, END_WITH_STDIN: "1", "OMP_NUM_THREADS": "1"},
+        env=worker_environment(),
     )
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of a worker: one thread, its modules not from the working folder, and no run of a sweep's agent."""
+    shared = {name: value for name, value in os.environ.items() if name not in AGENT_VARIABLES}
+    return {**shared, END_WITH_STDIN: "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
 def end_with_parent() -> None:

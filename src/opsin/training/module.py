@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -40,8 +41,9 @@ from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
 from opsin.training.batch_counts import as_before_batch, validation_follows
-from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, has_compiler
+from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
+from opsin.training.monitors import ValidationTimes, monitored_numbers, show_to_monitors
 from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
@@ -49,7 +51,11 @@ from opsin.training.probe import ForwardPasses
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepGates
+from opsin.training.trainer_settings import check_trainer
 from opsin.training.weight_updates import drawn_values
+
+LONGEST_UNTRAINED = 1_000_000
+"""Optimizer steps in which a schedule must act at least once where the Trainer trains none."""
 
 
 class OpsinModule(pl.LightningModule):
@@ -118,6 +124,8 @@ class OpsinModule(pl.LightningModule):
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self._saved_gates: dict[str, Any] | None = None
+        self._steps_before = 0
+        self._monitored: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
@@ -146,8 +154,13 @@ class OpsinModule(pl.LightningModule):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps finished; equals the Trainer's ``global_step``."""
-        return self.trainer.global_step
+        """Optimizer steps finished; equals the Trainer's ``global_step``, but for one that does not train."""
+        done = self.trainer.global_step
+        return done if self._is_fitting else max(done, self._steps_before)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
 
     def listen(self, every: int, notify: Callable[[Observation], None], sites: Sequence[str] = ()) -> None:
         """Call ``notify`` after every ``every`` optimizer steps, before the first and after the last.
@@ -171,6 +184,7 @@ class OpsinModule(pl.LightningModule):
         """
         for metric, values in metrics.items():
             self.history.record(metric, step, values)
+        show_to_monitors(self.trainer, self._monitored, metrics)
         if self.trainer.loggers:
             numbers = {**_logged(metrics), "sequences": step * self.task.batch_size}
             for logger in self.trainer.loggers:
@@ -216,25 +230,40 @@ class OpsinModule(pl.LightningModule):
 
     # ---- set-up -------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; this is the first hook of a run, before Lightning joins processes, so settings are refused here."""
+        if self._is_fitting:
+            check_trainer(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
+        # a run is one process; in a cluster's job Lightning's loggers would write in the first task alone
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        if stage == "validate":
+            self._set_up_validation()
         if stage != "fit":
             return
         trainer = self.trainer
         if trainer.max_steps < 1:
             raise ConfigError("trainer.max_steps", trainer.max_steps, "the number of optimizer steps")
-        if self.compile_setting is True and not has_compiler():
-            raise ConfigError("model.compile", True, "a C++ compiler (g++ or clang++) on the path, or false")
+        if self.compile_setting is True and (problem := compiler_problem()):
+            raise ConfigError("model.compile", True, f"false, or a C++ compiler on the path that works ({problem})")
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._listeners, self._event_handlers, self._saved_gates = [], [], None
         self._batch_handlers, self._end_requests, self._results, self._end_wanted = [], [], [], False
+        self._drop_passes()
         if trainer.global_step == 0:
             self._forget_earlier_run()
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
+        recorded = recorded_metrics(callbacks_of(trainer), self.sites, self.task, bool(trainer.limit_val_batches))
         if self.plan.feedback:
-            validates = bool(trainer.limit_val_batches)
-            self.plan.check_feedback(recorded_metrics(callbacks_of(trainer), self.sites, self.task, validates))
+            self.plan.check_feedback(recorded)
+        times = ValidationTimes(trainer, self.task, self.steps_per_batch)
+        times.check()
+        own_hooks = type(self) is not OpsinModule
+        self._monitored = monitored_numbers(callbacks_of(trainer), recorded, times, own_hooks)
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
 
@@ -244,6 +273,19 @@ class OpsinModule(pl.LightningModule):
             log.warning("opsin: the module was trained before; the run begins from its weights as they are")
         self.history, self.events = History(self.task.batch_size), []
         self.summary.clear()
+
+    def _set_up_validation(self) -> None:
+        """Plan what the Trainer's writers do; what a run before this has counted stays where they are its own."""
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else LONGEST_UNTRAINED
+        plan = self.plan_for(callbacks_of(self.trainer), steps)
+        if getattr(self, "plan", None) is None or plan.digest() != self.plan.digest():
+            self.plan = plan
+            self._drop_passes()
+
+    def _drop_passes(self) -> None:
+        """Let the next start build its forward passes anew."""
+        for name in ("constants", "gates", "forward_passes"):
+            self.__dict__.pop(name, None)
 
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
@@ -274,6 +316,15 @@ class OpsinModule(pl.LightningModule):
         return _numbers(len(self.task.evaluations))
 
     def on_fit_start(self) -> None:
+        self._build_passes()
+        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
+        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        self._active_members = ActiveMembers(run_step, self.n_members)
+        # a graph for fewer members must repay its making, as the first must
+        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
+
+    def _build_passes(self) -> None:
+        """Build what forward passes need, in the type and on the device that the parameters have now."""
         dtype = next(self.members.parameters()).dtype
         table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
         drawn = drawn_values(self.plan.changes, self.transformer, self.task, self.seeds)
@@ -292,15 +343,17 @@ class OpsinModule(pl.LightningModule):
             self.parameters_by_name,
             lambda: self.steps_done,
         )
-        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
-        run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
-        self._active_members = ActiveMembers(run_step, self.n_members)
-        # a graph for fewer members must repay its making, as the first must
-        self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
 
     # ---- training -----------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        # a resumed run shows what it recorded last before it was killed
+        last = {
+            metric: self.history[metric].values[-1] for metric, _ in self._monitored.values() if metric in self.history
+        }
+        show_to_monitors(
+            self.trainer, self._monitored, {name: torch.from_numpy(values) for name, values in last.items()}
+        )
         if self.steps_done == 0:
             self._notify(0, self._listeners)
 
@@ -362,6 +415,10 @@ class OpsinModule(pl.LightningModule):
                 self._active_members.write_back()
                 with as_before_batch(self.trainer):
                     end()
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._steps_before = self.trainer.global_step
 
     def on_fit_end(self) -> None:
         # once its callbacks have written what there is
@@ -426,19 +483,33 @@ class OpsinModule(pl.LightningModule):
         """The sequences of one of the task's evaluation sets, those that validation sees."""
         return self.forward_passes.evaluation_set(name, self.evaluation_size)
 
+    def on_validation_start(self) -> None:
+        if self._is_fitting:
+            return
+        built = getattr(self, "constants", None)
+        if built is None or (built.table.device, built.table.dtype) != (self.device, self.dtype):
+            if self.plan.supplies and self._saved_gates is None:
+                expected = "ckpt_path of a run with these writers: they take over what the run has computed"
+                raise ConfigError("Trainer.validate", ", ".join(row.name for row in self.plan.rows), expected)
+            with torch.inference_mode(False):
+                self._build_passes()
+
     def validation_step(self, batch: int, batch_idx: int) -> None:
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
         metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
         for metric, values in metrics.items():
-            self.log(metric, values.mean(), logger=False, batch_size=1)
-        if not self.trainer.sanity_checking:
+            self.log(metric, values.mean(), logger=not self._is_fitting, batch_size=1)
+        if self._is_fitting and not self.trainer.sanity_checking:
             self.record(self.steps_done, metrics)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a callback may save before the run begins
+        if "gates" not in self.__dict__:
+            self._build_passes()
         checkpoint["opsin"] = {
             "history": self.history.state_dict(),
             "events": [vars(event) for event in self.events],
@@ -452,14 +523,17 @@ class OpsinModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["opsin"]
-        if self.trainer.state.fn == TrainerFn.FITTING and saved["plan"] != self.plan.digest():
+        self._steps_before = checkpoint["global_step"]
+        if self._is_fitting and saved["plan"] != self.plan.digest():
             raise ConfigError(
                 "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
             )
         self.history.load_state_dict(saved["history"])
         self.events = [Event(**event) for event in saved["events"]]
-        self._saved_gates = saved["control"]
+        # whoever validates may do so under other interventions
+        self._saved_gates = saved["control"] if saved["plan"] == self.plan.digest() else None
         self._results = [*saved["batch"].to(self.device)] if "batch" in saved else []
+        self._drop_passes()
 
 
 def _numbers(count: int) -> DataLoader:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from opsin.errors import ConfigError
+from opsin.records.schema import TRAIN_LOSS
 from opsin.training.adam import AdamState, Hyper
 
 
@@ -104,12 +105,16 @@ def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[fl
         betas: decay of the two running moments that the step was built with.
 
     Raises:
-        ConfigError: it follows one loss, or cycles the betas.
+        ConfigError: it follows one loss or another metric, or cycles the betas.
     """
     members = optimizer.parameters[0].shape[0]
     if isinstance(scheduler, ReduceLROnPlateau) and members > 1:
         expected = f"a schedule that follows no loss: {members} members share it"
         raise ConfigError("model.lr_scheduler", "ReduceLROnPlateau", expected)
+    monitor = getattr(scheduler, "monitor", TRAIN_LOSS)
+    if monitor != TRAIN_LOSS:
+        expected = f"{TRAIN_LOSS!r}: the rate follows the mean training loss of every Lightning batch"
+        raise ConfigError("model.lr_scheduler.monitor", monitor, expected)
     if tuple(optimizer.param_groups[0]["betas"]) != tuple(betas):
         name = type(scheduler).__name__
         raise ConfigError("model.lr_scheduler", name, "one that leaves the betas alone: cycle_momentum: false")
