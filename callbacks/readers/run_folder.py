@@ -198,8 +198,8 @@ class KeepRun(Reader):
         self._seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:
-        assert self._started is not None
-        return self._seconds_before + time.monotonic() - self._started
+        # a callback may save before the run begins
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _write(self) -> None:
         self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)

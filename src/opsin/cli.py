@@ -110,7 +110,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return 1
     except Exception as error:
         found = config_error_behind(error)
-        if found is None and not isinstance(error, MisconfigurationException):
+        # a callback, logger or profiler of Lightning may need a package that is not installed
+        if found is None and not isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
             raise
         print(f"opsin: {found or ' '.join(str(error).split())}", file=sys.stderr)
         return 2

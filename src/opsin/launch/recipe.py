@@ -152,7 +152,7 @@ class OpsinCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ImportError, TypeError, RuntimeError) as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"trainer: {error}") from error
         check_trainer(trainer)
         return trainer
 
