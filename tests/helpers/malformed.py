@@ -18,7 +18,16 @@ from tests.helpers.paths import RECIPES, ROOT
 
 FOLDER = ROOT / "tests" / "data" / "malformed"
 
-SHIPPED = ("induction", "confidence", "neurons", "closed_loop", "subspace", "critical_period", "single_heads", "progress")
+SHIPPED = (
+    "induction",
+    "confidence",
+    "neurons",
+    "closed_loop",
+    "subspace",
+    "critical_period",
+    "single_heads",
+    "progress",
+)
 """Recipes that have between them every section and most classes; the others differ from them in few settings."""
 
 UNBOUNDED = ("above", "below", "full", "order")
@@ -81,7 +90,9 @@ Place = tuple[str | int, ...]
 
 def places(settings: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     """Every value below a recipe with the way to it."""
-    entries = settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    entries = (
+        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    )
     for key, value in entries:
         yield (*path, key), value
         yield from places(value, (*path, key))
@@ -123,7 +134,11 @@ def different_settings() -> Iterator[tuple[str, Any, Place, Any, str]]:
     for name, recipe in shipped().items():
         for path, value in places(recipe):
             owner, last = owner_of(recipe, path), path[-1]
-            if not isinstance(last, str) or last in ("class_path", "init_args") or path[0] == "trainer" and len(path) == 2:
+            if (
+                not isinstance(last, str)
+                or last in ("class_path", "init_args")
+                or (path[0] == "trainer" and len(path) == 2)
+            ):
                 continue
             # names of conditions and measures are free
             if path[-2:-1] in (("conditions",), ("by_seed",), ("measures",)) or (owner, last) in seen:
@@ -138,7 +153,9 @@ def of_settings() -> Iterator[Malformed]:
         last = str(path[-1])
         wrong = {"a mapping": 1} if isinstance(value, str) else "many"
         yield Malformed(f"type-{label}.yaml", dumped(replaced(recipe, path, wrong)).encode(), last)
-        yield Malformed(f"unknown-{label}.yaml", dumped(renamed(recipe, path, last[:-1] + "_")).encode(), last[:-1] + "_")
+        yield Malformed(
+            f"unknown-{label}.yaml", dumped(renamed(recipe, path, last[:-1] + "_")).encode(), last[:-1] + "_"
+        )
         if isinstance(value, int | float) and not isinstance(value, bool):
             if last not in NULLABLE:
                 yield Malformed(f"null-{label}.yaml", dumped(replaced(recipe, path, None)).encode(), last)

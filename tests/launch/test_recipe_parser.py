@@ -6,11 +6,14 @@ import pytest
 import yaml
 
 from opsin.records.recipe_text import dump_recipe
-from tests.helpers.populations import recipe, writer
+from tests.launch.test_fork import recipe, writer
 
 LINE = {
     "a setting of the task": (["--task.init_args.batchsize", "4"], ["FewShot", "batchsize", "nearest: batch_size"]),
-    "a setting of the model": (["--model.learning_rat", "1"], ["--model.learning_rat", "nearest: --model.learning_rate"]),
+    "a setting of the model": (
+        ["--model.learning_rat", "1"],
+        ["--model.learning_rat", "nearest: --model.learning_rate"],
+    ),
     "a setting of a callback": (
         ["--trainer.callbacks+=opsin.callbacks.Ablate", "--trainer.callbacks.head=[0:1]"],
         ["Ablate", "head", "nearest: heads"],
