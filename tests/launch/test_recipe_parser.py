@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from opsin.records.recipe_text import dump_recipe
-from tests.helpers.populations import recipe, writer
+from tests.launch.test_fork import recipe, writer
 
 LINE = {
     "a setting of the task": (["--task.init_args.batchsize", "4"], ["FewShot", "batchsize", "nearest: batch_size"]),

@@ -106,6 +106,7 @@ class OpsinCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, without a warning where the process has arguments of its own."""
+        assert isinstance(parser, RecipeParser)
         self.files = recipe_files(args)
         for path in self.files:
             check_recipe(path, parser)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers, set_dumper
+from jsonargparse import Namespace, _loaders_dumpers, set_dumper
 from jsonargparse._common import lenient_check
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -118,6 +118,32 @@ class RecipeParser(LightningArgumentParser):
                 error = self._out_of_range(action, namespace[action.dest])
                 if error is not None:
                     self.error(str(error), error)
+
+    def parse_object(self, obj: Namespace | dict[str, Any], *args: Any, **settings: Any) -> Namespace:
+        """Parse settings of a class, none of which may be unknown, even where nothing stands in it."""
+        if (error := self.unknown_setting(obj)) is not None:
+            self.error(str(error), error)
+        return super().parse_object(obj, *args, **settings)
+
+    def unknown_setting(self, settings: Namespace | Mapping[str, Any], path: str = "") -> ConfigError | None:
+        """What is wrong with the names of settings; None where all are known.
+
+        Args:
+            settings: plain or parsed settings.
+            path: names of what they stand in, each with a dot behind it.
+        """
+        entries = vars(settings) if isinstance(settings, Namespace) else settings
+        dests = [action.dest for action in self._actions]
+        for name, value in entries.items():
+            dest = f"{path}{name}"
+            if dest in dests or str(name).startswith("__"):
+                continue
+            if not any(known.startswith(f"{dest}.") for known in dests):
+                return ConfigError(self.named(path[:-1]).strip(".") or "recipe", name, self._known(dest))
+            inside = value if isinstance(value, Namespace | dict) and "class_path" not in value else {}
+            if (error := self.unknown_setting(inside, f"{dest}.")) is not None:
+                return error
+        return None
 
     def named(self, key: str) -> str:
         """A setting as messages name it.
@@ -333,7 +359,7 @@ def recipe_files(args: Sequence[str]) -> list[Path]:
     return [Path(value) for value in values if not value.lstrip().startswith("{") and "\n" not in value]
 
 
-def check_recipe(path: Path, parser: ArgumentParser) -> None:
+def check_recipe(path: Path, parser: RecipeParser) -> None:
     """Refuse a file that is no recipe, before its settings are compared with what classes take.
 
     Args:
@@ -357,3 +383,5 @@ def check_recipe(path: Path, parser: ArgumentParser) -> None:
             if not isinstance(setting, str):
                 raise ConfigError(name, setting, "the name of a setting")
     check_structure(settings, "")
+    if (error := parser.unknown_setting(settings)) is not None:
+        raise error
