@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -91,7 +92,7 @@ class KeepRun(Reader):
         if self._started is not None:
             return
         start, content = trainer.ckpt_path, content_of(self.folder)
-        inside = start is not None and Path(start).resolve().is_relative_to(self.folder.resolve())
+        inside = start is not None and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(self.folder))
         continued = self.goes_on or (self._wrote and trainer.global_step > 0)
         if content != FolderContent.NEW and not (inside or continued):
             expected = f"a new folder: this one has {content.value}"

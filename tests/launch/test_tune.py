@@ -46,12 +46,12 @@ def test_a_wider_longer_or_deeper_model_takes_more_memory():
 def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
     model = OpsinModule(few_shot(), Transformer(width=16, heads=2))
     one = tune.member_bytes(model.transformer, model.task)
-    monkeypatch.setattr(tune, "memory", lambda: 2 * 3 * 5 * one)
+    monkeypatch.setattr(tune, "available_bytes", lambda: 2 * 3 * 5 * one)
     assert tune.members_that_fit(model, 3) == 5
     assert tune.default_chunking({}, 5).members_per_process == 5
     assert tune.default_chunking({}, 10**6).members_per_process == tune.LARGEST_CHUNK
     assert tune.default_chunking({"members_per_process": 40}, 5).members_per_process == 40
-    monkeypatch.setattr(tune, "memory", lambda: 0)
+    monkeypatch.setattr(tune, "available_bytes", lambda: 0)
     assert tune.members_that_fit(model, 3) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def check_free(folder: Path, start: str | None) -> None:
         ConfigError: says what the folder has, and what can be done with it.
     """
     content = content_of(folder)
-    inside = start is not None and Path(start).resolve().is_relative_to(folder.resolve())
+    inside = start is not None and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(folder))
     if content == FolderContent.NEW or (content == FolderContent.RUN and inside):
         return
     ways = {

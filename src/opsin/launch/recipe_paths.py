@@ -32,7 +32,7 @@ class RecipePaths:
             path: path as the user wrote it, from the working folder or from that of a recipe.
         """
         written = os.path.expanduser(path)
-        found = next((str(each) for folder in self.folders if (each := folder / written).exists()), written)
+        found = next((str(near) for folder in self.folders if (near := folder / written).exists()), written)
         found = written if os.path.exists(written) else found
         return os.path.abspath(found) if self.absolute and os.path.exists(found) else found
 

@@ -241,7 +241,7 @@ class Sent:
     """A W&B run that keeps what it is sent."""
 
     def __init__(self, about) -> None:
-        self.rows, self.summary = [], {}
+        self.id, self.rows, self.summary = about["id"], [], {}
 
     def define_metric(self, *_, **__):
         pass

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -72,6 +73,13 @@ def fit(folder, *callbacks, steps=120, seed=0, ckpt_path=None):
     )
     trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
     return module
+
+
+def forget_run(folder):
+    """Remove what a run has left in a folder, its W&B files apart."""
+    shutil.rmtree(folder / "checkpoints")
+    for name in ("config.yaml", "metrics.csv", "summary.json", "summary.md"):
+        (folder / name).unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +244,7 @@ def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
 
 def test_a_new_run_in_the_folder_of_a_finished_one_has_an_id_of_its_own(finished, tmp_path):
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
+    forget_run(tmp_path)
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
     first, second = offline_runs(tmp_path)
     assert run_id(first) != run_id(second)
