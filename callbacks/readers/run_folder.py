@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,6 +19,7 @@ from opsin.figures.style import save_figure
 from opsin.records.claim import Claim, claim_unless_held
 from opsin.records.folder import FolderContent, RunFolder, content_of, write_atomically
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
+from opsin.records.user_files import real_path
 from opsin.training.module import callbacks_of
 
 
@@ -92,7 +92,7 @@ class KeepRun(Reader):
         if self._started is not None:
             return
         start, content = trainer.ckpt_path, content_of(self.folder)
-        inside = start is not None and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(self.folder))
+        inside = start is not None and real_path(start).is_relative_to(real_path(self.folder))
         continued = self.goes_on or (self._wrote and trainer.global_step > 0)
         if content != FolderContent.NEW and not (inside or continued):
             expected = f"a new folder: this one has {content.value}"

@@ -400,3 +400,29 @@ def test_the_checkpoint_of_another_model_is_refused_by_its_first_tensor(checkpoi
     check_fits(tmp_path / "last.ckpt", OpsinModule(few_shot(), SMALL))
     with pytest.raises(ConfigError, match=r"blocks\.2\.attn\.W_O of shape \(1, 8, 8\) as in this model; it has None"):
         check_fits(tmp_path / "last.ckpt", OpsinModule(few_shot(), Transformer(3, 8, 2)))
+
+
+@pytest.mark.parametrize("name", ["circle", "pipe", "device", "missing"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["resume", "other"],
+        ["fork", "other", "--at", "5"],
+        ["fork", "run", "--at", "5", "--config", "other"],
+        ["fit", "--config", "other"],
+        ["fit", "--config", "tiny.yaml", "--run_folder", "other"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_file_or_folder_is_refused_in_one_line_by_every_verb(name, verb, tmp_path, opsin):
+    if name == "missing" and verb[-2] == "--run_folder":
+        pytest.skip("a run folder that is missing is made")
+    put(name, tmp_path / "other")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(RECIPE.replace("steps_per_batch", "seed: 0, steps_per_batch"))
+    before = sorted(os.listdir(tmp_path))
+    ended = opsin(*verb)
+    assert ended.code == 2 and ended.err.startswith("opsin: ") and ended.err.count("\n") == 1, ended
+    assert "other" in ended.err
+    assert sorted(os.listdir(tmp_path)) == before

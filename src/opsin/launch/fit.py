@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from opsin.launch.signals import PROCESS_SIGNALS, ended_by
 from opsin.records.claim import claimed
 from opsin.records.folder import FolderContent, content_of, load_saved
 from opsin.records.schema import CONFIG_FILE
+from opsin.records.user_files import real_path
 from opsin.reports.run import final_report
 from opsin.training.module import OpsinModule
 
@@ -94,7 +94,7 @@ def check_free(folder: Path, start: str | None) -> None:
         ConfigError: says what the folder has, and what can be done with it.
     """
     content = content_of(folder)
-    inside = start is not None and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(folder))
+    inside = start is not None and real_path(start).is_relative_to(real_path(folder))
     if content == FolderContent.NEW or (content == FolderContent.RUN and inside):
         return
     ways = {

@@ -28,6 +28,7 @@ from opsin.launch.recipe_paths import RecipePaths
 from opsin.population.settings import Population
 from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
+from opsin.records.user_files import real_path
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
 from opsin.training.trainer_settings import check_recipe_settings, check_trainer
@@ -128,7 +129,7 @@ class OpsinCLI(LightningCLI):
     def _is_in_run_folder(self) -> bool:
         """Whether the recipe is one that lies in the run folder, which has been made before."""
         paths, folder = self.config.config or [], self.config.run_folder
-        return folder is not None and any(Path(str(path)).resolve().parent == Path(folder).resolve() for path in paths)
+        return folder is not None and any(real_path(str(path)).parent == real_path(folder) for path in paths)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a progress bar unless it is switched off, and with the keeper of the run folder."""
@@ -162,7 +163,7 @@ class OpsinCLI(LightningCLI):
         # the process tells apart the runs of a sweep that start in one second
         unnamed = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder = Path(self.config.run_folder or unnamed)
-        if folder.exists() and not folder.is_dir():
+        if os.path.lexists(folder) and not folder.is_dir():
             raise ConfigError("run_folder", str(folder), "a folder")
         return folder
 

@@ -20,7 +20,7 @@ from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.records.folder import load_saved, write_yaml
 from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
-from opsin.records.user_files import UNREADABLE, reason
+from opsin.records.user_files import UNREADABLE, real_path, reason
 from opsin.training.module import callbacks_of
 
 # ---- the run ----------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def find_trunk(folder: Path, member: int | None) -> Trunk:
     Raises:
         ConfigError: no run, or no such member.
     """
-    run, name = folder, folder.resolve().name
+    run, name = folder, real_path(folder).name
     if is_population(folder):
         rows = read_document(folder)["members"]
         _check_member(member, len(rows))

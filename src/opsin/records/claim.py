@@ -23,6 +23,7 @@ from typing import Any
 
 from opsin.errors import ConfigError, log
 from opsin.records.schema import CHUNKS_FOLDER, CLAIM_FILE
+from opsin.records.user_files import real_path
 
 PATIENCE_SECONDS = 2.0
 """How long a folder must stay claimed before this process gives up."""
@@ -55,7 +56,7 @@ class Claim:
             patience = CHUNK_PATIENCE_SECONDS if self.folder.parent.name == CHUNKS_FOLDER else PATIENCE_SECONDS
         self._made = _make(self.folder)
         self._descriptor = self._locked(time.monotonic() + patience)
-        _held[self.folder.resolve()] = self
+        _held[real_path(self.folder)] = self
         content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.truncate(self._descriptor, 0)
         os.pwrite(self._descriptor, (json.dumps(content) + "\n").encode(), 0)
@@ -85,7 +86,7 @@ class Claim:
         """
         self._forget()
         self.folder, self._made = folder.absolute(), []
-        _held[self.folder.resolve()] = self
+        _held[real_path(self.folder)] = self
 
     def release(self) -> None:
         """Let others have the folder; one that this claim made and that is empty is removed."""
@@ -111,7 +112,7 @@ class Claim:
 
 def claim_unless_held(folder: Path) -> Claim | None:
     """A claim on a folder; None where this process has one already."""
-    return None if folder.absolute().resolve() in _held else Claim(folder)
+    return None if real_path(folder) in _held else Claim(folder)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from opsin.errors import ConfigError, shortened
+from opsin.records.user_files import check_regular
 
 LARGEST_FILE = 16 * 2**20
 """Bytes that a recipe may have."""
@@ -88,11 +89,11 @@ def read_recipe(path: Path, field_name: str = "--config", expected: str = "setti
         ConfigError: no file, no text in UTF-8, no YAML, or YAML that is no mapping of settings by name.
     """
     try:
-        if path.stat().st_size > LARGEST_FILE:
+        if check_regular(path) > LARGEST_FILE:
             raise ConfigError(field_name, str(path), f"a file of at most {LARGEST_FILE // 2**20} MiB")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(field_name, str(path), f"a YAML file of settings ({error.strerror})") from error
+        raise ConfigError(field_name, str(path), f"a YAML file of settings ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             field_name, str(path), f"a text file in UTF-8 ({error.reason}, byte {error.start})"

@@ -60,6 +60,11 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
+def real_path(path: str | Path) -> Path:
+    """The path without links on the way; one that leads to itself stays as it is, and is refused where it is opened."""
+    return Path(os.path.realpath(path))
+
+
 def check_regular(path: str | Path) -> int:
     """Refuse what is no file that can be read again and again, such as a folder, a pipe or a device.
 
