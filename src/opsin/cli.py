@@ -105,6 +105,4 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # whoever asks for a profiler wants its report
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    # where there is no home it says at length that its fonts are looked up anew
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     log.setLevel(logging.INFO)
