@@ -93,7 +93,7 @@ def test_a_trained_module_validates_under_the_writers_of_the_trainer(tmp_path, i
 
 
 def test_directions_that_a_run_has_computed_are_not_invented_for_a_validation():
-    silenced = Project("blocks.1.hook_resid_pre", weight=WeightDirections("unembed.W_U"))
+    silenced = Project("blocks.1.hook_resid_pre", weight=WeightDirections(name="unembed.W_U"))
     with pytest.raises(ConfigError, match=r"^Trainer.validate: got 'Project', expected ckpt_path"):
         trainer_with(silenced).validate(module(), verbose=False)
 
