@@ -1,6 +1,7 @@
 """Claims about W&B where several members train: a run for each, and one for what they found together."""
 
 import json
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
 from tests.helpers import killers
+from tests.helpers.paths import ROOT
 from tests.helpers.populations import record, write_population
 from tests.helpers.wandb_files import NAMES, about, history, of_type, offline_runs, read, run_id, steps_of, summary
 
@@ -79,7 +81,8 @@ def killed(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         no_account(patch, here)
         patch.syspath_prepend(tests)
-        patch.setenv("PYTHONPATH", tests)
+        # of the working folder a worker imports nothing
+        patch.setenv("PYTHONPATH", os.pathsep.join([tests, str(ROOT)]))
         patch.setenv("OPSIN_TEST_KILL", "105:0")
         start = ["--config", str(here / "recipe.yaml"), "--run_folder", str(here / "few"), "--checkpoint_every", "40"]
         assert main(["fit", *start]) == 1
