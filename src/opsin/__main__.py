@@ -16,11 +16,15 @@ LAUNCHER_VARIABLES = (
 def main() -> int:
     """Import the command line, quickly, and run it."""
     _forget_surroundings()
+    import logging
+
     from opsin.launch.signals import end_on_signals
 
     end_on_signals()
     # the imports make objects that all live to the end; looking for garbage among them is a sixth of the start
     gc.disable()
+    # without a home it says at length, while it is imported, that its fonts are looked up anew
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from opsin.cli import main as run
 
     gc.freeze()

@@ -168,7 +168,9 @@ def open_replay(trunk: Trunk, at: int, nearest: Nearest, scratch: Path) -> Opsin
 
 def bare_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe without what says where the run is, what it starts from, and what it is part of."""
-    return {name: value for name, value in recipe.items() if name not in ("run_folder", "ckpt_path", "population")}
+    # recipes of before may hold Lightning's seed, which has never had an effect
+    left_out = ("run_folder", "ckpt_path", "population", "seed_everything")
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 def replay(trunk: Trunk, at: int, nearest: Nearest, cli: OpsinCLI) -> tuple[dict[str, Any], bool]:

@@ -43,7 +43,7 @@ from opsin.training.adam import Adam
 from opsin.training.batch_counts import as_before_batch, validation_follows
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
-from opsin.training.monitors import ValidationTimes, monitored_numbers, show_to_monitors
+from opsin.training.monitors import ValidationTimes, monitored_numbers, monitors, show_to_monitors
 from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
@@ -257,15 +257,22 @@ class OpsinModule(pl.LightningModule):
             self._forget_earlier_run()
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
-        recorded = recorded_metrics(callbacks_of(trainer), self.sites, self.task, bool(trainer.limit_val_batches))
-        if self.plan.feedback:
-            self.plan.check_feedback(recorded)
-        times = ValidationTimes(trainer, self.task, self.steps_per_batch)
-        times.check()
-        own_hooks = type(self) is not OpsinModule
-        self._monitored = monitored_numbers(callbacks_of(trainer), recorded, times, own_hooks)
+        self._check_followers()
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
+
+    def _check_followers(self) -> None:
+        """Refuse schedules and callbacks that follow what the run does not record, and limits of nothing."""
+        trainer, callbacks = self.trainer, callbacks_of(self.trainer)
+        times = ValidationTimes(trainer, self.task, self.steps_per_batch)
+        times.check()
+        self._monitored = {}
+        if not (self.plan.feedback or monitors(callbacks)):
+            return
+        recorded = recorded_metrics(callbacks, self.sites, self.task, bool(trainer.limit_val_batches))
+        if self.plan.feedback:
+            self.plan.check_feedback(recorded)
+        self._monitored = monitored_numbers(callbacks, recorded, times, type(self) is not OpsinModule)
 
     def _forget_earlier_run(self) -> None:
         """Begin without the records of another run of this module; one that resumes loads its own afterwards."""

@@ -109,6 +109,11 @@ def _limited(count: int, limit: float | int) -> int:
 # ---- what is monitored ------------------------------------------------------------------------------
 
 
+def monitors(callbacks: Iterable[Callback]) -> list[Any]:
+    """Those of some callbacks that monitor a number."""
+    return [callback for callback in callbacks if isinstance(getattr(callback, "monitor", None), str)]
+
+
 def monitored_numbers(
     callbacks: Iterable[Callback], recorded: MetricShapes, times: ValidationTimes, foreign_module: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -124,13 +129,12 @@ def monitored_numbers(
         ConfigError: a name that nobody records, or a callback that never looks.
     """
     callbacks = list(callbacks)
-    watching: list[Any] = [callback for callback in callbacks if isinstance(getattr(callback, "monitor", None), str)]
     seen = tuple(f"val/{name}/" for name in times.sets)
     shapes = {name: shape for name, shape in recorded.items() if not name.startswith("val/") or name.startswith(seen)}
     numbers = {number_name(name, index): (name, index) for name, shape in shapes.items() for index in np.ndindex(shape)}
     anything = foreign_module or any(_is_foreign(callback) for callback in callbacks)
     found = {}
-    for callback in watching:
+    for callback in monitors(callbacks):
         _check_looks(callback, times)
         name = callback.monitor
         if name in numbers:
