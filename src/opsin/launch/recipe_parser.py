@@ -30,7 +30,7 @@ from opsin.records.recipe_text import RecipeLoader, dump_recipe, read_recipe
 LONGEST_MESSAGE = 400
 """Characters of a message of jsonargparse that no rule here makes shorter."""
 
-LARGEST_NUMBER = 2**64
+LARGEST_WHOLE_NUMBER = 2**64
 """Every whole number of a recipe is smaller than this."""
 
 MOST_CHOICES = 12
@@ -177,7 +177,7 @@ class RecipeParser(LightningArgumentParser):
         for number in numbers_in(value):
             if isinstance(number, float) and not math.isfinite(number):
                 return ConfigError(self.named(action.dest), number, "a finite number")
-            if isinstance(number, int) and abs(number) >= LARGEST_NUMBER:
+            if isinstance(number, int) and abs(number) >= LARGEST_WHOLE_NUMBER:
                 return ConfigError(self.named(action.dest), number, "a whole number below 2**64")
         return None
 
@@ -197,12 +197,14 @@ class RecipeParser(LightningArgumentParser):
         key = _KEY.search(message)
         if key is None:
             return None
-        if (named := _CLASS.search(message)) and (wrong := wrong_class(self.named(key[1]), _first(named.groups()))):
+        if (named := _CLASS.search(message)) and (
+            wrong := wrong_class(self.named(key[1]), _first_group(named.groups()))
+        ):
             return wrong
         value = _VALUE.search(message)
         if value is None:
             return None
-        text = _first(value.groups())
+        text = _first_group(value.groups())
         is_text = "Given value type: <class 'str'>" in message or not re.match(r"[-\d\[{(]|None$|True$|False$", text)
         return ConfigError(self.named(key[1]), _Written(repr(text) if is_text else text), self._expected(key[1]))
 
@@ -221,7 +223,7 @@ class RecipeParser(LightningArgumentParser):
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
-def _first(groups: Iterable[str | None]) -> str:
+def _first_group(groups: Iterable[str | None]) -> str:
     return next(group for group in groups if group is not None)
 
 
@@ -230,11 +232,11 @@ def nearest(name: str, known: Sequence[str], expected: str) -> str:
 
     Args:
         name: name that was written.
-        known: names that exist.
+        known: names that exist where the name was written.
         expected: words for what they are.
     """
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    near += [each for each in known if each.lower() == name.lower() and each not in near]
+    near += [other for other in known if other.lower() == name.lower() and other not in near]
     if near:
         return f"{expected}; nearest: {', '.join(near)}"
     return f"{expected}: {', '.join(known)}" if 0 < len(known) <= MOST_CHOICES else expected
@@ -317,7 +319,7 @@ def wrong_class(field: str, class_path: str) -> ConfigError | None:
         return ConfigError(field, class_path, nearest(module_name, USUAL_MODULES, f"the path of a class{reason}"))
     if hasattr(module, name):
         return None
-    known = getattr(module, "__all__", None) or [each for each in vars(module) if not each.startswith("_")]
+    known = getattr(module, "__all__", None) or [public for public in vars(module) if not public.startswith("_")]
     if module_name == "opsin":
         known = ["tasks", "callbacks"]
     return ConfigError(field, class_path, nearest(name, list(known), f"a class of {module_name}"))

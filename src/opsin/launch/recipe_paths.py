@@ -32,7 +32,8 @@ class RecipePaths:
             path: path as the user wrote it, from the working folder or from that of a recipe.
         """
         written = os.path.expanduser(path)
-        found = next((str(each) for folder in self.folders if (each := folder / written).exists()), written)
+        beside = [folder / written for folder in self.folders]
+        found = next((str(path) for path in beside if path.exists()), written)
         found = written if os.path.exists(written) else found
         return os.path.abspath(found) if self.absolute and os.path.exists(found) else found
 

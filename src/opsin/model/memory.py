@@ -49,8 +49,8 @@ def check_memory(field: str, value: object, needed: float) -> None:
     Raises:
         ConfigError: there are fewer; says how many are needed.
     """
-    if needed > (there := available_bytes()):
-        expected = f"sizes that fit into memory: it needs {in_words(needed)} at least, of {in_words(there)}"
+    if needed > (available := available_bytes()):
+        expected = f"sizes that fit into memory: it needs {in_words(needed)} at least, of {in_words(available)}"
         raise ConfigError(field, value, expected)
 
 
@@ -93,7 +93,7 @@ def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str
 
     Args:
         model: shape of the transformer.
-        task: what is learned.
+        task: task that gives batch, length of a sequence and outputs.
         members: M, models that are trained at once.
         sets: sequences of the probe and of an evaluation set, by the name of the setting.
 

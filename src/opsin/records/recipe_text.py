@@ -32,8 +32,8 @@ FEW_VALUES = 10_000
 LONGEST_NUMBER = 100
 """Digits that a number may have."""
 
-LONGEST_PLACE = 80
-"""Characters of the place of a value that a message shows."""
+LONGEST_PATH = 80
+"""Characters of the way to a value that a message shows."""
 
 KNOWN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
@@ -151,7 +151,7 @@ class _Open:
         keys: line of every key of a mapping; None for a list.
         key: key of a mapping whose value comes next; None where a key comes next.
         size: values in it so far, aliases unfolded.
-        items: entries so far.
+        items: number of entries that have been read so far.
     """
 
     anchor: str | None
@@ -235,5 +235,5 @@ class _Events:
 
     def _error(self, line: int, value: object, expected: str) -> ConfigError:
         parts = [str(inside.items) if inside.keys is None else inside.key for inside in self.open]
-        path = shortened(".".join(part for part in parts if part is not None), LONGEST_PLACE)
+        path = shortened(".".join(part for part in parts if part is not None), LONGEST_PATH)
         return ConfigError(f"{self.name}, line {line}{': ' + path if path else ''}", value, expected)
