@@ -27,7 +27,7 @@ EXEMPLARS = st.fixed_dictionaries(
 FEW_SHOT = st.fixed_dictionaries(
     {
         "exemplars": EXEMPLARS.map(lambda found: described("opsin.tasks.GaussianClusters", **found)),
-        **{"batch_size": st.just(4), "train_classes": st.just(8), "context": st.just(2)},
+        **{"batch_size": st.just(4), "train_classes": st.just(8), "context": st.just(4)},
     },
     optional={
         "kinds": st.lists(KINDS, min_size=1, max_size=2),
