@@ -102,6 +102,9 @@ class PhaseChange(Reader):
         losses = [TRAIN_LOSS, *(f"val/{name}/loss" for name in module.task.evaluations)]
         if self.metric not in losses:
             raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
+        if self.plateau is None and list(module.task.baselines().values())[-1] <= 0:
+            expected = "a loss above 0: this task needs no look-up, so that its loss has no plateau of its own"
+            raise ConfigError("PhaseChange.plateau", None, expected)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

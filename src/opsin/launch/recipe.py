@@ -23,7 +23,7 @@ from opsin.callbacks.readers.base import Reader
 from opsin.errors import ConfigError, config_error_behind, log
 from opsin.interventions.plan import Plan
 from opsin.launch.cluster import one_process
-from opsin.launch.recipe_parser import RecipeParser, check_recipe, recipe_files, use_recipe_yaml
+from opsin.launch.recipe_parser import RecipeParser, ShortHelp, check_recipe, recipe_files, use_recipe_yaml
 from opsin.launch.recipe_paths import RecipePaths
 from opsin.population.settings import Population
 from opsin.records.recipe_text import read_recipe
@@ -73,7 +73,7 @@ class OpsinCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 parser_class=RecipeParser,
                 # or else a misspelled setting that begins like another one is taken for it
-                parser_kwargs={"allow_abbrev": False},
+                parser_kwargs={"allow_abbrev": False, "formatter_class": ShortHelp},
                 args=list(args),
                 run=False,
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import Namespace, _loaders_dumpers, set_dumper
+from jsonargparse import DefaultHelpFormatter, Namespace, _loaders_dumpers, set_dumper
 from jsonargparse._common import lenient_check
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -35,6 +35,9 @@ LARGEST_WHOLE_NUMBER = 2**64
 
 MOST_CHOICES = 12
 """Names of settings and classes that a message lists where none is near."""
+
+LONGEST_TYPE = 120
+"""Characters of a type that the help shows."""
 
 WORDS: Mapping[Any, str] = {
     int: "a whole number",
@@ -80,6 +83,16 @@ class _Written:
 
     def __repr__(self) -> str:
         return self.text
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """jsonargparse's help with types of one line, and without lists of everything that has been imported."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = " ".join(super()._expand_help(action).split())
+        text = re.sub(r", known subclasses: [^)]*", "", text)
+        found = re.search(r"type: (.*?)(?:, default: |\)$)", text)
+        return text if found is None else text.replace(found[1], shortened(found[1], LONGEST_TYPE), 1)
 
 
 class RecipeParser(LightningArgumentParser):

@@ -13,7 +13,8 @@ MOST_STEPS_PER_BATCH = 1_000_000
 
 MOST_THREADS = 1024
 
-LARGEST_SEED = 2**64 - 1
+LARGEST_SEED = 2**63 - 1
+"""Seeds stand beside steps in one tensor of signed numbers."""
 
 
 class Settings(Protocol):
@@ -63,7 +64,7 @@ def check_settings(module: Settings) -> None:
         expected = f"a divisor of steps_per_batch {module.steps_per_batch}"
         raise ConfigError("model.log_every", module.log_every, expected)
     if not module.seeds or min(module.seeds) < 0 or max(module.seeds) > LARGEST_SEED:
-        raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more, below 2**64")
+        raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more, below 2**63")
     if module.gradient_clip is not None:
         check_number("model.gradient_clip", module.gradient_clip, "more than 0, or null", 0, open_low=True)
 

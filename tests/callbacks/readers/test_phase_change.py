@@ -14,7 +14,7 @@ from opsin.callbacks.readers.phase_change import PhaseChange, best_loss
 from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
-from opsin.tasks import FewShot, GaussianClusters, Repeats
+from opsin.tasks import FewShot, GaussianClusters, Kind, Repeats
 from opsin.training.module import OpsinModule
 from tests.helpers.killers import SaveAt
 from tests.helpers.toys import train
@@ -180,3 +180,11 @@ def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path
     assert watched.events and list(tmp_path.glob("snapshots/*.pt"))
     for name, tensor in watched.parameters_by_name().items():
         assert torch.equal(tensor, plain[name]), name
+
+
+def test_a_task_whose_loss_has_no_plateau_is_refused_before_it_trains():
+    # one label stands in the whole context, so that no look-up is needed
+    task = FewShot(exemplars=GaussianClusters(classes=20, features=16), kinds=[Kind(matches=2)], train_classes=12)
+    module = OpsinModule(task, Transformer(width=16, heads=2), compile=False)
+    with pytest.raises(ConfigError, match=r"PhaseChange\.plateau"):
+        PhaseChange().setup(None, module, "fit")
