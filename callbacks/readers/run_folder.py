@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from opsin.callbacks.readers.base import Reader, check_count
 from opsin.figures.run import summary_figure
 from opsin.figures.style import save_figure
+from opsin.records.checkpoint import write_last
 from opsin.records.folder import RunFolder, write_atomically
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
 from opsin.training.module import callbacks_of
@@ -23,7 +24,9 @@ class KeepRun(Reader):
     """Writes everything a run leaves behind into one folder.
 
     What was logged is on disk before the checkpoint that counts on it, so a run killed at any
-    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder.
+    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder. The checkpoint before
+    it is ``checkpoints/previous.ckpt``, which a resume takes where the last is damaged. The records are in
+    ``metrics.csv`` alone: a checkpoint holds how many bytes of it count, and their checksum.
 
     Args:
         folder: folder that this run writes into; made when training starts.
@@ -53,9 +56,8 @@ class KeepRun(Reader):
             write_atomically(self.files.path / CONFIG_FILE, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.files.start_metrics()
+        self._module.history.keep_in(self.files)
         self._last_saved = trainer.global_step
-        self._write()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._write()
@@ -87,6 +89,8 @@ class KeepRun(Reader):
         module.summary["plan"] = module.plan.describe()
         module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
+        if module.allowed:
+            module.summary["allowed"] = module.allowed
         self.files.write_json(SUMMARY_FILE, module.summary)
         save_figure(summary_figure(module.history, module.summary), self.files.path / SUMMARY_PICTURE)
         # last, so that a run killed before its summary was written goes back and writes it
@@ -104,7 +108,7 @@ class KeepRun(Reader):
         return self._seconds_before + time.monotonic() - self._started
 
     def _write(self) -> None:
-        self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)
+        self._module.history.write_out()
 
     def _save_if_due(self, trainer: Trainer) -> None:
         # the last step's checkpoint is that of the finished run
@@ -113,7 +117,9 @@ class KeepRun(Reader):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.checkpoint)
+        # the Trainer's own dictionary, in a file that is never half and has the one before it beside it
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        write_last(self.folder, content)
         self._last_saved = trainer.global_step
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opsin.errors import ConfigError, DivergedError, IdleError, PopulationError, config_error_behind, log
-from opsin.launch.fit import fit_recipe
+from opsin.launch.fit import fit_recipe, split_allowed
 from opsin.launch.fork import fork_run
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.resume import resume_run
@@ -23,7 +23,9 @@ USAGE = """usage: opsin VERB ...
 
   opsin fit --config RECIPE.yaml [--trainer.max_steps N] [--trainer.callbacks+=CLASS ...]
                              train; every setting of the recipe can be given on the line
-  opsin resume RUN           continue a killed run from its last checkpoint
+  opsin resume RUN [--allow SETTING ...]
+                             continue a killed run from its last checkpoint; a setting that differs from what the run
+                             was begun with is refused unless it is allowed
   opsin fork RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]
                              go on from a step of a run, once for each condition of the file
   opsin sites --config RECIPE.yaml
@@ -39,9 +41,10 @@ def fit(args: Sequence[str]) -> None:
 
 def resume(args: Sequence[str]) -> None:
     """Continue a killed run."""
-    if len(args) != 1:
-        raise ConfigError("opsin resume", " ".join(args), "one run folder")
-    resume_run(Path(args[0]))
+    allowed, folders = split_allowed(args)
+    if len(folders) != 1:
+        raise ConfigError("opsin resume", " ".join(folders), "one run folder")
+    resume_run(Path(folders[0]), allowed)
 
 
 def fork(args: Sequence[str]) -> None:

@@ -36,7 +36,8 @@ from opsin.population.chunks import (
 )
 from opsin.population.folder import chunk_folder, is_population, read_document
 from opsin.population.settings import Population
-from opsin.records.folder import load_saved, write_json, write_yaml
+from opsin.records.checkpoint import load_saved
+from opsin.records.folder import write_json, write_yaml
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE, POPULATION_FILE, RECIPE_FILE
 from opsin.reports.population import finish_population, population_report
 from opsin.training.module import OpsinModule, callbacks_of

@@ -23,6 +23,9 @@ SUMMARY_PICTURE = "summary.png"
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 """What a resume continues from."""
 
+PREVIOUS_CHECKPOINT = "checkpoints/previous.ckpt"
+"""The one before it, in case that the last is damaged."""
+
 LOG_FILE = "log.txt"
 """What the process of a chunk printed."""
 
