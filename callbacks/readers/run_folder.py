@@ -119,7 +119,7 @@ class KeepRun(Reader):
     def _save(self, trainer: Trainer) -> None:
         # the Trainer's own dictionary, in a file that is never half and has the one before it beside it
         content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        write_last(self.folder, content)
+        write_last(self.folder, content, self._finished)
         self._last_saved = trainer.global_step
 
 

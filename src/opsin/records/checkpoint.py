@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from opsin.errors import ConfigError, log
 from opsin.records.folder import write_atomically
 from opsin.records.history import history_from_table
-from opsin.records.schema import LAST_CHECKPOINT, METRICS_FILE, PREVIOUS_CHECKPOINT
+from opsin.records.schema import LAST_CHECKPOINT, METRICS_FILE, PREVIOUS_CHECKPOINT, SPARE_BYTES, SPARE_ROOM
 
 SEAL = b"opsin sha256 "
 """Begins the comment of a sealed archive; 64 hexadecimal digits follow and end the file."""
@@ -69,29 +69,56 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | No
     return write_atomically(path, _sealed(buffer.getvalue()), previous)
 
 
-def write_last(folder: Path, content: Mapping[str, Any]) -> None:
+def write_last(folder: Path, content: Mapping[str, Any], finished: bool = False) -> None:
     """Write the last checkpoint of a run; the one before it stays as ``checkpoints/previous.ckpt``.
 
-    On a full disk the last takes the room of the one before it, and the run ends.
+    On a full disk the last takes the spare room of the run, and if need be that of the one before it, and the run ends.
 
     Args:
-        folder: run folder.
-        content: the checkpoint.
+        folder: run folder, into which the file is written.
+        content: checkpoint of the run, as ``write_checkpoint`` takes it.
+        finished: whether it is the last of all, after which no room is kept.
 
     Raises:
         OSError: it could not be written, and the last is as it was; or it could, and the disk is full.
     """
-    last, previous = folder / LAST_CHECKPOINT, folder / PREVIOUS_CHECKPOINT
+    last, previous, spare = (folder / name for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, SPARE_ROOM))
     try:
         write_checkpoint(last, content, previous)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (last.exists() and previous.exists()):
+        if not (_is_full(error) and last.exists()):
             raise
-        if not previous.samefile(last):
-            previous.unlink()
-            write_checkpoint(last, content)
+        spare.unlink(missing_ok=True)
+        _write_in_room_of(previous, last, content)
         way_on = f"the run is saved up to step {content['global_step']:,}, and `opsin resume {folder}` continues"
         raise OSError(error.errno, f"{error.strerror}; {way_on}", str(folder)) from error
+    if finished:
+        spare.unlink(missing_ok=True)
+    elif not spare.exists():
+        _keep_room(spare)
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _write_in_room_of(previous: Path, last: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_checkpoint(last, content, previous)
+    except OSError as error:
+        if not (_is_full(error) and previous.exists()):
+            raise
+        previous.unlink()
+        write_checkpoint(last, content)
+
+
+def _keep_room(spare: Path) -> None:
+    try:
+        with spare.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
+    except OSError:
+        # a disk with less has no room to spare
+        spare.unlink(missing_ok=True)
 
 
 def _sealed(archive: bytes) -> bytes:
@@ -290,7 +317,7 @@ def recover_last(folder: Path) -> dict[str, Any] | None:
             damaged.append(error)
             continue
         if path != last:
-            _take_place(path, last, damaged, f"step {saved['global_step']:,}", folder)
+            _replace_damaged(path, last, damaged, f"step {saved['global_step']:,}", folder)
         return saved
     if damaged:
         found = "; ".join(f"{error.value}: {error.reason}" for error in damaged)
@@ -299,7 +326,7 @@ def recover_last(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _take_place(path: Path, last: Path, damaged: Sequence[DamagedError], step: str, folder: Path) -> None:
+def _replace_damaged(path: Path, last: Path, damaged: Sequence[DamagedError], step: str, folder: Path) -> None:
     """Put the checkpoint before in the place of the last, and say so."""
     if damaged:
         os.replace(last, last.with_name("damaged.ckpt"))
@@ -310,5 +337,5 @@ def _take_place(path: Path, last: Path, damaged: Sequence[DamagedError], step: s
         kept = f"{last} ({damaged[0].reason}) is kept as damaged.ckpt"
         log.warning(f"opsin: {kept}; {folder} goes on from the checkpoint before it, of {step}")
     else:
-        taken = f"the one before it, of {step}, has taken its place, and `opsin resume {folder}` again goes on from it"
-        raise ConfigError("opsin resume", f"{last}: {damaged[0].reason}", f"what was written; {taken}")
+        way_on = f"the one before it, of {step}, has taken its place, and `opsin resume {folder}` again goes on from it"
+        raise ConfigError("opsin resume", f"{last}: {damaged[0].reason}", f"what was written; {way_on}")

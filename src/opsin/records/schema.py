@@ -26,6 +26,12 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"
 PREVIOUS_CHECKPOINT = "checkpoints/previous.ckpt"
 """The one before it, in case that the last is damaged."""
 
+SPARE_ROOM = "checkpoints/spare"
+"""A file of ``SPARE_BYTES`` that holds nothing: room for the last words of a run whose disk is full."""
+
+SPARE_BYTES = 1 << 20
+"""Bytes that an unfinished run keeps free for itself."""
+
 LOG_FILE = "log.txt"
 """What the process of a chunk printed."""
 

@@ -89,9 +89,9 @@ def check_same_run(
     refused = [name for name in found if not any(_names(allow, name) for allow in allowed) or _is_fixed(name)]
     if refused:
         old, new = found[refused[0]]
-        others = f"; {', '.join(refused[1:4])} differ as well" if refused[1:] else ""
-        expected = f"{_shown(old, new)!r} as the run was begun with{others}; {_way_out(refused[0])}"
-        raise ConfigError(refused[0], _shown(new, old), expected)
+        further = f"; {', '.join(refused[1:4])} differ as well" if refused[1:] else ""
+        expected = f"{_excerpt(old, new)!r} as the run was begun with{further}; {_way_out(refused[0])}"
+        raise ConfigError(refused[0], _excerpt(new, old), expected)
     changes = [{"setting": name, "from": old, "to": new, "step": step} for name, (old, new) in found.items()]
     for change in changes:
         log.warning(
@@ -120,7 +120,7 @@ def _way_out(name: str) -> str:
     return f"--allow {name} goes on and records it"
 
 
-def _shown(value: Any, other: Any) -> Any:
+def _excerpt(value: Any, other: Any) -> Any:
     """A value as a line shows it: of a long text, where it begins to differ."""
     if isinstance(value, list) and len(value) == 1:
         value, other = value[0], other[0] if isinstance(other, list) and other else other
