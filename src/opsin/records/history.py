@@ -189,11 +189,6 @@ class History:
         """Training sequences seen after so many steps."""
         return steps * self.batch_size
 
-    def take_unwritten(self) -> list[tuple[int, str, np.ndarray]]:
-        """Records since the last call, in order of recording."""
-        unwritten, self._unwritten = self._unwritten, []
-        return unwritten
-
     def records(self) -> Records:
         """All records, in order of recording."""
         rows = [
