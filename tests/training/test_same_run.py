@@ -14,7 +14,9 @@ import torch
 from opsin import Transformer
 from opsin.callbacks import Clamp, InductionHeads, KeepRun, StopWhen
 from opsin.errors import ConfigError
-from opsin.records.checkpoint import load_saved
+from opsin.interventions.feedback import Feedback
+from opsin.interventions.schedules import Schedule
+from opsin.records.checkpoint import load_saved, read_checkpoint
 from opsin.tasks import ArrayFile, Characters, FewShot, GaussianClusters, Kind
 from opsin.training.module import OpsinModule
 from opsin.training.run_settings import digest
@@ -89,9 +91,9 @@ def test_other_interventions_are_refused_by_their_writer_and_never_allowed(begun
 
 
 def test_a_changed_schedule_of_a_writer_is_shown_where_it_differs(tmp_path):
-    train(module(), 20, Clamp(heads=["0:0"], pattern="previous_token", schedule={"start": 5}), KeepRun(tmp_path))
+    train(module(), 20, Clamp(heads=["0:0"], pattern="previous_token", schedule=Schedule(start=5)), KeepRun(tmp_path))
     with pytest.raises(ConfigError, match=r"^Clamp: got .*start=6.*expected .*start=5"):
-        later = Clamp(heads=["0:0"], pattern="previous_token", schedule={"start": 6})
+        later = Clamp(heads=["0:0"], pattern="previous_token", schedule=Schedule(start=6))
         train(module(), 40, later, KeepRun(tmp_path), resume=tmp_path / "checkpoints/last.ckpt")
 
 
@@ -116,8 +118,8 @@ def test_how_long_how_often_logged_and_who_reads_may_change(begun, tmp_path):
 
 def test_how_often_is_logged_counts_where_a_schedule_reads_it(tmp_path):
     def writer():
-        feedback = {"metric": "train/loss", "below": 0.1}
-        return Clamp(heads=["0:0"], pattern="previous_token", schedule={"feedback": feedback})
+        feedback = Feedback("train/loss", below=0.1)
+        return Clamp(heads=["0:0"], pattern="previous_token", schedule=Schedule(feedback=feedback))
 
     train(module(idle="warn"), 20, writer(), KeepRun(tmp_path))
     with pytest.raises(ConfigError, match=r"model.log_every"):
@@ -216,8 +218,6 @@ def test_equal_settings_have_equal_digests_and_no_differences(begun):
 
 def test_a_checkpoint_of_before_goes_on_with_one_line_that_says_what_was_not_checked(begun, tmp_path, caplog):
     folder = shutil.copytree(begun, tmp_path / "old")
-    from opsin.records.checkpoint import read_checkpoint
-
     saved = read_checkpoint(folder / "checkpoints/last.ckpt", history=True)
     del saved["opsin"]["run"], saved["opsin"]["metrics"]
     torch.save(saved, folder / "checkpoints/last.ckpt")

@@ -22,7 +22,7 @@ OPTIMIZER = {"model.gradient_clip": "clip", "model.betas": "betas"}
 """Settings that the state of the optimizer holds, and their names there."""
 
 SCHEDULER = "model.lr_scheduler"
-_ABSENT = "nothing"
+_ABSENT = "none"
 
 
 def identity_of_run(
@@ -44,7 +44,7 @@ def identity_of_run(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Names of the settings that differ, with their values before and now; ``"nothing"`` where there is none.
+    """Names of the settings that differ, with their values before and now; ``"none"`` where there is none.
 
     Args:
         before: named settings of a checkpoint.
@@ -122,6 +122,8 @@ def _way_out(name: str) -> str:
 
 def _excerpt(value: Any, other: Any) -> Any:
     """A value as a line shows it: of a long text, where it begins to differ."""
+    if isinstance(value, list) and other == _ABSENT:
+        return f"{len(value)} intervention{'s' * (len(value) > 1)}"
     if isinstance(value, list) and len(value) == 1:
         value, other = value[0], other[0] if isinstance(other, list) and other else other
     if not (isinstance(value, str) and isinstance(other, str) and len(value) > 60):
