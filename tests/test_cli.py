@@ -339,12 +339,17 @@ def test_an_allowed_difference_goes_on_and_is_recorded(fit, opsin, tmp_path, mon
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("learning_rate: 0.01", "learning_rate: 0.02"))
     ended = opsin("resume", "run", "--allow", "model.learning_rate")
-    assert (
-        ended.code == 0 and ended.err.count("\n") == 1 and "from step 20 on with model.learning_rate 0.02" in ended.err
-    )
+    assert ended.code == 0
+    assert "opsin: from step 20 on with model.learning_rate 0.02 in place of 0.01" in caplog.messages
     (change,) = json.loads((folder / "summary.json").read_text())["allowed"]
     assert change == {"setting": "model.learning_rate", "from": 0.01, "to": 0.02, "step": 20}
     assert "allow" not in yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_a_permission_without_a_checkpoint_is_refused(fit, opsin, tmp_path, refused):
+    refused(fit("--run_folder", "run", "--allow", "model.seed"), ["--allow", "model.seed", "--ckpt_path"])
+    refused(opsin("resume", "run", "--allow"), ["--allow"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_a_finished_run_says_so_and_touches_nothing(fit, opsin, tmp_path):

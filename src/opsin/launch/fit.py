@@ -28,6 +28,8 @@ def fit_recipe(args: Sequence[str]) -> None:
     allowed, settings = split_allowed(args)
     cli = OpsinCLI(settings)
     cli.model.allow = allowed
+    if allowed and cli.config.ckpt_path is None:
+        raise ConfigError("--allow", " ".join(allowed), "a checkpoint to go on from: --ckpt_path, or `opsin resume`")
     if cli.config.population is not None:
         fit_population(cli)
         return

@@ -25,6 +25,8 @@ def resume_run(folder: Path, allowed: Sequence[str] = ()) -> None:
         ConfigError: the folder holds no run.
     """
     if is_population(folder):
+        if allowed:
+            raise ConfigError("--allow", " ".join(allowed), "none for a population; `opsin resume` of a chunk takes it")
         train_population(folder)
         return
     config, checkpoint = folder / CONFIG_FILE, folder / LAST_CHECKPOINT
