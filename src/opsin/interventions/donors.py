@@ -18,7 +18,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, position_table
-from opsin.records.folder import load_saved
+from opsin.records.checkpoint import DamagedError, read_saved
 from opsin.records.schema import LAST_CHECKPOINT
 from opsin.task import Task
 
@@ -121,7 +121,12 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
 
 
 def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
-    saved = load_saved(path)
-    if saved is None or not ("transformer" in saved or "transformer" in saved.get("opsin", {})):
+    try:
+        saved = read_saved(path, field_name)
+    except DamagedError as error:
+        raise ConfigError(field_name, str(path), f"{EXPECTED} ({error.reason})") from error
+    opsin = saved.get("opsin")
+    whole = {"transformer", "parameters"} <= saved.keys() or (isinstance(opsin, dict) and "transformer" in opsin)
+    if not whole:
         raise ConfigError(field_name, str(path), EXPECTED)
     return saved
