@@ -242,7 +242,7 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(fit, tmp_path):
     ended = fit("--run_folder", "other", "--ckpt_path", "run/checkpoints/last.ckpt", "--model.seed", "[0, 1]")
     assert ended.code == 2 and re.fullmatch(r"opsin: ckpt_path: got 'run/.*members[^\n]*\n", ended.err)
     ended = fit("--run_folder", "other", "--ckpt_path", "run/checkpoints/last.ckpt", *PREVIOUS)
-    assert ended.code == 2 and re.fullmatch(r"opsin: ckpt_path: .*plan of interventions[^\n]*\n", ended.err)
+    assert ended.code == 2 and re.fullmatch(r"opsin: Clamp: got '1 intervention', expected 'none'[^\n]*\n", ended.err)
     assert not (tmp_path / "other").exists()
 
 
@@ -304,10 +304,58 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_folder(fit, opsin, tmp_p
     monkeypatch.setattr(EndAt, "planned", None)
     ended = opsin("resume", "run")
     assert ended.code == 0 and ended.err == ""
-    assert in_folder(tmp_path / "run") == FILES and same_end(tmp_path / "run", tmp_path / "whole")
+    before = ["checkpoints/previous.ckpt"] * (every < STEPS)
+    assert in_folder(tmp_path / "run") == in_folder(tmp_path / "whole") == sorted(FILES + before)
+    assert same_end(tmp_path / "run", tmp_path / "whole")
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
     assert one | {"wall_time_seconds": 0} == two | {"wall_time_seconds": 0}
+
+
+def killed(fit, opsin, tmp_path, monkeypatch):
+    """A run of which a process was killed at step 25, its last checkpoint being of step 20."""
+    plan(monkeypatch, "on_train_batch_start", 25, kill)
+    with pytest.raises(Killed):
+        fit("--run_folder", "run", "--checkpoint_every", 10)
+    monkeypatch.setattr(EndAt, "planned", None)
+    return tmp_path / "run"
+
+
+EDITS = {"learning_rate: 0.01": "learning_rate: 0.02", "batch_size: 4": "batch_size: 8", "seed: 0\n  l": "seed: 1\n  l"}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("verb", [["resume", "run"], ["fork", "run", "--at", "10"], ["fork", "run", "--at", "20"]])
+def test_an_edited_configuration_is_refused_by_its_setting(fit, opsin, refused, tmp_path, monkeypatch, edit, verb):
+    folder = killed(fit, opsin, tmp_path, monkeypatch)
+    config = (folder / "config.yaml").read_text()
+    assert config.count(edit) == 1
+    (folder / "config.yaml").write_text(config.replace(edit, EDITS[edit]))
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ended = opsin(*verb)
+    name = edit.split(":")[0].split()[-1]
+    assert ended.code == 2 and re.fullmatch(
+        rf"opsin: (\w+\.)+{name}: got [^\n]* as the run was begun with[^\n]*\n", ended.err
+    )
+    assert content == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_allowed_difference_goes_on_and_is_recorded(fit, opsin, tmp_path, monkeypatch, caplog):
+    folder = killed(fit, opsin, tmp_path, monkeypatch)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    ended = opsin("resume", "run", "--allow", "model.learning_rate")
+    assert ended.code == 0
+    assert "opsin: from step 20 on with model.learning_rate 0.02 in place of 0.01" in caplog.messages
+    (change,) = json.loads((folder / "summary.json").read_text())["allowed"]
+    assert change == {"setting": "model.learning_rate", "from": 0.01, "to": 0.02, "step": 20}
+    assert "allow" not in yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_a_permission_without_a_checkpoint_is_refused(fit, opsin, tmp_path, refused):
+    refused(fit("--run_folder", "run", "--allow", "model.seed"), ["--allow", "model.seed", "--ckpt_path"])
+    refused(opsin("resume", "run", "--allow"), ["--allow"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_a_finished_run_says_so_and_touches_nothing(fit, opsin, tmp_path):

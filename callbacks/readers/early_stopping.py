@@ -70,6 +70,10 @@ class StopWhen(Callback):
         if self.members is not None and not {*self.members} <= {*range(module.n_members)}:
             raise ConfigError("StopWhen.members", self.members, f"members from 0 to {module.n_members - 1}")
 
+    def decides(self) -> str:
+        """When a member ends, as text."""
+        return f"{self.condition} in {self.in_a_row} records, members {self.members}"
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         module = opsin_module(pl_module)
         done = module.steps_done

@@ -16,6 +16,7 @@ from opsin.callbacks.readers.base import Reader, check_count
 from opsin.errors import ConfigError, log
 from opsin.figures.run import summary_figure
 from opsin.figures.style import save_figure
+from opsin.records.checkpoint import write_last
 from opsin.records.claim import Claim, claim_unless_held
 from opsin.records.folder import FolderContent, RunFolder, content_of, write_atomically
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
@@ -41,9 +42,12 @@ class KeepRun(Reader):
     """Writes everything a run leaves behind into one folder.
 
     What was logged is on disk before the checkpoint that counts on it, so a run killed at any
-    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder. A run that ends before it is trained
-    (``max_time``, a signal on the command line) is saved where it stands and resumes, too. The folder is this process's
-    alone while it trains, and never that of another run: one that has a run needs ``ckpt_path``, a checkpoint in it.
+    moment resumes from ``checkpoints/last.ckpt`` and ends with the same folder. The checkpoint before
+    it is ``checkpoints/previous.ckpt``, which a resume takes where the last is damaged. The records are in
+    ``metrics.csv`` alone: a checkpoint holds how many bytes of it count, and their checksum. A run that ends before it
+    is trained (``max_time``, a signal on the command line) is saved where it stands and resumes, too. The folder is
+    this process's alone while it trains, and never that of another run: one that has a run needs ``ckpt_path``, a
+    checkpoint in it.
 
     Args:
         folder: folder that this run writes into; made when training starts.
@@ -107,9 +111,8 @@ class KeepRun(Reader):
         self._wrote = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.files.start_metrics()
+        self._module.history.keep_in(self.files)
         self._last_saved, self._begun = trainer.global_step, True
-        self._write()
         # after all else of the batch: on resuming, Lightning would skip a validation that its checkpoint precedes
         self._module.after_batch(lambda: self._save_if_due(trainer))
         if self.end_requests is not None:
@@ -182,6 +185,8 @@ class KeepRun(Reader):
         module.summary["plan"] = module.plan.describe()
         module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()
+        if module.allowed:
+            module.summary["allowed"] = module.allowed
         self.files.write_json(SUMMARY_FILE, module.summary)
         save_figure(summary_figure(module.history, module.summary), self.files.path / SUMMARY_PICTURE)
         # last, so that a run killed before its summary was written goes back and writes it
@@ -203,7 +208,7 @@ class KeepRun(Reader):
         return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _write(self) -> None:
-        self.files.append_metrics(self._module.history.take_unwritten(), self._module.task.batch_size)
+        self._module.history.write_out()
 
     def _save_if_due(self, trainer: Trainer) -> None:
         # the last step's checkpoint is that of the finished run
@@ -212,7 +217,9 @@ class KeepRun(Reader):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.checkpoint)
+        # the Trainer's own dictionary, in a file that is never half and has the one before it beside it
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        write_last(self.folder, content, self._finished)
         self._last_saved = trainer.global_step
 
 

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsin.callbacks.readers.base import LARGEST_COUNT, MOST_PER_DECADE, Reader, check_count, log_spaced
 from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import run_folder
-from opsin.records.folder import PART_SUFFIX, write_atomically
+from opsin.records.checkpoint import write_checkpoint
+from opsin.records.folder import PART_SUFFIX
 from opsin.training.observers import Event, Observation
 
 MOST_STATES = {"per_decade": MOST_PER_DECADE, "ring": 2**20, "every": LARGEST_COUNT}
@@ -31,9 +31,10 @@ class Snapshots(Reader):
     phase change every ``every``-th step: the last ``ring`` of them before it, which wait in memory, and as many
     after it. Without a ``KeepRun`` the files go to the Trainer's ``default_root_dir``.
 
-    A file holds ``{"step", "sequences", "transformer": its settings, "parameters": {name: tensor [M, ...]}}`` and
-    loads with ``torch.load(path, weights_only=True)``. A killed and resumed run ends with the same files as one
-    left alone.
+    A file holds ``{"step", "sequences", "seeds": one a member, "run_digest": hash of what determines the run's numbers,
+    "transformer": its settings, "parameters": {name: tensor [M, ...]}}`` and loads with
+    ``torch.load(path, weights_only=True)``; its checksum is at its end (``opsin.records.checkpoint``). A killed and
+    resumed run ends with the same files as one left alone.
 
     Args:
         per_decade: snapshots in each tenfold of steps, from step 1 on.
@@ -119,9 +120,16 @@ class Snapshots(Reader):
         return self._folder / f"step_{step:07d}.pt"
 
     def _write(self, step: int, parameters: dict[str, Tensor]) -> None:
-        sequences, shape = step * self._module.task.batch_size, asdict(self._module.transformer)
-        content = {"step": step, "sequences": sequences, "transformer": shape, "parameters": parameters}
-        write_atomically(self._path(step), lambda file: torch.save(content, file))
+        module = self._module
+        content = {
+            "step": step,
+            "sequences": step * module.task.batch_size,
+            "seeds": list(module.seeds),
+            "run_digest": module.run_identity()["digest"],
+            "transformer": asdict(module.transformer),
+            "parameters": parameters,
+        }
+        write_checkpoint(self._path(step), content)
 
 
 def _copy(tensor: Tensor) -> Tensor:

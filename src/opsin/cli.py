@@ -18,7 +18,7 @@ from opsin.errors import (
 )
 from opsin.launch.advice import hide_advice
 from opsin.launch.cluster import forget_other_processes
-from opsin.launch.fit import fit_recipe
+from opsin.launch.fit import fit_recipe, split_allowed
 from opsin.launch.fork import fork_run
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.resume import CONTINUE, fit_or_continue, resume_run
@@ -34,7 +34,9 @@ USAGE = """usage: opsin VERB ...
                              train; every setting of the recipe can be given on the line
   opsin fit --config RECIPE.yaml --run_folder RUN --continue
                              for job scripts: start RUN, continue it where it was ended, exit 0 where it is finished
-  opsin resume RUN           continue a run or population that was ended, from its last checkpoint
+  opsin resume RUN [--allow SETTING ...]
+                             continue a run or population that was ended, from its last checkpoint; a setting that
+                             differs from what the run was begun with is refused unless it is allowed
   opsin fork RUN --at STEP [--config BRANCHES.yaml] [--run_folder OUT] [--member N]
                              go on from a step of a run, once for each condition of the file
   opsin sites --config RECIPE.yaml
@@ -55,10 +57,11 @@ def fit(args: Sequence[str]) -> None:
 
 
 def resume(args: Sequence[str]) -> None:
-    """Continue a killed run."""
-    if len(args) != 1:
-        raise ConfigError("opsin resume", " ".join(args), "one run folder")
-    resume_run(Path(args[0]))
+    """Continue a run or a population that was ended."""
+    allowed, folders = split_allowed(args)
+    if len(folders) != 1:
+        raise ConfigError("opsin resume", " ".join(folders), "one run folder")
+    resume_run(Path(folders[0]), allowed)
 
 
 def fork(args: Sequence[str]) -> None:

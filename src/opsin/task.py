@@ -6,9 +6,11 @@ continuous input, V outputs, Q scored positions, S steps drawn together.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -156,6 +158,7 @@ class Task(ABC):
         n_outputs: V, number of classes predicted.
         evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
             draws) first.
+        settings: what the task was made with, by the name of the argument; by these a resume knows its task.
     """
 
     layout: Layout
@@ -164,6 +167,16 @@ class Task(ABC):
     n_tokens: int
     n_outputs: int
     evaluations: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> Self:
+        """A task that knows the settings it is made with."""
+        task = super().__new__(cls)
+        # a copy is made without any, and takes over those of its original
+        bound = inspect.signature(cls.__init__).bind_partial(task, *arguments, **settings)
+        bound.apply_defaults()
+        task.settings = dict([*bound.arguments.items()][1:])
+        return task
 
     @abstractmethod
     def bank(self) -> Bank:

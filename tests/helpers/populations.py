@@ -98,7 +98,7 @@ def write_population(
                 history.record(metric, step, np.array([value[member] for member in held]))
         folder.start_metrics()
         with folder.metrics.open("a") as file:
-            file.writelines(line + "\n" for line in tidy_rows(history.take_unwritten(), BATCH))
+            file.writelines(line + "\n" for line in tidy_rows(history.records(), BATCH))
         summaries = [records[member] for member in held]
         if None not in summaries:
             whole = {"members": summaries} if len(summaries) > 1 else dict(summaries[0])

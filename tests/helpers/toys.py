@@ -178,7 +178,7 @@ def train(module: OpsinModule, steps: int, *callbacks: pl.Callback, resume: str 
         callbacks=list(callbacks),
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

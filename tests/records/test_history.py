@@ -1,5 +1,6 @@
 """Claims about the run folder: tidy, exact, and the same again after a resume."""
 
+import hashlib
 import io
 import json
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from opsin.records.folder import RunFolder, write_atomically
-from opsin.records.history import History, tidy_rows
+from opsin.records.history import History, history_from_table, tidy_rows
 from opsin.records.schema import METRICS_COLUMNS
 
 
@@ -33,7 +34,7 @@ def through_a_checkpoint(history):
 
 def table(history):
     """The bytes of metrics.csv."""
-    return "\n".join(tidy_rows(history.take_unwritten(), history.batch_size))
+    return "\n".join(tidy_rows(history.records(), history.batch_size))
 
 
 def test_a_history_comes_back_from_a_checkpoint():
@@ -66,12 +67,16 @@ def test_after_a_resume_a_tracker_that_measured_step_zero_keeps_its_order():
     assert table(through_a_checkpoint(history)) == table(history)
 
 
-def test_what_was_written_is_not_written_twice():
-    history = recorded()
-    assert len(history.take_unwritten()) == 4
-    assert history.take_unwritten() == []
+def test_what_was_written_is_not_written_twice(tmp_path):
+    history, folder = recorded(), RunFolder(tmp_path)
+    history.keep_in(folder)
+    written = folder.metrics.read_bytes()
+    history.write_out()
+    assert folder.metrics.read_bytes() == written
     history.record("train/loss", 30, torch.zeros(2))
-    assert [row[:2] for row in history.take_unwritten()] == [(30, "train/loss")]
+    history.write_out()
+    assert folder.metrics.read_bytes().removeprefix(written).count(b"\n30,") == 1
+    assert folder.metrics.read_bytes().removeprefix(written).startswith(b"30,960,train/loss,0,,,0.0\n")
 
 
 def test_what_was_recorded_does_not_change_with_the_tensor_it_came_from():
@@ -95,7 +100,7 @@ def test_positions_are_also_stated_in_sequences():
 def test_pandas_reads_the_table_in_one_line_with_exact_values(tmp_path):
     history, folder = recorded(), RunFolder(tmp_path / "new" / "run")
     folder.start_metrics()
-    folder.append_metrics(history.take_unwritten(), history.batch_size)
+    folder.append_metrics(history.records(), history.batch_size)
     frame = pd.read_csv(folder.metrics)
     assert tuple(frame.columns) == METRICS_COLUMNS and len(frame) == 2 * (2 + 12)
     assert (frame.sequences == frame.step * 32).all()
@@ -118,7 +123,7 @@ def test_numbers_that_are_none_are_written_as_such(tmp_path):
 def test_appending_goes_on_where_the_table_ends_and_starting_begins_anew(tmp_path):
     folder, history = RunFolder(tmp_path), recorded(final=10)
     folder.start_metrics()
-    rows = history.take_unwritten()
+    rows = history.records()
     for part in (rows[:1], [], rows[1:]):
         folder.append_metrics(part, 32)
     lines = folder.metrics.read_text().splitlines()
@@ -157,3 +162,101 @@ def test_a_write_that_fails_keeps_the_old_content(tmp_path, content, error):
     with pytest.raises(error):
         write_atomically(path, content)
     assert path.read_text() == "old"
+
+
+# ---- the history and its table ------------------------------------------------------------------------
+
+
+def awkward():
+    """Records that a table could lose: extreme numbers, twice one metric at one step, metrics of every shape."""
+    history = History(batch_size=7)
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 2**32, 600, dtype=np.uint32).view(np.float32)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4028235e38, 0.1, 1 / 3], np.float32)
+    numbers = np.concatenate([special, bits[np.isfinite(bits)]])[:540]
+    for step, part in enumerate(numbers.reshape(-1, 2, 3, 5)):
+        history.record("a/head", step, part)
+        history.record("a/member", step, part[:, 0, 0])
+        history.record("a/member", step, part[:, 0, 1])
+        history.record("a/layer", step, part[:, :, 0])
+        history.record("feedback/Clamp[1]/0:1, twice", step, part[:1, 0, 0])
+    return history
+
+
+def test_a_history_comes_back_from_its_table_to_the_bit(tmp_path):
+    history, folder = awkward(), RunFolder(tmp_path)
+    history.keep_in(folder)
+    mark = folder.mark()
+    back = History(7)
+    back.load_state_dict(history_from_table(folder.metrics, mark["bytes"], mark["sha256"]))
+    for (step, name, values), (step_again, name_again, again) in zip(history.records(), back.records(), strict=True):
+        assert (step, name, values.shape) == (step_again, name_again, again.shape)
+        assert values.tobytes() == again.tobytes() or np.isnan(values).any()
+        assert np.array_equal(values, again, equal_nan=True)
+    assert back.names() == history.names()
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b.replace(b"a/head", b"a/heap", 1), lambda b: b""])
+def test_a_table_that_is_not_what_was_counted_on_gives_no_history(tmp_path, spoil):
+    folder = RunFolder(tmp_path)
+    awkward().keep_in(folder)
+    mark = folder.mark()
+    folder.metrics.write_bytes(spoil(folder.metrics.read_bytes()))
+    assert history_from_table(folder.metrics, mark["bytes"], mark["sha256"]) is None
+    folder.metrics.unlink()
+    assert history_from_table(folder.metrics, mark["bytes"], mark["sha256"]) is None
+
+
+def test_a_table_goes_on_where_its_checkpoint_was_saved_and_elsewhere_begins_whole(tmp_path):
+    history, folder = recorded(), RunFolder(tmp_path / "run")
+    history.keep_in(folder)
+    saved = history.for_checkpoint()["metrics"]
+    counted = folder.metrics.read_bytes()
+    history.record("train/loss", 30, torch.ones(2))
+    history.write_out()
+    for name in ("run", "other"):
+        restored = History(32)
+        state = history_from_table(folder.metrics, saved["bytes"], saved["sha256"])
+        restored.restore({"history": state, "metrics": saved})
+        restored.keep_in(RunFolder(tmp_path / name))
+        assert (tmp_path / name / "metrics.csv").read_bytes() == counted
+        restored.record("train/loss", 30, torch.ones(2))
+        mark = restored.for_checkpoint()["metrics"]
+        whole = (tmp_path / name / "metrics.csv").read_bytes()
+        assert (mark["bytes"], mark["sha256"]) == (len(whole), hashlib.sha256(whole).hexdigest())
+        assert whole.startswith(counted) and len(whole) > len(counted)
+
+
+def test_a_history_without_a_table_is_in_the_checkpoint():
+    assert recorded().for_checkpoint().keys() == {"history"}
+
+
+def test_a_table_on_a_full_disk_stays_as_long_as_it_was(tmp_path, monkeypatch):
+    history, folder = recorded(), RunFolder(tmp_path)
+    history.keep_in(folder)
+    before = folder.metrics.read_bytes()
+    history.record("train/loss", 30, torch.ones(2))
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[:5])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    opened = type(folder.metrics).open
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder.metrics), "open", lambda path, mode: Full(opened(path, mode)))
+        with pytest.raises(OSError, match="No space"):
+            history.write_out()
+    assert folder.metrics.read_bytes() == before
+    history.write_out()
+    assert folder.metrics.read_bytes().startswith(before + b"30,")

@@ -236,7 +236,7 @@ def test_in_double_precision_a_member_equals_the_single_run_of_its_seed():
 
 def test_a_run_resumed_with_another_plan_is_refused(tmp_path):
     fit(module(), steps=20, callbacks=[KeepRun(tmp_path)])
-    with pytest.raises(ConfigError, match=r"ckpt_path: got .*, expected a run with this plan"):
+    with pytest.raises(ConfigError, match=r"Ablate: got .*, expected 'none' as the run was begun with"):
         fit(module(), 40, [Ablate(heads=["0:0"])], ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
 
 

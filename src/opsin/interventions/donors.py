@@ -19,7 +19,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Transformer, parameter_shapes, position_table
-from opsin.records.folder import load_saved
+from opsin.records.checkpoint import DamagedError, read_saved
 from opsin.records.schema import LAST_CHECKPOINT
 from opsin.records.user_files import UNREADABLE, reason
 from opsin.task import Task
@@ -178,7 +178,12 @@ def _check_parameters(model: Transformer, parameters: Mapping[str, Tensor]) -> i
 
 
 def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
-    saved = load_saved(path)
-    if saved is None or not ("transformer" in saved or "opsin" in saved):
+    try:
+        saved = read_saved(path, field_name)
+    except DamagedError as error:
+        raise ConfigError(field_name, str(path), f"{EXPECTED} ({error.reason})") from error
+    opsin = saved.get("opsin")
+    whole = {"transformer", "parameters"} <= saved.keys() or (isinstance(opsin, dict) and "transformer" in opsin)
+    if not whole:
         raise ConfigError(field_name, str(path), EXPECTED)
     return saved

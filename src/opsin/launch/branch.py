@@ -28,6 +28,7 @@ from opsin.launch.recipe import BuiltRun
 from opsin.population.chunks import PER_MEMBER, listed, merged
 from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
+from opsin.training.same_run import identity_of_run, scheduler_with_rates, with_rates
 from opsin.training.weight_updates import no_skipped_updates
 
 BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
@@ -122,6 +123,8 @@ def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, 
     events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
     control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
     records = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
+    if "batch" in opsin:
+        records["batch"] = opsin["batch"][..., member : member + 1].clone()
     part = {
         **saved,
         "state_dict": _member(saved["state_dict"], member),
@@ -184,47 +187,26 @@ def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, me
         member: index of the saved member in the run that it branches from.
     """
     kinds, group_of = _groups(trunk.module)
-    rates = (kinds[group_of[member]][0], _first(branch.module.learning_rate))
+    rates = ([kinds[group_of[member]][0]], [_first(branch.module.learning_rate)])
     decay = _first(branch.module.weight_decay)
     transfer = StateTransfer(trunk.plan, branch.plan, member)
+    # the records are the branch's own from now on, cut from the table of the run
+    records = {name: part for name, part in saved["opsin"].items() if name != "metrics"}
+    around = saved["opsin"].get("run", {}).get("surroundings", {})
     opsin = {
-        **saved["opsin"],
+        **records,
+        "run": identity_of_run(branch.settings, around, ()),
         "plan": branch.plan.digest(),
         "control": transfer.control(saved["opsin"]["control"]),
         "history": transfer.history(saved["opsin"]["history"]),
     }
-    optimizers = [_with_rates(state, *rates, decay) for state in saved["optimizer_states"]]
-    schedulers = [_scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
+    optimizers = [with_rates(state, *rates, [decay]) for state in saved["optimizer_states"]]
+    schedulers = [scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
     return {**saved, "optimizer_states": optimizers, "lr_schedulers": schedulers, "opsin": opsin}
 
 
 def _first(value: float | Sequence[float]) -> float:
     return float(value) if isinstance(value, (int, float)) else float(value[0])
-
-
-def _with_rates(optimizer: Mapping[str, Any], old: float, new: float, decay: float) -> dict[str, Any]:
-    groups = [
-        {**group, **{name: _moved(group[name], old, new) for name in ("lr", "initial_lr") if name in group}}
-        for group in optimizer["param_groups"]
-    ]
-    return {**optimizer, "param_groups": [{**group, "weight_decay": decay} for group in groups]}
-
-
-def _scheduler_with_rates(state: Mapping[str, Any], old: float, new: float) -> dict[str, Any]:
-    found = dict(state)
-    for name in ("base_lrs", "_last_lr"):
-        if name in found:
-            found[name] = [_moved(rate, old, new) for rate in found[name]]
-    # a scheduler may be made from schedulers
-    if "_schedulers" in found:
-        found["_schedulers"] = [_scheduler_with_rates(inner, old, new) for inner in found["_schedulers"]]
-    return found
-
-
-def _moved(rate: float, old: float, new: float) -> float:
-    """A scheduled rate that began at ``old``, as it would be had it begun at ``new``."""
-    # exact where nothing changes, and for a rate that no scheduler has moved
-    return rate if new == old else new if rate == old else rate * (new / old)
 
 
 @dataclass(frozen=True)

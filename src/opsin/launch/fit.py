@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from opsin.errors import ConfigError, Interruption
 from opsin.launch.check_checkpoint import check_contents
 from opsin.launch.population import fit_population
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.signals import PROCESS_SIGNALS, ended_by
+from opsin.records.checkpoint import read_checkpoint
 from opsin.records.claim import claimed
-from opsin.records.folder import FolderContent, content_of, load_saved
+from opsin.records.folder import FolderContent, content_of
 from opsin.records.schema import CONFIG_FILE
 from opsin.records.user_files import real_path
 from opsin.reports.run import final_report
@@ -30,7 +31,12 @@ def fit_recipe(args: Sequence[str], goes_on: bool = False) -> None:
         ConfigError: a setting that cannot work, a checkpoint of another model, or a folder that has a run.
         Interruption: a signal ended the run; its message says how to go on.
     """
-    fit_built(OpsinCLI(args), goes_on)
+    allowed, settings = split_allowed(args)
+    cli = OpsinCLI(settings)
+    cli.model.allow = allowed
+    if allowed and cli.config.ckpt_path is None:
+        raise ConfigError("--allow", " ".join(allowed), "a checkpoint to go on from: --ckpt_path, or `opsin resume`")
+    fit_built(cli, goes_on)
 
 
 def fit_built(cli: OpsinCLI, goes_on: bool = False) -> None:
@@ -109,16 +115,21 @@ def check_free(folder: Path, start: str | None) -> None:
 # ---- checkpoints ------------------------------------------------------------------------------------
 
 
-def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run has saved.
+def split_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that ``--allow`` gives, and the arguments without them.
 
-    Raises:
-        ConfigError: the file is no checkpoint of a run.
+    They are no setting of the run: a later resume is not allowed them again.
+
+    Args:
+        args: what follows a verb on the line.
     """
-    saved = load_saved(checkpoint)
-    if saved is None or "opsin" not in saved:
-        raise ConfigError("ckpt_path", str(checkpoint), "a checkpoint of a run: RUN/checkpoints/last.ckpt")
-    return saved
+    parser = argparse.ArgumentParser(prog="opsin", allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--allow", action="append", default=[])
+    try:
+        parsed, settings = parser.parse_known_args(list(args))
+    except argparse.ArgumentError as error:
+        raise ConfigError("--allow", None, "the name of a setting that may differ") from error
+    return parsed.allow, settings
 
 
 def check_fits(checkpoint: Path, module: OpsinModule) -> None:
@@ -131,4 +142,4 @@ def check_fits(checkpoint: Path, module: OpsinModule) -> None:
     Raises:
         ConfigError: names the first tensor that has another shape.
     """
-    check_contents(str(checkpoint), load_checkpoint(checkpoint), module)
+    check_contents(str(checkpoint), read_checkpoint(checkpoint), module)

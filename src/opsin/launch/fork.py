@@ -10,11 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 from opsin.errors import ConfigError
 from opsin.launch.branch import branch_recipe, branch_state, check_branch, state_of_member
@@ -22,13 +19,14 @@ from opsin.launch.population import train_population
 from opsin.launch.recipe import BuiltRun, OpsinCLI, build_run
 from opsin.launch.recipe_parser import check_structure
 from opsin.launch.recipe_paths import RecipePaths
-from opsin.launch.replay import Trunk, bare_recipe, find_trunk, nearest_checkpoint, open_replay, replay
+from opsin.launch.replay import Trunk, bare_recipe, check_trunk, find_trunk, nearest_checkpoint, open_replay, replay
 from opsin.launch.tune import default_chunking
 from opsin.population.chunks import Member, population_document, recipe_of_member
 from opsin.population.folder import chunk_folder
 from opsin.population.settings import Condition, Population
+from opsin.records.checkpoint import write_checkpoint
 from opsin.records.claim import claimed
-from opsin.records.folder import PART_SUFFIX, FolderContent, content_of, write_atomically, write_json, write_yaml
+from opsin.records.folder import PART_SUFFIX, FolderContent, content_of, write_json, write_yaml
 from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CLAIM_FILE, CONFIG_FILE, FORK_CHECKPOINT, POPULATION_FILE, RECIPE_FILE
 
@@ -152,6 +150,7 @@ def _start_branches(
     nearest = nearest_checkpoint(trunk, at)
     cli = open_replay(trunk, at, nearest, scratch)
     whole = build_run(cli)
+    check_trunk(trunk, whole)
     recipe = recipe_of_member(bare_recipe(trunk.recipe), trunk.member)
     single = whole if trunk.members == 1 else _build(recipe, scratch / "member.yaml")
     recipes, built = {}, {}
@@ -191,7 +190,7 @@ def write_fork(out: Path, trunk: Trunk, starts: Mapping[str, BranchStart], origi
     members = [Member(number, name, trunk.seed, 0) for number, name in enumerate(starts)]
     for number, (recipe, state) in enumerate(starts.values()):
         folder = chunk_folder(out, number)
-        write_atomically(folder / FORK_CHECKPOINT, partial(torch.save, state))
+        write_checkpoint(folder / FORK_CHECKPOINT, state)
         write_yaml(folder / RECIPE_FILE, recipe)
     write_yaml(out / CONFIG_FILE, recipe_of_member(bare_recipe(trunk.recipe), trunk.member))
     chunking = default_chunking({"members_per_process": 1}, 1).as_settings()

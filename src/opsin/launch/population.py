@@ -37,7 +37,8 @@ from opsin.population.chunks import (
 )
 from opsin.population.folder import chunk_folder, read_document
 from opsin.population.settings import Population
-from opsin.records.folder import load_saved, write_json, write_yaml
+from opsin.records.checkpoint import load_saved
+from opsin.records.folder import write_json, write_yaml
 from opsin.records.recipe_text import parse_recipe
 from opsin.records.schema import (
     CHUNKS_FOLDER,

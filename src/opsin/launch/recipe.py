@@ -31,6 +31,7 @@ from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
 from opsin.records.user_files import real_path
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
+from opsin.training.run_settings import run_settings
 from opsin.training.trainer_settings import check_recipe_settings, check_trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -210,11 +211,13 @@ class BuiltRun:
         module: the Lightning module of the run, which holds task and model.
         plan: what the writers of the run do.
         callbacks: all callbacks of the run, each under its key in a checkpoint.
+        settings: named settings that determine the numbers of the run.
     """
 
     module: OpsinModule
     plan: Plan
     callbacks: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
 
 def build_run(cli: OpsinCLI) -> BuiltRun:
@@ -225,4 +228,5 @@ def build_run(cli: OpsinCLI) -> BuiltRun:
     """
     callbacks = callbacks_of(cli.trainer)
     plan = cli.model.plan_for(callbacks, cli.trainer.max_steps)
-    return BuiltRun(cli.model, plan, {callback.state_key: callback for callback in callbacks})
+    by_key = {callback.state_key: callback for callback in callbacks}
+    return BuiltRun(cli.model, plan, by_key, run_settings(cli.model, plan, cli.trainer))

@@ -14,14 +14,16 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from opsin.callbacks import KeepRun, WeightsAndBiases
 from opsin.errors import ConfigError, Interruption, log
-from opsin.launch.recipe import OpsinCLI
+from opsin.launch.recipe import BuiltRun, OpsinCLI
 from opsin.launch.signals import ended_by
 from opsin.population.folder import chunk_folder, is_population, read_document
-from opsin.records.folder import load_saved, write_yaml
+from opsin.records.checkpoint import DamagedError, last_checkpoints, load_saved, read_checkpoint
+from opsin.records.folder import write_yaml
 from opsin.records.recipe_text import read_recipe
-from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
+from opsin.records.schema import CONFIG_FILE, METRICS_FILE
 from opsin.records.user_files import UNREADABLE, real_path, reason
 from opsin.training.module import callbacks_of
+from opsin.training.same_run import check_same_run
 
 # ---- the run ----------------------------------------------------------------------------------------
 
@@ -99,6 +101,22 @@ def _check_member(member: int | None, members: int) -> None:
         raise ConfigError("--member", member, f"one of the members 0 to {members - 1}")
 
 
+def check_trunk(trunk: Trunk, run: BuiltRun) -> None:
+    """Refuse a run whose configuration is no longer that of its checkpoints, also of those after the fork's step.
+
+    Args:
+        trunk: the run that is forked.
+        run: the run as its configuration builds it now.
+
+    Raises:
+        ConfigError: names the setting that differs.
+    """
+    for path in last_checkpoints(trunk.folder):
+        saved = load_saved(path)
+        if saved is not None and "run" in saved.get("opsin", {}):
+            check_same_run(saved["opsin"]["run"]["settings"], run.settings, (), saved["global_step"])
+
+
 # ---- its replay -------------------------------------------------------------------------------------
 
 
@@ -142,9 +160,13 @@ def nearest_checkpoint(trunk: Trunk, at: int) -> Nearest:
     """
     origin = trunk.recipe.get("ckpt_path")
     found: list[tuple[int, Path]] = []
-    for path in [trunk.folder / LAST_CHECKPOINT, *([Path(origin)] if origin else [])]:
-        saved = load_saved(path)
-        if saved is not None and saved["global_step"] <= at:
+    for path in [*last_checkpoints(trunk.folder), *([Path(origin)] if origin else [])]:
+        try:
+            saved = read_checkpoint(path, history=True)
+        except DamagedError as error:
+            log.warning(f"opsin: {path}: {error.reason}; the fork does without it")
+            continue
+        if saved["global_step"] <= at:
             found.append((saved["global_step"], path))
     if not found and origin:
         raise ConfigError("--at", at, f"a step after that of {origin}, from which {trunk.folder} began")
@@ -190,12 +212,11 @@ def replay(trunk: Trunk, at: int, nearest: Nearest, cli: OpsinCLI) -> tuple[dict
     """
     begun, start = nearest
     if start is not None and begun == at:
-        saved = load_saved(start)
-        assert saved is not None
-        return saved, True
+        return read_checkpoint(start, history=True), True
     log.info(f"opsin: the state of {trunk.folder} after step {at:,} is replayed from step {begun:,} on")
     _run_silently(cli)
-    saved = load_saved(cli.keeper.checkpoint)
+    kept = cli.keeper.checkpoint
+    saved = read_checkpoint(kept, history=True) if kept.exists() else None
     if saved is None or saved["global_step"] != at:
         raise ConfigError("--at", at, f"a step that {trunk.folder} comes by; it ended after {cli.trainer.global_step}")
     differs = first_difference(cli.keeper.folder / METRICS_FILE, trunk.folder / METRICS_FILE)

@@ -5,16 +5,16 @@ Legend: M members.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 import yaml
 
 from opsin.records.history import tidy_rows
@@ -28,7 +28,6 @@ from opsin.records.schema import (
     POPULATION_FILE,
     SUMMARY_FILE,
 )
-from opsin.records.user_files import UNREADABLE, check_regular
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is being written; one that is left over is the half of a killed process."""
@@ -75,65 +74,129 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._bytes, self._digest = 0, hashlib.sha256()
 
     @property
     def metrics(self) -> Path:
         """The tidy table of numbers."""
         return self.path / METRICS_FILE
 
-    def start_metrics(self) -> None:
-        """Begin the table anew: a resumed run writes again what its checkpoint holds, and nothing after it."""
-        write_atomically(self.metrics, ",".join(METRICS_COLUMNS) + "\n")
-
-    def append_metrics(self, records: list[tuple[int, str, np.ndarray]], batch_size: int) -> None:
-        """Append records and hand them to the operating system, so that a killed process loses none.
+    def start_metrics(self, records: Sequence[tuple[int, str, np.ndarray]] = (), batch_size: int = 1) -> None:
+        """Begin the table anew, with what has been recorded so far; a reader sees the old one or the new one.
 
         Args:
             records: step, name of the metric, and its values ``[M, ...]`` of each record.
             batch_size: sequences of a training step, which turn steps into sequences.
         """
-        if records:
-            with self.metrics.open("a") as file:
-                file.write("".join(line + "\n" for line in tidy_rows(records, batch_size)))
+        header = ",".join(METRICS_COLUMNS)
+        content = "".join(line + "\n" for line in (header, *tidy_rows(records, batch_size))).encode()
+        write_atomically(self.metrics, content)
+        self._bytes, self._digest = len(content), hashlib.sha256(content)
+
+    def continue_metrics(self, length: int) -> None:
+        """Go on with the table after its first bytes; what a killed process wrote after them is cut off.
+
+        Args:
+            length: number of bytes that a checkpoint counts on.
+        """
+        os.truncate(self.metrics, length)
+        self._bytes, self._digest = length, hashlib.sha256()
+        with self.metrics.open("rb") as file:
+            while part := file.read(1 << 20):
+                self._digest.update(part)
+
+    def append_metrics(self, records: Sequence[tuple[int, str, np.ndarray]], batch_size: int) -> None:
+        """Append records and hand them to the operating system, so that a killed process loses none.
+
+        Args:
+            records: step, name of the metric, and its values ``[M, ...]`` of each record.
+            batch_size: sequences of a training step, which turn steps into sequences.
+
+        Raises:
+            OSError: the disk is full; the table is as it was before.
+        """
+        content = "".join(line + "\n" for line in tidy_rows(records, batch_size)).encode()
+        if not content:
+            return
+        try:
+            with self.metrics.open("ab") as file:
+                file.write(content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.metrics, self._bytes)
+            raise
+        self._bytes += len(content)
+        self._digest.update(content)
+
+    def mark(self) -> dict[str, Any]:
+        """Path, length and SHA-256 of the table, which is on the disk when this returns."""
+        with self.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+        return {"path": str(self.metrics.absolute()), "bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write one JSON document into the folder."""
         return write_json(self.path / name, content)
 
 
-def load_saved(path: Path) -> dict[str, Any] | None:
-    """A checkpoint or snapshot on the CPU; None where there is none that can be read."""
-    try:
-        check_regular(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE:
-        return None
-    return saved if isinstance(saved, dict) else None
-
-
-def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> Path:
-    """Write a file so that a reader sees the old one or the new one, never half of it.
+def write_atomically(
+    path: Path, content: str | bytes | Callable[[BinaryIO], object], previous: Path | None = None
+) -> Path:
+    """Write a file so that a reader sees the old one or the new one, never half of it, and a power cut leaves one.
 
     Args:
         path: the file; folders on the way to it are made.
         content: text, bytes, or a function that writes into the open binary file it is given.
+        previous: path under which the file that is replaced stays; None to let it go.
 
     Returns:
         The path of the file.
+
+    Raises:
+        OSError: it could not be written; the old one is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART_SUFFIX)
-    if isinstance(content, str):
-        part.write_text(content)
-    elif isinstance(content, bytes):
-        part.write_bytes(content)
-    else:
+    try:
         with part.open("wb") as file:
-            content(file)
-    os.replace(part, path)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
+        os.replace(part, path)
+    except BaseException:
+        # what is half written takes room that a full disk lacks
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
     return path
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file that is about to be replaced a second name."""
+    part = previous.with_name(previous.name + PART_SUFFIX)
+    try:
+        part.unlink(missing_ok=True)
+        os.link(path, part)
+        os.replace(part, previous)
+    except OSError:
+        # a file system without second names: for a moment there is the one before alone
+        os.replace(path, previous)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk, where the file system lets that be asked for."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:

@@ -23,6 +23,15 @@ SUMMARY_PICTURE = "summary.png"
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 """What a resume continues from."""
 
+PREVIOUS_CHECKPOINT = "checkpoints/previous.ckpt"
+"""The one before it, in case that the last is damaged."""
+
+SPARE_ROOM = "checkpoints/spare"
+"""A file of ``SPARE_BYTES`` that holds nothing: room for the last words of a run whose disk is full."""
+
+SPARE_BYTES = 1 << 20
+"""Bytes that an unfinished run keeps free for itself."""
+
 LOG_FILE = "log.txt"
 """What the process of a chunk printed."""
 

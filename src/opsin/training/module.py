@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -35,6 +37,7 @@ from opsin.interventions.plan import Plan
 from opsin.interventions.weights import WeightWriter, weight_table
 from opsin.model.memory import check_run_sizes
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
 from opsin.records.history import History
 from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
@@ -48,6 +51,8 @@ from opsin.training.objective import evaluation_metrics, scored_logits
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
 from opsin.training.probe import ForwardPasses
+from opsin.training.run_settings import run_settings, surroundings
+from opsin.training.same_run import apply_changes, check_same_run, identity_of_run, warn_of_surroundings
 from opsin.training.settings import check_settings, refuse_uneven_checkpoints
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepGates
@@ -118,6 +123,7 @@ class OpsinModule(pl.LightningModule):
         sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
         check_run_sizes(transformer, task, len(self.seeds), sets)
         self.sites = transformer.sites(task)
+        self.initial_weights: list[str | None] = []
         self.members = Members(self._first_weights(initial))
         self.history = History(task.batch_size)
         self.events: list[Event] = []
@@ -126,6 +132,11 @@ class OpsinModule(pl.LightningModule):
         self._saved_gates: dict[str, Any] | None = None
         self._steps_before = 0
         self._monitored: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.settings: dict[str, Any] = {}
+        self.allow: Sequence[str] = ()
+        self.allowed: list[dict[str, Any]] = []
+        self._compiled = False
+        self._surroundings_before: tuple[Mapping[str, Any], int] | None = None
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
@@ -136,11 +147,14 @@ class OpsinModule(pl.LightningModule):
     def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
         values = init_parameters(self.transformer, self.task, self.seeds)
         for member, start in enumerate(initial or ()):
-            if start is not None:
+            if start is None:
+                self.initial_weights.append(None)
+            else:
                 donor = read_donor("model.initial", start.path, start.place)
                 if donor.model != self.transformer:
                     raise ConfigError("model.initial", f"{start.path} of {donor.model}", f"a {self.transformer}")
                 donor.check(self.task)
+                self.initial_weights.append(donor.digest)
                 for name, value in values.items():
                     value[member] = donor.parameters[name][0]
         return values
@@ -237,6 +251,9 @@ class OpsinModule(pl.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
+        # plugins that the user has chosen stay
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = SealedFiles()
         # a run is one process; in a cluster's job Lightning's loggers would write in the first task alone
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
         if stage == "validate":
@@ -258,6 +275,8 @@ class OpsinModule(pl.LightningModule):
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
         self._check_followers()
+        self.settings, self.allowed = run_settings(self, self.plan, trainer), []
+        self._surroundings_before = None
         adam = Adam((self.betas[0], self.betas[1]), self.eps)
         self.step = Step(self.transformer, self.task, self.plan, adam)
 
@@ -326,6 +345,10 @@ class OpsinModule(pl.LightningModule):
         self._build_passes()
         self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
         run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
+        self._compiled = run_step is not self.step
+        if self._surroundings_before is not None:
+            before, step = self._surroundings_before
+            warn_of_surroundings(before, surroundings(self, self._compiled), step)
         self._active_members = ActiveMembers(run_step, self.n_members)
         # a graph for fewer members must repay its making, as the first must
         self._last_leave = self.trainer.max_steps - (0 if run_step is self.step else COMPILE_FROM_STEPS)
@@ -518,29 +541,68 @@ class OpsinModule(pl.LightningModule):
         if "gates" not in self.__dict__:
             self._build_passes()
         checkpoint["opsin"] = {
-            "history": self.history.state_dict(),
+            **self.history.for_checkpoint(),
             "events": [vars(event) for event in self.events],
             "plan": self.plan.digest(),
             "control": self.gates.state_dict(),
             "seeds": self.seeds,
             "transformer": asdict(self.transformer),
+            "run": self.run_identity(),
         }
         if self._results:
             checkpoint["opsin"]["batch"] = torch.stack(self._results).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["opsin"]
+        # without a Trainer the weights alone are wanted
+        if self._trainer is None:
+            return
+        path = Path(str(self.trainer.ckpt_path))
+        saved = with_history(checkpoint, path)["opsin"]
         self._steps_before = checkpoint["global_step"]
-        if self._is_fitting and saved["plan"] != self.plan.digest():
-            raise ConfigError(
-                "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
-            )
-        self.history.load_state_dict(saved["history"])
+        if self._is_fitting:
+            self._check_same_run(checkpoint, path)
+        self.history.restore(saved)
         self.events = [Event(**event) for event in saved["events"]]
         # whoever validates may do so under other interventions
         self._saved_gates = saved["control"] if saved["plan"] == self.plan.digest() else None
         self._results = [*saved["batch"].to(self.device)] if "batch" in saved else []
         self._drop_passes()
+
+    def run_identity(self) -> dict[str, Any]:
+        """What a checkpoint says of its run: digest, named settings, surroundings, and changes that were allowed."""
+        return identity_of_run(self.settings, surroundings(self, self._compiled), self.allowed)
+
+    def _check_same_run(self, checkpoint: dict[str, Any], path: Path) -> None:
+        saved, step = checkpoint["opsin"], checkpoint["global_step"]
+        if "run" not in saved:
+            log.warning(f"opsin: {path} is of an earlier version: whether it is whole, and of this run, is not checked")
+        elif changes := check_same_run(saved["run"]["settings"], self.settings, self.allow, step):
+            apply_changes(checkpoint, self, changes)
+            self.allowed = [*saved["run"]["allowed"], *changes]
+        else:
+            self.allowed = list(saved["run"]["allowed"])
+        if saved["plan"] != self.plan.digest():
+            raise ConfigError(
+                "ckpt_path", saved["plan"], f"a run with this plan of interventions, {self.plan.digest()}"
+            )
+        self._surroundings_before = (saved["run"]["surroundings"], step) if "run" in saved else None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Self:  # type: ignore[override]
+        """A module with the weights of a checkpoint, on the CPU; seeds and shape are the checkpoint's where not given.
+
+        Args:
+            checkpoint_path: path of a checkpoint, for example ``RUN/checkpoints/last.ckpt``.
+            arguments: what Lightning's method of this name takes beside the path.
+            settings: settings of the module, ``task`` among them; others have their defaults.
+
+        Raises:
+            ConfigError: a file that is damaged, or no checkpoint of a run.
+        """
+        saved = read_checkpoint(Path(checkpoint_path), "checkpoint_path")["opsin"]
+        known = {"seed": saved["seeds"], "transformer": Transformer(**saved["transformer"]), "weights_only": True}
+        load = super().load_from_checkpoint
+        return load(checkpoint_path, *arguments, **{**known, **settings})
 
 
 def _numbers(count: int) -> DataLoader:
