@@ -114,7 +114,11 @@ def check_trunk(trunk: Trunk, run: BuiltRun) -> None:
     for path in last_checkpoints(trunk.folder):
         saved = load_saved(path)
         if saved is not None and "run" in saved.get("opsin", {}):
-            check_same_run(saved["opsin"]["run"]["settings"], run.settings, (), saved["global_step"])
+            try:
+                check_same_run(saved["opsin"]["run"]["settings"], run.settings, (), saved["global_step"])
+            except ConfigError as error:
+                way_out = f"{trunk.folder / CONFIG_FILE} says otherwise (the conditions of a fork change settings)"
+                raise ConfigError(error.field, error.value, f"{error.expected.split('; ')[0]}; {way_out}") from error
 
 
 # ---- its replay -------------------------------------------------------------------------------------

@@ -295,7 +295,7 @@ def test_a_resume_with_another_donor_is_refused(finished, tmp_path):
     train(module(), 20, Graft(folder, 0), resume=last)
     with pytest.raises(ConfigError) as refused:
         train(module(), 20, Graft(folder, 0, member=1), resume=last)
-    assert refused.value.field == "ckpt_path"
+    assert refused.value.field == "Graft"
 
 
 # ---- refusals --------------------------------------------------------------------------------------------
