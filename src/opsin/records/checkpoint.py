@@ -27,6 +27,7 @@ from opsin.errors import ConfigError, log
 from opsin.records.folder import write_atomically
 from opsin.records.history import history_from_table
 from opsin.records.schema import LAST_CHECKPOINT, METRICS_FILE, PREVIOUS_CHECKPOINT, SPARE_BYTES, SPARE_ROOM
+from opsin.records.user_files import check_regular, reason
 
 SEAL = b"opsin sha256 "
 """Begins the comment of a sealed archive; 64 hexadecimal digits follow and end the file."""
@@ -184,8 +185,8 @@ def check_seal(path: Path, field: str) -> bool:
         DamagedError: a file that cannot be read, or not as it was written.
     """
     try:
+        length = check_regular(path)
         with path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
             file.seek(max(0, length - _DIGITS - len(SEAL)))
             seal = file.read()
             if seal.startswith(SEAL):
@@ -197,7 +198,7 @@ def check_seal(path: Path, field: str) -> bool:
                 if (part := archive.testzip()) is not None:
                     raise DamagedError(field, path, f"damaged: the checksum of {part} differs", changed=True)
     except OSError as error:
-        raise DamagedError(field, path, (error.strerror or "it cannot be read").lower()) from error
+        raise DamagedError(field, path, (error.strerror or reason(error)).lower()) from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         if isinstance(error, DamagedError):
             raise
