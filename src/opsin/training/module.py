@@ -137,6 +137,9 @@ class OpsinModule(pl.LightningModule):
         self.allowed: list[dict[str, Any]] = []
         self._compiled = False
         self._surroundings_before: tuple[Mapping[str, Any], int] | None = None
+        self._without_listeners()
+
+    def _without_listeners(self) -> None:
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
