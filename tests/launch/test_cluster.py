@@ -20,14 +20,20 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """metrics.csv of a run that nothing started but this process."""
+def alone(tmp_path_factory):
+    """Folder of a run that nothing started but this process."""
     from opsin.cli import main
 
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "recipe.yaml").write_text(RECIPE)
     assert main(["fit", "--config", str(folder / "recipe.yaml"), "--run_folder", str(folder / "run")]) == 0
-    return (folder / "run" / "metrics.csv").read_bytes()
+    return folder / "run"
+
+
+@pytest.fixture
+def whole(alone):
+    """metrics.csv of that run."""
+    return (alone / "metrics.csv").read_bytes()
 
 
 @pytest.fixture
@@ -71,6 +77,24 @@ def test_a_checkpoint_of_lightnings_requeue_is_never_begun_from(fit, opsin, tmp_
         monkeypatch.setenv(name, value)
     assert fit().code == 0
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_saved_configuration_trains_the_same_run_in_a_job_elsewhere_beside_a_foreign_checkpoint(
+    opsin, tmp_path, monkeypatch, alone, whole, launcher
+):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert opsin("fit", "--config", "recipe.yaml", "--run_folder", "other", "--model.seed", "[7, 8]").code == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "other/checkpoints/last.ckpt").rename(elsewhere / "hpc_ckpt_1.ckpt")
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(elsewhere)
+    ended = opsin("fit", "--config", str(alone / "config.yaml"), "--run_folder", "run")
+    assert ended.code == 0 and ended.err == ""
+    assert (elsewhere / "run/metrics.csv").read_bytes() == whole
+    assert [path.name for path in files_of_lightning(tmp_path)] == ["hpc_ckpt_1.ckpt"]
 
 
 def test_a_signal_of_a_scheduler_saves_no_file_of_lightning_and_requeues_nothing(
