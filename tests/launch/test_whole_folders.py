@@ -6,23 +6,30 @@ import re
 import pytest
 
 from tests.helpers.killers import Killed
-from tests.launch.test_signals import POPULATION, RECIPE
+from tests.launch.test_signals import POPULATION, RECIPE, STEPS
 
 LINES = {
     "run": ["fit", "--config", "run.yaml"],
     "population": ["fit", "--config", "population.yaml"],
-    "fork": ["fork", "trunk", "--at", 20],
+    "fork": ["fork", "trunk", "--at", 10],
 }
+
+
+def without_training(monkeypatch):
+    """Let chunks and branches be written and not trained, and nothing be drawn."""
+    monkeypatch.setattr("opsin.launch.population.run_jobs", lambda *_: [])
+    monkeypatch.setattr("opsin.launch.population.finish_population", lambda *_: {})
+    monkeypatch.setattr("opsin.launch.population.population_report", lambda *_: "")
+    monkeypatch.setattr("opsin.callbacks.readers.run_folder.summary_figure", lambda *_: None)
+    monkeypatch.setattr("opsin.callbacks.readers.run_folder.save_figure", lambda *_: None)
 
 
 @pytest.fixture
 def command(opsin, tmp_path, monkeypatch):
     """Commands in a folder with recipes and a run; chunks and branches are not trained."""
-    monkeypatch.setattr("opsin.launch.population.run_jobs", lambda *_: [])
-    monkeypatch.setattr("opsin.launch.population.finish_population", lambda *_: {})
-    monkeypatch.setattr("opsin.launch.population.population_report", lambda *_: "")
+    without_training(monkeypatch)
     recipe = RECIPE.replace("seed: [3, 4]", "seed: 3").replace(", members: [1]", "")
-    (tmp_path / "run.yaml").write_text(recipe)
+    (tmp_path / "run.yaml").write_text(recipe.replace(f"max_steps: {STEPS}", "max_steps: 20"))
     (tmp_path / "population.yaml").write_text(POPULATION)
     return opsin
 
@@ -53,9 +60,7 @@ def test_a_population_killed_before_it_is_whole_is_finished_by_resume(command, t
     with pytest.raises(Killed):
         command(*LINES["population"], "--run_folder", "killed")
     monkeypatch.undo(), monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("opsin.launch.population.run_jobs", lambda *_: [])
-    monkeypatch.setattr("opsin.launch.population.finish_population", lambda *_: {})
-    monkeypatch.setattr("opsin.launch.population.population_report", lambda *_: "")
+    without_training(monkeypatch)
     if name == "config.yaml":
         assert command("resume", "killed").code == 2
         assert command(*LINES["population"], "--run_folder", "killed").code == 0
@@ -69,7 +74,7 @@ def test_a_population_killed_before_it_is_whole_is_finished_by_resume(command, t
     assert recipes[0] == recipes[1]
 
 
-@pytest.mark.parametrize("name", ["fork.ckpt", "config.yaml", "population.json"])
+@pytest.mark.parametrize("name", ["fork.ckpt", ".fork.part/config.yaml", "population.json"])
 def test_a_fork_killed_before_it_is_whole_is_not_there_and_can_be_made_again(
     command, tmp_path, monkeypatch, killed_at, name
 ):
@@ -79,9 +84,7 @@ def test_a_fork_killed_before_it_is_whole_is_not_there_and_can_be_made_again(
         command(*LINES["fork"], "--run_folder", "fork")
     assert not (tmp_path / "fork").exists() and (tmp_path / ".fork.part").exists()
     monkeypatch.undo(), monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("opsin.launch.population.run_jobs", lambda *_: [])
-    monkeypatch.setattr("opsin.launch.population.finish_population", lambda *_: {})
-    monkeypatch.setattr("opsin.launch.population.population_report", lambda *_: "")
+    without_training(monkeypatch)
     assert command("resume", "fork").code == 2
     assert command(*LINES["fork"], "--run_folder", "fork").code == 0
     assert (tmp_path / "fork" / "population.json").exists() and not (tmp_path / ".fork.part").exists()

@@ -239,8 +239,11 @@ def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
     assert written_until(tmp_path, ["abc", "online"]) == {"abc": -1}
 
 
-def test_a_new_run_in_the_folder_of_a_finished_one_has_an_id_of_its_own(finished, tmp_path):
+def test_a_new_run_where_a_finished_one_was_removed_has_an_id_of_its_own(finished, tmp_path):
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
+    for path in [*tmp_path.glob("*.*"), *tmp_path.glob("checkpoints/*")]:
+        if path.name != "wandb_run.json":
+            path.unlink()
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
     first, second = offline_runs(tmp_path)
     assert run_id(first) != run_id(second)
