@@ -117,7 +117,8 @@ class Campaign:
         (folder / "branches.yaml").write_text(BRANCHES)
         self.temporary = [folder / "tmp"]
         if OTHER_FILE_SYSTEM.is_dir():
-            self.temporary.append(Path(tempfile.mkdtemp(dir=OTHER_FILE_SYSTEM)))
+            self._elsewhere = tempfile.TemporaryDirectory(dir=OTHER_FILE_SYSTEM)
+            self.temporary.append(Path(self._elsewhere.name))
         self.temporary[0].mkdir()
 
     def runs(self, kills: int) -> Result:
