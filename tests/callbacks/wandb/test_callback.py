@@ -242,7 +242,7 @@ def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
     assert written_until(tmp_path, ["abc", "online"]) == {"abc": -1}
 
 
-def test_a_new_run_in_the_folder_of_a_finished_one_has_an_id_of_its_own(finished, tmp_path):
+def test_a_new_run_where_a_finished_one_was_removed_has_an_id_of_its_own(finished, tmp_path):
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
     forget_run(tmp_path)
     fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
