@@ -15,6 +15,14 @@ LAUNCHERS = {
     "a task of an allocation": JOB,
     "a task of many on one machine": {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "bash"},
     "torchrun": {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "2", "PMI_SIZE": "4"},
+    "a pod of Kubeflow": {
+        "KUBERNETES_PORT": "x",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+    },
     "jsrun": {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "x"},
 }
 
