@@ -38,7 +38,7 @@ def test_a_module_that_is_fitted_twice_keeps_the_records_of_the_second_run_alone
         trainer_with(InductionHeads(every=5), PhaseChange(), KeepRun(tmp_path / name), max_steps=40).fit(model)
         with (tmp_path / name / "metrics.csv").open() as file:
             steps = [int(row["step"]) for row in csv.DictReader(file) if row["metric"] == "train/loss"]
-        assert steps == model.history["train/loss"].steps == [5, 10, 15, 20, 25, 30, 35, 40]
+        assert steps == list(model.history["train/loss"].steps) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert "the module was trained before" in caplog.text
 
 

@@ -167,10 +167,15 @@ def test_a_metric_that_is_no_loss_of_the_run_is_refused_before_training():
         PhaseChange(metric="train/los").setup(None, tiny(), "fit")
 
 
-@pytest.mark.parametrize("setting", [{"plateau": 0.0}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
+@pytest.mark.parametrize("setting", [{"plateau": float("inf")}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
 def test_a_setting_that_cannot_work_is_refused(setting):
     with pytest.raises(ConfigError, match="PhaseChange"):
         PhaseChange(**setting)
+
+
+def test_a_plateau_that_no_loss_lies_below_is_refused_before_training():
+    with pytest.raises(ConfigError, match=r"PhaseChange.plateau: got 0.0, expected a loss above 0, or null"):
+        PhaseChange(plateau=0.0).setup(None, tiny(), "fit")
 
 
 def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path):

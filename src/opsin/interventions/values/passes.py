@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.batch import scored_rows
 from opsin.interventions.intervention import Overwrite, Source, Value
 from opsin.interventions.values.patterns import DISALLOWED_SCORE
-from opsin.task import Batch, scored_rows
+from opsin.task import Batch
 
 
 @dataclass(frozen=True)
