@@ -83,8 +83,7 @@ class ProgressMeasures(ProbeReader):
         self._planned = build_measures(
             self.measures, module.sites, module.n_members, module.task.batch_size, SETS_FIELD
         )
-        for donor in self._planned.plan.donors:
-            donor.check(module.task)
+        self._planned.plan.check_task(module.task)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._idle_checked = False

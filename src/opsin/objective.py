@@ -8,6 +8,7 @@ Legend: M members, B batch, Q scored entries of a sequence, V outputs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,13 +65,14 @@ class LossScale:
 
     @classmethod
     def of(cls, summary: Mapping[str, Any]) -> LossScale:
-        """The scale of a run's losses, by its ``summary.json``; one of an earlier version had cross-entropy.
-
-        Args:
-            summary: content of the file, whose entry ``objective`` is what ``Objective.describe`` returns.
-        """
-        described = summary.get("objective") or CrossEntropy().describe()
+        """The scale of a run's losses, by the content of its ``summary.json``."""
+        described = _described_in(summary)
         return cls(described["unit"], described["lowest"])
+
+    @property
+    def floor(self) -> float:
+        """The lowest loss; minus infinity where there is no lower bound."""
+        return -math.inf if self.lowest is None else self.lowest
 
     def titled(self, text: str) -> str:
         """A heading with the unit in brackets, where there is one."""
@@ -79,6 +81,16 @@ class LossScale:
     def with_unit(self, number: str) -> str:
         """A number with the unit after it, where there is one."""
         return f"{number} {self.unit}".rstrip()
+
+
+def measures_in(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Unit, better direction, and whether training measures it, of every measure of a run, by its ``summary.json``."""
+    return _described_in(summary)["measures"]
+
+
+def _described_in(summary: Mapping[str, Any]) -> dict[str, Any]:
+    # a run of an earlier version had cross-entropy and does not say so
+    return summary.get("objective") or CrossEntropy().describe()
 
 
 class Objective(ABC):
@@ -168,8 +180,8 @@ class Objective(ABC):
 def entry_mean(values: Float[Tensor, "M B Q"], batch: Batch) -> Float[Tensor, " M"]:
     """Mean of one number for every scored entry: the sum of weight times number over the sum of weights.
 
-    An entry of weight 0 counts for nothing even where its number is not finite; a member whose weights are all 0 has a
-    mean of 0 and, as a loss, no gradient.
+    An entry of weight 0 counts for nothing even where its number is not finite, but a loss must have a finite
+    derivative there; a member whose weights are all 0 has a mean of 0 and, as a loss, no gradient.
 
     Args:
         values: one number for every scored entry.

@@ -324,8 +324,7 @@ class OpsinModule(pl.LightningModule):
         writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
         weights = weight_table(self.parameters_by_name(), self.transformer.heads)
         plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
-        for donor in plan.donors:
-            donor.check(self.task)
+        plan.check_task(self.task)
         check_gradients(plan, self.sites, self.parameters_by_name(), self.task)
         return plan
 

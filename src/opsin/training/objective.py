@@ -89,6 +89,7 @@ def _check_weights(field: str, batch: Batch, shape: tuple[int, ...]) -> None:
 def _check_measure(title: str, measure: Measure, outputs: Float[Tensor, "M B Q V"], batch: Batch) -> None:
     if not NAME.fullmatch(measure.name) or measure.name in ("loss", "grad_norm"):
         raise ConfigError(f"{title}.measures", measure.name, "names of letters, digits, '_' and '-' other than loss")
-    if (found := measure(outputs, batch).shape) != (1,):
+    found = measure.of(outputs, batch).shape
+    if found not in ((1,), outputs.shape[:-1]):
         expected = "one number for every member, or one for every scored entry, [M, B, Q]"
         raise ConfigError(f"{title}.measures.{measure.name}", f"shape {list(found)}", expected)

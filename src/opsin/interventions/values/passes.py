@@ -81,6 +81,11 @@ class CopyOutput(Value):
     head: int
 
     @property
+    def needs_classes(self) -> bool:
+        """True: the answer is one of the labels."""
+        return True
+
+    @property
     def needs(self) -> tuple[Source, ...]:
         """The activation of the other pass."""
         return (self.source,)
