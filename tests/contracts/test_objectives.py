@@ -16,11 +16,12 @@ from opsin.callbacks import Clamp, ReferenceDistance
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer
 from opsin.objective import Objective
+from opsin.training.compiling import compile_step
 from opsin.training.module import OpsinModule
 from tests.contracts.house import Module, modules, report
 from tests.helpers.killers import KillAt, Killed
 from tests.helpers.regression import OBJECTIVES, Pairs
-from tests.helpers.toys import train
+from tests.helpers.toys import Training, train, weights
 
 STEPS = 200
 MODEL = Transformer(layers=1, width=8, heads=2, positions="learned", max_positions=6)
@@ -92,6 +93,17 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_left_alone(n
     again = train(module(name, [1], [0.01]), 150, resume=str(tmp_path / "last.ckpt"))
     for parameter, values in whole.parameters_by_name().items():
         assert torch.equal(values, again.parameters_by_name()[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_step_is_one_graph_whatever_is_minimised(name, graphs):
+    start = weights(MODEL, Pairs(name), dtype=torch.float32)
+    eager, traced = (Training(MODEL, Pairs(name, weighted=True), start) for _ in range(2))
+    traced.call = compile_step(traced.step)
+    for k in range(3):
+        # by tracing a product may be fused with a sum
+        torch.testing.assert_close(eager.update(k), traced.update(k), rtol=1e-4, atol=1e-5)
+    assert graphs() == 1
 
 
 # ---- nobody else knows ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from opsin.errors import ConfigError
 from opsin.metrics.compare import bootstrap_interval, mean_interval
-from opsin.objective import LossScale
+from opsin.objective import LogCrossEntropy, LossScale, SquaredError
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
 from opsin.reports.population import finish_population, population_report
@@ -347,6 +347,28 @@ def test_a_diverged_member_s_last_value_enters_no_mean(tmp_path):
     path = write_population(tmp_path / "run", MEMBERS, [*RECORDS[:5], DIVERGED], compare={"x": [[1.0] * 5 + [7.0]]})
     summary = finish_population(path)
     assert summary["members"][5]["x"] is None and row(summary["conditions"], condition="copy")["x"] == 1.0
+
+
+def test_losses_are_told_in_the_unit_of_the_objective(tmp_path):
+    described = [SquaredError(unit="m^2").describe()]
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, objectives=described)
+    scale = read_population(path).scale
+    assert scale == LossScale("m^2", 0.0)
+    assert "final loss, m^2" in population_report(finish_population(path), path, scale)
+    # nobody knows how to read the losses of two objectives side by side
+    mixed = write_population(tmp_path / "b", MEMBERS, RECORDS, objectives=[*described, LogCrossEntropy().describe()])
+    assert read_population(mixed).scale == LossScale("", None)
+    report = population_report(finish_population(mixed), mixed, read_population(mixed).scale)
+    assert "final loss" in report and "final loss," not in report
+
+
+def test_a_loss_without_a_lower_bound_has_no_half_and_its_interval_no_floor(tmp_path):
+    records = [record(6000.0, final) for final in (-5.0, 0.5, -9.0)]
+    path = write_population(tmp_path, MEMBERS[:3], records, objectives=[LogCrossEntropy().describe()])
+    summary = finish_population(path)
+    assert [entry["below_half"] for entry in summary["members"]] == [None] * 3
+    assert summary["conditions"][0]["final_loss_low"] < -9 < summary["conditions"][0]["final_loss"]
+    assert [entry["outcome"] for entry in summary["members"]] == ["formed"] * 3
 
 
 def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
