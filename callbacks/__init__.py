@@ -10,6 +10,7 @@ from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeuron
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
 from opsin.callbacks.readers.progress_measures import ProgressMeasures
+from opsin.callbacks.readers.reference_distance import ReferenceDistance
 from opsin.callbacks.readers.run_folder import KeepRun
 from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.callbacks.wandb.callback import WeightsAndBiases
@@ -51,6 +52,7 @@ __all__ = [
     "Progress",
     "ProgressMeasures",
     "Project",
+    "ReferenceDistance",
     "Reinitialise",
     "Snapshots",
     "StopWhen",

@@ -48,9 +48,10 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.interventions.apply import Constants, PassInputs, constants_of, run_passes
 from opsin.model.transformer import Transformer, forward, position_table
+from opsin.objective import cross_entropy
 from opsin.training.adam import Adam
 from opsin.training.compiling import compile_step, keep_compiled
-from opsin.training.objective import cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates

@@ -6,15 +6,17 @@ Legend: M members, B batch, L positions, T = L + 1 tokens drawn, n or R sequence
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from opsin.task import Reference
 from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, repeat_first_half
 from opsin.tasks.shared.ngrams import NGRAM_ORDER, NGrams, ngram_baselines
+from opsin.tasks.shared.references import on_sequences
 from opsin.tasks.shared.streams import uniforms
 from opsin.tasks.shared.text import read_text, windows
 
@@ -84,6 +86,10 @@ class Characters(NextToken):
         """Losses (nats) on the training part of equal probabilities, of its unigram and of its bigrams."""
         return ngram_baselines(self.text.train, self.n_tokens)
 
+    def references(self) -> Mapping[str, Reference]:
+        """Those of every task of tokens, and ``bigram``: the 2-grams of the training part (``NGrams``)."""
+        return {**super().references(), "bigram": partial(on_sequences, self._bigrams.predict)}
+
     def predict(self, tokens: Int[Tensor, "n L"]) -> Float[Tensor, "n L V"]:
         """The 4-grams of the training part (``NGrams``): no bound, a model may well do better."""
         return self._ngrams.predict(tokens)
@@ -91,3 +97,7 @@ class Characters(NextToken):
     @cached_property
     def _ngrams(self) -> NGrams:
         return NGrams(self.text.train, self.n_tokens, NGRAM_ORDER)
+
+    @cached_property
+    def _bigrams(self) -> NGrams:
+        return NGrams(self.text.train, self.n_tokens, 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations
 
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.model.memory import check_memory
-from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
+from opsin.task import Bank, Batch, Draw, Layout, Reference, Task, Truth
 from opsin.tasks.shared.exemplars import Exemplars, GaussianClusters
+from opsin.tasks.shared.references import among_plausible, chance, nearest_label
 from opsin.tasks.shared.streams import (
     UINT64_MAX,
     below,
@@ -101,6 +103,11 @@ class Kind:
         rest = np.arange(context - self.matches)
         return np.r_[np.zeros(self.matches, np.int64), 1 + rest // (self.distractor_copies or max(len(rest), 1))]
 
+    @property
+    def uninformed(self) -> float:
+        """Probability that the target is uniform over all labels, whatever the context holds."""
+        return self.no_support + (1 - self.no_support) * self.random_query
+
     def guessing_loss(self, context: int, n_labels: int) -> float:
         """Cross-entropy (nats) of guessing evenly among the labels in play, knowing how often that can fail.
 
@@ -109,9 +116,8 @@ class Kind:
             n_labels: V, number of labels to predict.
         """
         in_play = int(self.slots(context)[-1]) + 1
-        uninformed = self.no_support + (1 - self.no_support) * self.random_query
-        outside = uninformed / n_labels
-        inside = (1 - uninformed) / in_play + outside
+        outside = self.uninformed / n_labels
+        inside = (1 - self.uninformed) / in_play + outside
         return -in_play * _xlogx(inside) - (n_labels - in_play) * _xlogx(outside)
 
 
@@ -378,6 +384,20 @@ class FewShot(Task):
         weighted = sum(kind.weight * kind.guessing_loss(self.context, self.n_outputs) for kind in self.kinds)
         mean = weighted / sum(kind.weight for kind in self.kinds)
         return {"uniform over labels": math.log(self.n_outputs), "labels of the context": mean}
+
+    def references(self) -> Mapping[str, Reference]:
+        """``uniform`` over labels, ``context_labels``, and ``nearest_neighbour``: the label of the most similar item.
+
+        The second guesses evenly among the labels that the context shows, knowing how often that can fail, whatever
+        the kind of the sequence.
+        """
+        weights = sum(kind.weight for kind in self.kinds)
+        uninformed = sum(kind.weight * kind.uninformed for kind in self.kinds) / weights
+        return {
+            "uniform": chance(self.n_outputs),
+            "context_labels": among_plausible(uninformed),
+            "nearest_neighbour": partial(nearest_label, outputs=self.n_outputs),
+        }
 
 
 def _truth(tokens: Int[Tensor, "M B C"], answers: Int[Tensor, "M B"]) -> Truth:

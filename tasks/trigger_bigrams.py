@@ -20,7 +20,9 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from opsin.model.memory import check_memory
+from opsin.task import Reference
 from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, entropy, repeat_first_half
+from opsin.tasks.shared.references import after_token
 from opsin.tasks.shared.streams import (
     UINT64_MAX,
     below,
@@ -176,6 +178,10 @@ class TriggerBigrams(NextToken):
         bigram = -np.log(self._bigram_guess())[tokens[:-1], tokens[1:]].mean()
         unigram = entropy(self.unigram().numpy())
         return {"uniform": math.log(self.n_outputs), "unigram": unigram, "bigram": float(bigram)}
+
+    def references(self) -> Mapping[str, Reference]:
+        """Those of every task of tokens, and ``bigram``: the bigrams, as far as a token may be a trigger uniform."""
+        return {**super().references(), "bigram": after_token(torch.from_numpy(self._bigram_guess()))}
 
     def predict(self, tokens: Int[Tensor, "n L"]) -> Float[Tensor, "n L V"]:
         """Bayes' rule over the triggers and their successors, given the tokens up to each row.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opsin.interventions.values.patterns import previous_token_pattern
 from opsin.metrics.heads import induction_strength
-from opsin.training.objective import accuracy
+from opsin.objective import accuracy
 from opsin.training.optimizers import Hyper
 from tests.helpers import shapes
 from tests.helpers.toys import batch_of
@@ -31,7 +31,7 @@ def test_a_dataclass_with_fields_of_different_members_is_refused():
 
 
 def test_a_shape_holds_across_the_arguments_of_one_call(tiny_task):
-    with pytest.raises(TypeCheckError, match="logits"):
+    with pytest.raises(TypeCheckError, match="outputs"):
         accuracy(torch.zeros(2, 4, 5), batch_of(tiny_task))
 
 

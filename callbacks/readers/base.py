@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
+from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import Observation
 
@@ -65,6 +66,10 @@ class Reader(Callback):
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
         """Metrics it records, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+        return {}
+
+    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+        """Further metrics, which depend on the task: its objective's measures, its references."""
         return {}
 
     def check(self, module: OpsinModule) -> None:
@@ -147,6 +152,25 @@ def needs_layer_norm(reader: str) -> Requirement:
         return None if "ln_final.hook_scale" in module.sites.sites else "a model without LayerNorm"
 
     return Requirement(reader, lacking, "one with it: transformer.norm true")
+
+
+def needs_classes(reader: str) -> Requirement:
+    """A task whose outputs are logits of classes, one of which is right."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        task, objective = module.task, module.task.objective
+        return None if objective.predicts_classes else f"{type(task).__name__} with {type(objective).__name__}"
+
+    return Requirement(reader, lacking, "a task that predicts classes")
+
+
+def needs_labels(reader: str) -> Requirement:
+    """A task that looks something up: some positions are labels."""
+
+    def lacking(module: OpsinModule) -> str | None:
+        return None if module.task.layout.labels else f"{type(module.task).__name__} without labels"
+
+    return Requirement(reader, lacking, "a task with labels: positions that induction looks at")
 
 
 def needs_evaluation_set(reader: str, name: str) -> Requirement:

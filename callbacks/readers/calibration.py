@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from opsin.callbacks.readers.base import ProbeReader, Requirement, check_count
+from opsin.callbacks.readers.base import ProbeReader, Requirement, check_count, needs_classes
 from opsin.errors import ConfigError, check_number
 from opsin.metrics.calibration import (
     at_temperature,
@@ -26,7 +26,7 @@ from opsin.metrics.calibration import (
     mean_loss,
 )
 from opsin.model.sites import SiteTable
-from opsin.task import Batch
+from opsin.task import EXACT, Batch, Task
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from opsin.training.observers import Observation
@@ -62,7 +62,8 @@ class Calibration(ProbeReader):
         clamping_steps: forward and backward passes through the model of one fit of Neural Clamping.
 
     Raises:
-        ConfigError: a setting out of its range; when training starts, fits on a probe of one sequence.
+        ConfigError: a setting out of its range; when training starts, fits on a probe of one sequence, or a task that
+            does not predict classes.
     """
 
     def __init__(
@@ -85,7 +86,6 @@ class Calibration(ProbeReader):
         check_number("Calibration.penalty", penalty, "0 or more", 0)
         self.fit, self.fit_every = tuple(fit or ()), fit_every
         self.focus, self.penalty, self.clamping_steps = focus, penalty, clamping_steps
-        self._knows_exact = False
 
     def sites(self, table: SiteTable) -> list[str]:
         return ["hook_logits"]
@@ -94,21 +94,19 @@ class Calibration(ProbeReader):
         def lacking(module: OpsinModule) -> int | None:
             return module.probe_size if self.fit and module.probe_size < 2 else None
 
-        return [Requirement("model.probe_size", lacking, "at least 2, to fit on one half and measure on one")]
+        halves = Requirement("model.probe_size", lacking, "at least 2, to fit on one half and measure on one")
+        return [needs_classes("Calibration"), halves]
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
         names = [f"calibration/{name}" for name in PROBE_METRICS]
-        names += ["calibration/exact_entropy"] if self._knows_exact else []
         for name in ("none", *self.fit) if self.fit else ():
             names += [f"calibration/{name}/ece", f"calibration/{name}/loss"]
         names += [f"calibration/{name}/temperature" for name in self.fit if name != "vector"]
         names += ["calibration/neural_clamping/perturbation"] if "neural_clamping" in self.fit else []
         return dict.fromkeys(names, ())
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        task = self._module.task
-        self._knows_exact = task.exact(task.batch(0, 0, "eval/train", 1)) is not None
+    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+        return {"calibration/exact_entropy": ()} if EXACT in task.references() else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exact_entropy: Tensor | None = None
@@ -123,7 +121,7 @@ class Calibration(ProbeReader):
             "brier": brier_score(logits, batch.targets),
             "entropy": mean_entropy(logits),
         }
-        if self._knows_exact:
+        if self.task_records(self._module.task):
             found["exact_entropy"] = self._exact(batch)
         self._record(found, seen.step)
 

@@ -33,7 +33,7 @@ from opsin.model.sites import SiteTable
 from opsin.records.folder import write_atomically
 from opsin.task import Batch
 from opsin.training.module import OpsinModule
-from opsin.training.objective import cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 
 REPEATED_SET = "repeated"
 """The evaluation set whose second half repeats the first."""
@@ -184,7 +184,8 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
     seen = module.observe(batch, [*sites, "hook_logits"])
     resid, post = (seen[site][:, :, scored] for site in sites)
     logits = scored_logits(seen["hook_logits"], batch)
-    loss, entropy = (x.mean(1).cpu() for x in (cross_entropy(logits, batch), token_entropy(logits)))
+    losses = module.task.objective.entry_loss(logits, batch)
+    loss, entropy = (x.mean(1).cpu() for x in (losses, token_entropy(logits)))
     first, repeated = _halves(batch)
     means = post[:, :, first].mean((1, 2), keepdim=True)
     effect, candidate = _candidates(module)

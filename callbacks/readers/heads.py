@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.callbacks.readers.base import ProbeReader
+from opsin.callbacks.readers.base import ProbeReader, Requirement, needs_labels
 from opsin.metrics.heads import induction_strength, previous_token_strength
 from opsin.model.sites import SiteTable
 from opsin.task import Truth
@@ -40,6 +40,9 @@ class HeadTracker(ProbeReader):
 
     def sites(self, table: SiteTable) -> list[str]:
         return pattern_sites(table)
+
+    def requirements(self) -> list[Requirement]:
+        return [needs_labels(type(self).__name__)]
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
         return {self.metric: (sites.layers, sites.size("H"))}

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.callbacks.readers.base import Requirement, needs_layer_norm, needs_neurons
+from opsin.callbacks.readers.base import Requirement, needs_classes, needs_layer_norm, needs_neurons
 from opsin.metrics.mean_ablation import Effect, mean_ablation_effects
 from opsin.metrics.neuron_weights import ReadOut, random_outputs
 from opsin.model.sites import SiteTable
@@ -21,8 +21,8 @@ CONTROL_SEED = 0
 
 
 def needs_read_out(reader: str) -> list[Requirement]:
-    """What decides on a neuron's effect through LayerNorm: MLPs, and a LayerNorm before the read-out."""
-    return [needs_neurons(reader), needs_layer_norm(reader)]
+    """What decides on a neuron's effect on classes: MLPs, a LayerNorm before the read-out, and classes."""
+    return [needs_neurons(reader), needs_layer_norm(reader), needs_classes(reader)]
 
 
 def last_layer_sites(table: SiteTable) -> tuple[str, str]:

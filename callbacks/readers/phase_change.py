@@ -19,7 +19,7 @@ from opsin.interventions.selection import check_share
 from opsin.metrics.cusum import Watch, watch
 from opsin.metrics.onset import Transition, find_transition
 from opsin.records.schema import TRAIN_LOSS
-from opsin.task import Task
+from opsin.task import EXACT, Task
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
 
@@ -43,13 +43,13 @@ class PhaseChange(Reader):
     """Onset, midpoint and end of the loss drop and of each head's rise, each with an uncertainty.
 
     While training, the first lasting fall of a member's loss by a quarter of the way from the plateau to the best loss
-    (that of the task's exact predictor, 0 where it has none) is announced as an ``Event`` of kind ``"phase change"``.
-    At the end of training the module's summary receives, for one member at its top and for several as a list under
-    ``members``:
+    (that of the task's exact predictor, the objective's lowest where it has none) is announced as an ``Event`` of kind
+    ``"phase change"``. At the end of training the module's summary receives, for one member at its top and for several
+    as a list under ``members``:
 
     - ``onset``, ``midpoint``, ``end``: ``{"value", "low", "high"}`` in sequences, 95 % intervals; None
       where the loss did not lastingly change,
-    - ``plateau``, ``final_loss``: nats; the latter the mean of the last 5 % of the record,
+    - ``plateau``, ``final_loss``: in the objective's unit; the latter the mean of the last 5 % of the record,
     - ``heads``: for each ``"layer:head"`` its final induction ``strength`` and, if it formed,
       ``onset``, ``midpoint`` and ``end`` of its rise; None if it did not. Empty without ``InductionHeads``,
     - ``strongest_heads``: heads that formed, strongest first,
@@ -57,7 +57,7 @@ class PhaseChange(Reader):
 
     Args:
         metric: loss in which the change is looked for: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
-        plateau: loss (nats) before the change; None takes the task's best strategy without look-up.
+        plateau: loss before the change; None takes the task's best strategy without look-up.
         head_threshold: final induction strength from which a head counts as formed.
 
     Raises:
@@ -65,8 +65,8 @@ class PhaseChange(Reader):
     """
 
     def __init__(self, metric: str = TRAIN_LOSS, plateau: float | None = None, head_threshold: float = 0.3) -> None:
-        if plateau is not None and not 0 < plateau < math.inf:
-            raise ConfigError("PhaseChange.plateau", plateau, "a loss above 0, or null")
+        if plateau is not None and not math.isfinite(plateau):
+            raise ConfigError("PhaseChange.plateau", plateau, "a finite loss, or null")
         check_share("PhaseChange.head_threshold", head_threshold)
         if head_threshold == 0:
             raise ConfigError("PhaseChange.head_threshold", head_threshold, "more than 0")
@@ -102,16 +102,17 @@ class PhaseChange(Reader):
         losses = [TRAIN_LOSS, *(f"val/{name}/loss" for name in module.task.evaluations)]
         if self.metric not in losses:
             raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
-        if self.plateau is None and list(module.task.baselines().values())[-1] <= 0:
-            expected = "a loss above 0: this task needs no look-up, so that its loss has no plateau of its own"
-            raise ConfigError("PhaseChange.plateau", None, expected)
+        _check_levels(module.task, self.metric, self.plateau)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             task = self._module.task
-            self._level = list(task.baselines().values())[-1] if self.plateau is None else self.plateau
-            self._best = best_loss(task, self.metric, self._level)
+            level = task.plateau if self.plateau is None else self.plateau
+            assert level is not None
+            best = best_loss(task, self.metric, level)
+            assert best is not None
+            self._level, self._best = level, best
             self._forget(self._module.n_members)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -185,23 +186,38 @@ class PhaseChange(Reader):
         return {"strength": float(strength[-1]), **_transition_times(rise)}
 
 
-def best_loss(task: Task, metric: str, plateau: float) -> float:
-    """Loss (nats) of the best predictor the task knows, on the sequences of a metric; 0 where it knows none.
+def best_loss(task: Task, metric: str, plateau: float) -> float | None:
+    """Loss of the best predictor the task knows, on the sequences of a metric; the objective's lowest without one.
 
-    Also 0 where the best is not below the plateau, for example on a set that the predictor was not made for.
+    Also the lowest where the best is not below the plateau, for example on a set that the predictor was not made for.
+    None where there is no lowest either.
 
     Args:
         task: task whose exact predictor is asked.
         metric: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
-        plateau: loss (nats) before the phase change.
+        plateau: loss before the phase change, in the objective's unit.
     """
     name = metric.split("/")[1] if metric.startswith("val/") else "train"
     batch = task.batch(0, 0, f"eval/{name}", BEST_LOSS_SEQUENCES)
     exact = task.exact(batch)
     if exact is None:
-        return 0.0
-    loss = -float(exact.gather(-1, batch.targets[..., None]).mean())
-    return loss if loss < plateau else 0.0
+        return task.objective.lowest
+    loss = float(task.objective.member_loss(exact, batch))
+    return loss if loss < plateau else task.objective.lowest
+
+
+def _check_levels(task: Task, metric: str, chosen: float | None) -> None:
+    """Refuse a plateau that there is none of, or that nothing lies below."""
+    level, lowest, name = task.plateau if chosen is None else chosen, task.objective.lowest, type(task).__name__
+    if level is None:
+        raise ConfigError("PhaseChange.plateau", None, f"a loss: {name} names no baselines")
+    if lowest is not None and level <= lowest:
+        no_plateau = ": this task needs no look-up, so that its loss has no plateau of its own"
+        expected = f"a loss above {lowest:g}" + (no_plateau if chosen is None else ", or null")
+        raise ConfigError("PhaseChange.plateau", chosen, expected)
+    if best_loss(task, metric, level) is None:
+        expected = f"a task with a reference {EXACT!r} below the plateau: this loss has no lower bound"
+        raise ConfigError("PhaseChange", f"{name} with {type(task.objective).__name__}", expected)
 
 
 def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,8 +239,8 @@ def _transition_times(change: Transition | None) -> dict[str, Mapping[str, float
 def _last_evaluations(module: OpsinModule, member: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in module.task.evaluations:
-        for metric in ("loss", "accuracy", "accuracy_in_context"):
-            key = f"val/{name}/{metric}"
-            if key in module.history:
-                found.setdefault(name, {})[metric] = float(module.history[key].values[-1][member])
+        start = f"val/{name}/"
+        for key in module.history.names():
+            if key.startswith(start):
+                found.setdefault(name, {})[key.removeprefix(start)] = float(module.history[key].values[-1][member])
     return found

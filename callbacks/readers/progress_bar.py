@@ -1,4 +1,4 @@
-"""A progress bar that counts optimizer steps and shows loss, accuracy and the strongest head."""
+"""A progress bar that counts optimizer steps and shows the loss, what the objective measures and the strongest head."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class Progress(Reader, ProgressBar):
 
 
 def status(module: OpsinModule) -> str:
-    """Loss and accuracy averaged over members, and the head with the greatest induction strength."""
+    """Loss and measures averaged over members, and the head with the greatest induction strength."""
     history = module.history
     parts = [
         f"{name.removeprefix('train/')} {history[name].values[-1].mean():.3f}"
-        for name in ("train/loss", "train/accuracy")
+        for name in module.step_metrics[:-1]
         if name in history
     ]
     if "induction_strength" in history:

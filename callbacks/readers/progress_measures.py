@@ -18,7 +18,9 @@ from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
+from opsin.task import Task
 from opsin.training.module import callbacks_of
+from opsin.training.objective import step_metrics
 from opsin.training.observers import Observation
 from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
 
@@ -33,15 +35,16 @@ class ProgressMeasures(ProbeReader):
     "Progress measures for grokking via mechanistic interpretability", by the clamps of Singh et al. 2024,
     "What needs to go right for an induction head?"). Read-only: the weights are the same with and without it.
 
-    Recorded and logged are, ``[M]`` each, ``progress/NAME/loss`` (nats) and ``progress/NAME/accuracy`` of every set,
-    and of the base line ``none``. The base line and the measures are those of the weights alone: interventions
-    that training has do not act here. Random values are drawn as in the last step. At the end the
-    module's summary receives under ``progress``, for one member a mapping and for several a list of
-    them, for each NAME:
+    Recorded and logged are, ``[M]`` each, ``progress/NAME/loss`` and what the objective measures while training (of
+    classes ``progress/NAME/accuracy``), of every set and of the base line ``none``. The base line and the measures are
+    those of the weights alone: interventions that training has do not act here. Random values are drawn as in the last
+    step. At the end the module's summary receives under ``progress``, for one member a mapping and for several a list
+    of them, for each NAME:
 
     - ``onset``: ``{"value", "low", "high"}`` in sequences, a 95 % interval: when the loss under the set left the
       task's plateau; None where it did not lastingly fall by a quarter of the way to the best loss (``PhaseChange``),
-    - ``final_loss``: nats, of the final weights.
+      or where one of the two is not known,
+    - ``final_loss``: loss of the final weights, in the objective's unit.
 
     Cost: S sets and the base line are one forward pass, run eagerly on (S + 1) x M members, and one more
     such pass for each different pass that values of any set are taken from.
@@ -64,7 +67,11 @@ class ProgressMeasures(ProbeReader):
         self.measures = {name: _writers_of_set(name, callbacks) for name, callbacks in measures.items()}
 
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {metric: () for name in (BASE_LINE, *self.measures) for metric in _metrics(name)}
+        return {_loss_metric(name): () for name in (BASE_LINE, *self.measures)}
+
+    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+        measured = [metric.removeprefix("train/") for metric in step_metrics(task)[1:-1]]
+        return {f"progress/{name}/{measure}": () for name in (BASE_LINE, *self.measures) for measure in measured}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -76,8 +83,7 @@ class ProgressMeasures(ProbeReader):
         self._planned = build_measures(
             self.measures, module.sites, module.n_members, module.task.batch_size, SETS_FIELD
         )
-        for donor in self._planned.plan.donors:
-            donor.check(module.task)
+        self._planned.plan.check_task(module.task)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._idle_checked = False
@@ -95,10 +101,12 @@ class ProgressMeasures(ProbeReader):
         module = self._module
         clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        found = measure(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        inputs = module.transformer, parameters, self._constants, seen.batch, clock
+        found = measure(self._planned, *inputs, module.task.objective)
         values: dict[str, torch.Tensor] = {}
-        for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
-            values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))
+        for index, name in enumerate(self._planned.names):
+            values[_loss_metric(name)] = found.loss[index]
+            values |= {f"progress/{name}/{measure}": x[index] for measure, x in found.measures.items()}
         module.record(seen.step, values)
         if not self._idle_checked:
             self._warn_of_idle_sets(found, seen.step)
@@ -114,19 +122,23 @@ class ProgressMeasures(ProbeReader):
         self._idle_checked = True
 
     def _member_summary(self, member: int) -> dict[str, dict[str, Any]]:
-        history, plateau = self._module.history, list(self._module.task.baselines().values())[-1]
-        least = CHANGE_SHARE * (plateau - best_loss(self._module.task, TRAIN_LOSS, plateau))
+        task, history = self._module.task, self._module.history
+        plateau = task.plateau
+        best = None if plateau is None else best_loss(task, TRAIN_LOSS, plateau)
         rows = {}
         for name in self._planned.names:
-            steps, values = history[_metrics(name)[0]].arrays()
+            steps, values = history[_loss_metric(name)].arrays()
             x, loss = history.sequences(steps), values[:, member]
-            fall = find_transition(x, loss, before=plateau, minimum_change=least, direction="fall")
+            fall = None
+            if plateau is not None and best is not None:
+                least = CHANGE_SHARE * (plateau - best)
+                fall = find_transition(x, loss, before=plateau, minimum_change=least, direction="fall")
             rows[name] = {"onset": fall and fall.onset.to_dict(), "final_loss": float(loss[-1])}
         return rows
 
 
-def _metrics(name: str) -> tuple[str, str]:
-    return f"progress/{name}/loss", f"progress/{name}/accuracy"
+def _loss_metric(name: str) -> str:
+    return f"progress/{name}/loss"
 
 
 def _writers_of_set(name: str, callbacks: list[Callback]) -> list[Writer]:

@@ -184,6 +184,7 @@ class KeepRun(Reader):
         module.summary["steps"] = trainer.global_step
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
+        module.summary["objective"] = module.task.objective.describe()
         module.summary["plan"] = module.plan.describe()
         module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from opsin.batch import Batch, Layout, Truth
     from opsin.callbacks.readers.base import ProbeReader, Reader
     from opsin.callbacks.writers.base import ActivationWriter
     from opsin.errors import ConfigError
@@ -21,31 +22,39 @@ if TYPE_CHECKING:
     from opsin.interventions.selection import Selection
     from opsin.model.sites import SiteTable
     from opsin.model.transformer import Transformer
+    from opsin.objective import BinaryCrossEntropy, CrossEntropy, LogCrossEntropy, Measure, Objective, SquaredError
     from opsin.records.history import History
-    from opsin.task import Batch, Layout, Task, Truth
+    from opsin.task import Reference, Task
     from opsin.tasks.shared.next_token import NextToken
     from opsin.training.module import OpsinModule
     from opsin.training.observers import Observation
 
 LAZY_NAMES = {
     "ActivationWriter": "opsin.callbacks.writers.base",
-    "Batch": "opsin.task",
+    "Batch": "opsin.batch",
+    "BinaryCrossEntropy": "opsin.objective",
     "ConfigError": "opsin.errors",
+    "CrossEntropy": "opsin.objective",
     "History": "opsin.records.history",
     "Intervention": "opsin.interventions.intervention",
-    "Layout": "opsin.task",
+    "Layout": "opsin.batch",
+    "LogCrossEntropy": "opsin.objective",
+    "Measure": "opsin.objective",
     "NextToken": "opsin.tasks.shared.next_token",
+    "Objective": "opsin.objective",
     "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
     "Overwrite": "opsin.interventions.intervention",
     "ProbeReader": "opsin.callbacks.readers.base",
     "Reader": "opsin.callbacks.readers.base",
+    "Reference": "opsin.task",
     "Schedule": "opsin.interventions.schedules",
     "Selection": "opsin.interventions.selection",
     "SiteTable": "opsin.model.sites",
+    "SquaredError": "opsin.objective",
     "Task": "opsin.task",
     "Transformer": "opsin.model.transformer",
-    "Truth": "opsin.task",
+    "Truth": "opsin.batch",
     "Value": "opsin.interventions.intervention",
 }
 """Where every name of ``from opsin import NAME`` is defined."""
@@ -53,19 +62,26 @@ LAZY_NAMES = {
 __all__ = [
     "ActivationWriter",
     "Batch",
+    "BinaryCrossEntropy",
     "ConfigError",
+    "CrossEntropy",
     "History",
     "Intervention",
     "Layout",
+    "LogCrossEntropy",
+    "Measure",
     "NextToken",
+    "Objective",
     "Observation",
     "OpsinModule",
     "Overwrite",
     "ProbeReader",
     "Reader",
+    "Reference",
     "Schedule",
     "Selection",
     "SiteTable",
+    "SquaredError",
     "Task",
     "Transformer",
     "Truth",

@@ -1,7 +1,8 @@
-"""What a task hands to the instrument: sequences, targets, and the truth about where to look.
+"""What a task hands to the instrument: sequences, targets, the truth about where to look, and what is minimised.
 
-Legend: M members, B batch, L positions (query side), K positions (key side), F features of a
-continuous input, V outputs, Q scored positions, S steps drawn together.
+A batch and its parts are in ``opsin.batch``, objectives in ``opsin.objective``.
+
+Legend: M members, B batch, F features of a continuous input, V outputs, Q scored positions, S steps drawn together.
 """
 
 from __future__ import annotations
@@ -9,20 +10,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-
-def scored_rows(batch: Batch) -> Bool[Tensor, " L"]:
-    """Rows whose prediction enters the loss."""
-    rows = torch.zeros(batch.layout.positions, dtype=torch.bool, device=batch.tokens.device)
-    rows[list(batch.layout.scored)] = True
-    return rows
-
+from opsin.batch import Batch as Batch
+from opsin.batch import Layout as Layout
+from opsin.batch import Truth as Truth
+from opsin.objective import CrossEntropy, Objective
 
 Draw = dict[str, Tensor]
 """The random choices behind some batches, small integers and floats; every tensor is ``[S, M, B, ...]``."""
@@ -30,117 +26,14 @@ Draw = dict[str, Tensor]
 Bank = dict[str, Tensor]
 """The constant tensors a task's batches are gathered from (for example the exemplars)."""
 
+Reference = Callable[[Batch], Float[Tensor, "M B Q V"]]
+"""A predictor that a task knows: what it would say at the scored positions of a batch, as outputs of a model."""
+
+EXACT = "exact"
+"""Name of the reference that is the best predictor a task knows."""
 
 DRAWN_TOGETHER = 256
 """Steps times members whose random choices are made at once: in fewer calls they are faster, and take more memory."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which position holds what, the same for every sequence of a task.
-
-    Args:
-        features: positions that carry a continuous vector, ascending.
-        tokens: positions that carry a token (for few-shot: a label), ascending.
-        labels: the token positions a label-only clamp applies to.
-        scored: positions whose prediction enters the loss.
-    """
-
-    features: tuple[int, ...]
-    tokens: tuple[int, ...]
-    labels: tuple[int, ...]
-    scored: tuple[int, ...]
-
-    @property
-    def positions(self) -> int:
-        """L, the length of a sequence."""
-        return len(self.features) + len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Where induction should look in one batch.
-
-    Args:
-        previous: position of the token before each position; position 0 names itself.
-        labels: positions that hold a label.
-        query: rows that are queries: their prediction can be copied from the context.
-        match: for each query row, the label positions that hold the right answer.
-        other: for each query row, the other label positions it could be confused with.
-    """
-
-    previous: Int[Tensor, " L"]
-    labels: Bool[Tensor, " L"]
-    query: Bool[Tensor, "M B L"]
-    match: Bool[Tensor, "M B L K"]
-    other: Bool[Tensor, "M B L K"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of every member, ready for the model.
-
-    Args:
-        features: continuous inputs in the order of ``layout.features``; None for token tasks.
-        tokens: tokens in the order of ``layout.tokens``.
-        targets: right answers at ``layout.scored``.
-        plausible: outputs that occur in the context, for the accuracy restricted to them; None if
-            the task has no such restriction.
-        truth: where induction should look.
-        layout: which position holds what.
-    """
-
-    features: Float[Tensor, "M B Nf F"] | None
-    tokens: Int[Tensor, "M B Nt"]
-    targets: Int[Tensor, "M B Q"]
-    plausible: Bool[Tensor, "M B V"] | None
-    truth: Truth
-    layout: Layout
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor that has a batch axis changed by one function.
-
-        Args:
-            change: function of a tensor ``[M, B, ...]``; what it does to the axes M and B is the same for all tensors.
-        """
-        truth = self.truth
-        return replace(
-            self,
-            features=None if self.features is None else change(self.features),
-            tokens=change(self.tokens),
-            targets=change(self.targets),
-            plausible=None if self.plausible is None else change(self.plausible),
-            truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
-        )
-
-    def shared_by(self, members: int) -> Batch:
-        """The batch of one member as that of several, without copies."""
-        return self.map(lambda tensor: tensor.expand(members, *tensor.shape[1:]))
-
-    def similarity(self) -> Float[Tensor, "M B L K"]:
-        """How alike are the input at row l and the input that precedes key k, for scored rows.
-
-        Cosine of the raw feature vectors where the task has them, else 1 for equal tokens and 0
-        for different ones. Entries that compare nothing (a row that is not scored, a key that no
-        input of the row's kind precedes) are -inf. No gradient flows: inputs are constants.
-        """
-        if self.features is not None:
-            inputs, at = torch.nn.functional.normalize(self.features, dim=-1), self.layout.features
-        else:
-            inputs, at = self.tokens[..., None], self.layout.tokens
-        rows = [row for row in self.layout.scored if row in at]
-        keys = [key for key in self.layout.labels if key - 1 in at]
-        left = inputs[:, :, [at.index(row) for row in rows], None]
-        right = inputs[:, :, None, [at.index(key - 1) for key in keys]]
-        # multiply-and-sum keeps equal vectors exactly equal, which a hard maximum relies on
-        compared = (left * right).sum(-1) if self.features is not None else (left == right).all(-1)
-        n = self.layout.positions
-        full = torch.full((*self.tokens.shape[:2], n, n), -torch.inf, dtype=self._dtype(), device=self.tokens.device)
-        full[:, :, torch.tensor(rows)[:, None], torch.tensor(keys)] = compared.to(full.dtype)
-        return full
-
-    def _dtype(self) -> torch.dtype:
-        return torch.get_default_dtype() if self.features is None else self.features.dtype
 
 
 class Task(ABC):
@@ -154,8 +47,9 @@ class Task(ABC):
         layout: which position holds what.
         batch_size: B, sequences of one training step.
         n_features: F, or None when the input is tokens only.
-        n_tokens: size of the input vocabulary.
-        n_outputs: V, number of classes predicted.
+        n_tokens: size of the input vocabulary; 0 when the input is features only.
+        n_outputs: V, numbers that are predicted at a scored position: classes, or whatever the objective takes.
+        objective: what is minimised and measured; the cross-entropy of classes unless a task says otherwise.
         evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
             draws) first.
         settings: what the task was made with, by the name of the argument; by these a resume knows its task.
@@ -166,6 +60,7 @@ class Task(ABC):
     n_features: int | None
     n_tokens: int
     n_outputs: int
+    objective: Objective = CrossEntropy()
     evaluations: tuple[str, ...]
     settings: Mapping[str, Any]
 
@@ -204,13 +99,24 @@ class Task(ABC):
     def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:
         """One step's draw (tensors ``[M, B, ...]``, no S) as a batch."""
 
-    @abstractmethod
+    def references(self) -> Mapping[str, Reference]:
+        """Predictors that the task can compute on a batch, by name: chance, n-grams, least squares, Bayes' rule.
+
+        Each is a pure function of a batch and returns what a model would have to put out to predict the same, so that
+        the objective has a loss of it, and a distance of the model from it: for classes log-probabilities (or other
+        logits), for squared errors numbers. The one called ``exact`` is the best predictor the task knows: Bayes' rule
+        where it can be applied, else what the docstring of the task says. A name has letters, digits, ``_`` and ``-``.
+        """
+        # a task may override the best one alone
+        return {} if type(self).exact is Task.exact else {EXACT: self.exact}  # type: ignore[dict-item]
+
     def baselines(self) -> dict[str, float]:
-        """Losses (nats) of simple strategies, highest first.
+        """Losses of simple strategies over the training stream, in the objective's unit, highest first.
 
         The last entry is the plateau that the phase change leaves: the best loss without looking
-        up the answer (for few-shot: guessing among the labels of the context).
+        up the answer (for few-shot: guessing among the labels of the context). None are named by default.
         """
+        return {}
 
     def unigram(self) -> Float[Tensor, " V"] | None:
         """How often each output is the right one over the training stream (probabilities); None where none is rarer.
@@ -220,12 +126,17 @@ class Task(ABC):
         return None
 
     def exact(self, batch: Batch) -> Float[Tensor, "M B Q V"] | None:
-        """Log-probabilities (nats) of the best predictor the task knows, at the scored positions, or None.
+        """What the best predictor the task knows says at the scored positions, for classes in nats; None without one.
 
-        Bayes' rule where the task can apply it, an n-gram model where it says so in its docstring. A calibrated model
-        that has learned the task has this predictor's entropy.
+        A calibrated model that has learned the task has this predictor's entropy.
         """
-        return None
+        best = self.references().get(EXACT)
+        return None if best is None else best(batch)
+
+    @property
+    def plateau(self) -> float | None:
+        """Loss that the phase change leaves, in the objective's unit; None where the task names no baselines."""
+        return next(reversed(self.baselines().values()), None)
 
     def batch(self, seed: int, step: int, split: str = "train", batch_size: int | None = None) -> Batch:
         """Batch ``step`` of one member, on the CPU (M = 1)."""

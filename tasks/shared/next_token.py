@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.model.memory import check_memory
-from opsin.task import Bank, Batch, Draw, Layout, Task, Truth
+from opsin.task import EXACT, Bank, Batch, Draw, Layout, Reference, Task, Truth
+from opsin.tasks.shared.references import always, chance, on_sequences
 from opsin.tasks.shared.streams import check_draw, stream_key
 
 REPEATED_SPLIT = "eval/repeated"
@@ -146,14 +148,11 @@ class NextToken(Task):
             tokens: sequences on the CPU, whatever member they belong to.
         """
 
-    def exact(self, batch: Batch) -> Float[Tensor, "M B Q V"]:
-        """Logarithms (nats, finite) of what ``predict`` gives, which says how good it is."""
-        tokens = batch.tokens.cpu()
-        # all members share the probe, and one member of it is enough
-        different = tokens[:1] if bool((tokens == tokens[:1]).all()) else tokens
-        found = self.predict(different.flatten(0, 1))
-        found = found.clamp(min=torch.finfo(found.dtype).tiny).log().view(*different.shape, -1)
-        return found.expand(len(tokens), -1, -1, -1).to(batch.tokens.device)
+    def references(self) -> Mapping[str, Reference]:
+        """``uniform``, ``unigram`` where some tokens are rarer, and ``exact``: what ``predict`` gives."""
+        unigram = self.unigram()
+        known = {} if unigram is None else {"unigram": always(unigram)}
+        return {"uniform": chance(self.n_outputs), **known, EXACT: partial(on_sequences, self.predict)}
 
 
 def follows_context(tokens: Int[Tensor, "M B L"], context: int) -> Bool[Tensor, "M B L K"]:

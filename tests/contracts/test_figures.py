@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from opsin.objective import LossScale
 from opsin.reports.population import finish_population, population_report
 from tests.contracts.figures import Drawn, collected, figure_functions
 from tests.contracts.house import report
@@ -33,7 +34,7 @@ def drawn(read, tmp_path_factory) -> Drawn:
     with collected() as found:
         for windows in (None, grid):
             path = write_population(folder / str(windows is None), members, records, grid=windows)
-            assert population_report(finish_population(path), path)
+            assert population_report(finish_population(path), path, LossScale("nats", 0.0))
     return {name: [*read.drawn[name], *figures] for name, figures in found.items()}
 
 

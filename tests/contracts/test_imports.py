@@ -10,7 +10,9 @@ from tests.contracts.house import Import, Module, imports_of, modules, modules_o
 
 LEVELS = (
     ("errors",),
-    ("task", "records"),
+    ("batch", "records"),
+    ("objective",),
+    ("task",),
     ("model",),
     ("interventions", "metrics", "tasks"),
     ("training", "population"),

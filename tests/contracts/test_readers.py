@@ -21,6 +21,7 @@ from opsin.task import Task
 from tests.contracts.readers import READERS, lacks_an_example, makers
 from tests.contracts.runs import FEW, WHOLE, fit, generators, module, rich_task, weights
 from tests.helpers.killers import Begun
+from tests.helpers.regression import Pairs
 from tests.helpers.toys import ToyTokens, few_shot
 
 LEDGERS = ("wandb", "checkpoints")
@@ -171,6 +172,7 @@ LACKING: dict[str, Callable[[], tuple[Task, Transformer]]] = {
     "features": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, mlp_ratio=1)),
     "features, attention only": lambda: (few_shot(), Transformer(layers=2, width=16, heads=8, norm=False)),
     "no unigram and no set that repeats": lambda: (ToyTokens(), WHOLE),
+    "numbers in place of classes, and no token": lambda: (Pairs(), WHOLE),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from opsin.errors import ConfigError
 from opsin.figures.critical_period import critical_period_figure
+from opsin.objective import LossScale
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
 from tests.helpers.populations import axes_texts, record, seeds, write_population
@@ -33,7 +34,9 @@ def draw(tmp_path):
         members = [(name, seed) for name, records in conditions.items() for seed in range(len(records))]
         records = [record for records in conditions.values() for record in records]
         population = read_population(write_population(tmp_path / "run", members, records, grid=GRID))
-        return critical_period_figure(population.grid, summarise(population, merge_metrics(population)))
+        return critical_period_figure(
+            population.grid, summarise(population, merge_metrics(population)), population.scale
+        )
 
     return drawn
 
@@ -76,4 +79,4 @@ def test_beside_the_delay_stands_the_final_strength_or_without_heads_the_final_l
 @pytest.mark.parametrize("grid", [{"none": None}, {"early": {"start": 0, "length": 1}}])
 def test_a_grid_without_a_window_or_without_a_comparison_is_refused(grid):
     with pytest.raises(ConfigError, match=r"population\.grid"):
-        critical_period_figure(grid, {"conditions": [], "differences": []})
+        critical_period_figure(grid, {"conditions": [], "differences": []}, LossScale("nats", 0.0))

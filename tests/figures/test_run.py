@@ -14,6 +14,7 @@ from PIL import Image
 
 from opsin.figures.run import MEASURE_COLOURS, summary_figure
 from opsin.figures.style import ACCENT, as_image, save_figure, short_count, spread
+from opsin.objective import LogCrossEntropy, SquaredError
 from opsin.records.history import History
 
 ONSET = {"value": 32_000.0, "low": 30_000.0, "high": 34_000.0}
@@ -89,6 +90,16 @@ def test_without_an_onset_nothing_is_marked():
     for axes in draw(history(), summary(onset=None, strongest_heads=[])):
         assert not axes.patches
         assert not any("onset" in text for text in texts(axes))
+
+
+def test_a_loss_is_drawn_in_the_unit_of_its_objective_and_below_zero():
+    recorded = history(heads=False, held_out=False)
+    for step in range(50, 2001, 50):
+        recorded.record("train/loss", step + 5000, np.full(1, -step / 100))
+    (loss,) = draw(recorded, summary(objective=LogCrossEntropy().describe()))
+    assert loss.get_title(loc="left") == "Training loss (log nats)" and loss.get_ylim()[0] <= -20
+    (loss,) = draw(history(heads=False), summary(objective=SquaredError().describe()))
+    assert loss.get_title(loc="left") == "Loss, training and held out" and loss.get_ylim()[0] == 0
 
 
 def with_measures(members: int = 1, **ends: float) -> History:

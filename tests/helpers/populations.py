@@ -67,11 +67,12 @@ def write_population(
     every: int = 20,
     grid: Mapping[str, Any] | None = None,
     compare: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    objectives: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """A finished population: members as (condition, seed), cut into chunks in this order.
 
     A chunk that holds a member whose record is None has no summary. ``compare``: of each metric the values at the first
-    steps, a row a step and a column a member.
+    steps, a row a step and a column a member. ``objectives``: what the summaries of the chunks say of theirs.
     """
     chunks = [range(start, min(start + per_chunk, len(members))) for start in range(0, len(members), per_chunk)]
     rows = [
@@ -102,6 +103,7 @@ def write_population(
         summaries = [records[member] for member in held]
         if None not in summaries:
             whole = {"members": summaries} if len(summaries) > 1 else dict(summaries[0])
+            whole |= {"objective": objectives[number % len(objectives)]} if objectives else {}
             # as Python writes it, nan included
             (folder.path / "summary.json").write_text(json.dumps(whole))
     return path

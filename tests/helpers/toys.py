@@ -11,12 +11,13 @@ from opsin.interventions.apply import PassInputs, constants_of, run_passes
 from opsin.interventions.build_plan import build_plan
 from opsin.interventions.weights import weight_table
 from opsin.model.transformer import Transformer, forward, init_parameters, position_table
+from opsin.objective import cross_entropy
 from opsin.records.history import History
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.adam import Adam
 from opsin.training.module import OpsinModule
-from opsin.training.objective import cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 from opsin.training.optimizers import MemberAdam
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates

@@ -12,11 +12,13 @@ import pytest
 
 from opsin.errors import ConfigError
 from opsin.metrics.compare import bootstrap_interval, mean_interval
+from opsin.objective import LogCrossEntropy, LossScale, SquaredError
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
 from opsin.reports.population import finish_population, population_report
 from tests.helpers.populations import PLATEAU, fall, nan_after, onset_of, record, write_population
 
+NATS = LossScale("nats", 0.0)
 ONSETS = {"none": (6000.0, 6500.0, 5500.0), "copy": (4000.0, 4600.0, 3300.0)}
 MEMBERS = [(condition, seed) for condition in ONSETS for seed in (1, 2, 3)]
 RECORDS = [record(onset) for onsets in ONSETS.values() for onset in onsets]
@@ -287,12 +289,12 @@ def test_a_population_of_which_nothing_was_trained_is_written_all_the_same(tmp_p
         (chunk / "metrics.csv").unlink()
     summary = finish_population(path)
     assert {row["status"] for row in summary["members"]} == {"unfinished"}
-    assert "6 in chunks that have not finished" in population_report(summary, path)
+    assert "6 in chunks that have not finished" in population_report(summary, path, NATS)
 
 
 def test_the_report_says_what_was_found_with_its_intervals_and_what_is_missing(tmp_path):
     path = write_population(tmp_path / "run", MEMBERS, [*RECORDS[:5], DIVERGED])
-    lines = population_report(finish_population(path), path).splitlines()
+    lines = population_report(finish_population(path), path, NATS).splitlines()
     assert lines[0] == "population    6 members of 2 conditions"
     assert "1 diverged: copy seed 3 at step 900" in lines[1]
     low, high = (f"{getattr(mean_interval(ONSETS['none']), end):,.0f}" for end in ("low", "high"))
@@ -312,7 +314,7 @@ def test_the_last_value_of_a_metric_is_compared_where_the_recipe_asks_for_it(tmp
     assert none["calibration/ece_low"] == mean_interval([1.0, 2.0, 4.0]).low
     found = row(summary["differences"], condition="copy", quantity="calibration/ece")
     assert (found["difference"], found["formed_pairs"], found["only_against"]) == (0.375, 2, 1)
-    lines = population_report(summary, path).splitlines()
+    lines = population_report(summary, path, NATS).splitlines()
     assert sum("calibration/ece" in line for line in lines) == 2
     assert any(line.split()[:2] == ["copy", "1.8750"] for line in lines)
     assert any("+0.3750" in line and "(2 of 3 pairs)" in line for line in lines)
@@ -338,7 +340,7 @@ def test_a_metric_that_no_member_recorded_is_compared_to_nothing(tmp_path):
     path = write_population(tmp_path / "run", MEMBERS, RECORDS, compare={"val/train/loss": []})
     summary = finish_population(path)
     assert {entry["val/train/loss"] for entry in summary["members"]} == {None}
-    assert "none of 3 pairs" in population_report(summary, path)
+    assert "none of 3 pairs" in population_report(summary, path, NATS)
 
 
 def test_a_diverged_member_s_last_value_enters_no_mean(tmp_path):
@@ -347,11 +349,35 @@ def test_a_diverged_member_s_last_value_enters_no_mean(tmp_path):
     assert summary["members"][5]["x"] is None and row(summary["conditions"], condition="copy")["x"] == 1.0
 
 
+def test_losses_are_told_in_the_unit_of_the_objective(tmp_path):
+    described = [SquaredError(unit="m^2").describe()]
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, objectives=described)
+    scale = read_population(path).scale
+    assert scale == LossScale("m^2", 0.0)
+    assert "final loss, m^2" in population_report(finish_population(path), path, scale)
+    # nobody knows how to read the losses of two objectives side by side
+    mixed = write_population(tmp_path / "b", MEMBERS, RECORDS, objectives=[*described, LogCrossEntropy().describe()])
+    assert read_population(mixed).scale == LossScale("", None)
+    report = population_report(finish_population(mixed), mixed, read_population(mixed).scale)
+    assert "final loss" in report and "final loss," not in report
+
+
+def test_a_loss_without_a_lower_bound_has_no_half_and_its_interval_no_floor(tmp_path):
+    records = [record(6000.0, final) for final in (-5.0, 0.5, -9.0)]
+    path = write_population(tmp_path, MEMBERS[:3], records, objectives=[LogCrossEntropy().describe()])
+    summary = finish_population(path)
+    assert [entry["below_half"] for entry in summary["members"]] == [None] * 3
+    assert summary["conditions"][0]["final_loss_low"] < -9 < summary["conditions"][0]["final_loss"]
+    assert [entry["outcome"] for entry in summary["members"]] == ["formed"] * 3
+
+
 def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
     records = [*RECORDS[:4], record(None, 0.69), record(None, 0.69)]
-    report = population_report(finish_population(write_population(tmp_path / "a", MEMBERS, records)), tmp_path)
+    report = population_report(finish_population(write_population(tmp_path / "a", MEMBERS, records)), tmp_path, NATS)
     assert "-2,000 (1 of 3 pairs)" in report
     none = population_report(
-        finish_population(write_population(tmp_path / "b", MEMBERS, [*RECORDS[:3], *[record(None)] * 3])), tmp_path
+        finish_population(write_population(tmp_path / "b", MEMBERS, [*RECORDS[:3], *[record(None)] * 3])),
+        tmp_path,
+        NATS,
     )
     assert "0 of 3, 3 without a plateau" in none and "none of 3 pairs" in none

@@ -11,6 +11,7 @@ from opsin.interventions.build_plan import build_plan
 from opsin.interventions.plan import Plan
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer
+from opsin.objective import SquaredError
 from opsin.reports.run import final_report
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot
@@ -50,6 +51,17 @@ def test_it_names_the_strongest_heads_and_when_they_rose():
     assert "1:2    0.79  31,000 [30,000 to 33,000]" in text
     assert "1:3    0.40  no single rise" in text
     assert "0:0" not in text
+
+
+def test_losses_and_measures_are_those_of_the_objective():
+    evaluations = {"train": {"loss": 0.5, "r_squared": 0.25, "accuracy": 1.0}}
+    for unit, shown in (("", ""), ("m^2", " m^2")):
+        changed = {"objective": SquaredError(unit=unit).describe(), "evaluations": evaluations}
+        text = "\n".join(report({**MEMBER, **RUN, **changed}))
+        assert f"0.0076{shown}  training" in text and "nats" not in text and "accuracy" not in text
+        assert f"0.5000{shown}  held out: train  r_squared 0.250" in text
+    lines = report({**MEMBER, **RUN, **changed, "onset": None})
+    assert lines[0] == "phase change  none: the loss did not lastingly leave its plateau at 0.693 m^2"
 
 
 def test_it_gives_the_final_losses_the_time_and_the_files():

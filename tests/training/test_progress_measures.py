@@ -28,7 +28,8 @@ from opsin.interventions.intervention import Clock, Intervention, Overwrite, Pas
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.model.transformer import Transformer, position_table
-from opsin.training.objective import accuracy, cross_entropy, scored_logits
+from opsin.objective import CrossEntropy, accuracy, cross_entropy
+from opsin.training.objective import scored_logits
 from opsin.training.progress_measures import build_measures, measure, measure_constants
 from tests.helpers.toys import ToyTokens, batch_of, few_shot, inputs_of, plan_of, run, weights
 
@@ -141,7 +142,7 @@ def measured(sets, batch=BATCH, values=VALUES, task=TASK):
     """What evaluating all sets at once gives, and what was planned for it."""
     measures, table = build(sets, task=task), position_table(MODEL, task.layout.positions, torch.float64)
     constants = measure_constants(measures, constants_of(plan_of(MODEL, task), {}, table, len(SEEDS), table.dtype))
-    return measures, measure(measures, MODEL, values, constants, batch, clock_of(SEEDS))
+    return measures, measure(measures, MODEL, values, constants, batch, clock_of(SEEDS), CrossEntropy())
 
 
 def clock_of(seeds):
@@ -153,7 +154,7 @@ def alone(writers, batch=BATCH, values=VALUES, seeds=SEEDS, task=TASK):
     plan = plan_of(MODEL, task, *writers, members=len(seeds))
     inputs = replace(inputs_of(plan, MODEL, values, batch), clock=clock_of(seeds))
     logits = scored_logits(run(MODEL, values, batch, run_passes(plan, inputs))[0], batch)
-    return cross_entropy(logits, batch).mean((1, 2)), accuracy(logits, batch)
+    return cross_entropy(logits, batch).mean((1, 2)), accuracy(logits, batch).mean((1, 2))
 
 
 ALONE = {name: alone(writers) for name, writers in {"none": [], **SETS}.items()}
@@ -173,7 +174,7 @@ def test_every_set_and_the_base_line_are_what_they_are_alone():
     assert measures.names == ("none", *SETS)
     for place, name in enumerate(measures.names):
         assert_same(found.loss[place], ALONE[name][0], name)
-        assert_same(found.accuracy[place], ALONE[name][1], name)
+        assert_same(found.measures["accuracy"][place], ALONE[name][1], name)
 
 
 @settings(max_examples=20)
@@ -216,7 +217,7 @@ def test_equal_passes_of_different_sets_are_one_pass():
 def test_nothing_but_numbers_comes_back_from_weights_that_are_trained():
     leaves = {name: value.clone().requires_grad_() for name, value in VALUES.items()}
     _, found = measured({"two passes": SETS["preserve"]}, values=leaves)
-    assert not found.loss.requires_grad and not found.accuracy.requires_grad
+    assert not found.loss.requires_grad and not found.measures["accuracy"].requires_grad
 
 
 def test_what_a_set_changes_is_told_apart_from_what_it_does_not():

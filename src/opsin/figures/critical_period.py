@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter
 
 from opsin.errors import ConfigError
 from opsin.figures.style import INK, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
+from opsin.objective import LossScale
 from opsin.population.tables import Row
 
 EARLIER, LATER = "#0072b2", "#d55e00"
@@ -51,7 +52,7 @@ class _HeatMap:
 
 
 def critical_period_figure(
-    grid: Mapping[str, Mapping[str, Any] | None], summary: Mapping[str, Sequence[Row]]
+    grid: Mapping[str, Mapping[str, Any] | None], summary: Mapping[str, Sequence[Row]], scale: LossScale
 ) -> Figure:
     """``critical_period.png``: the delay of the onset by each window, and what was reached at the end.
 
@@ -63,6 +64,7 @@ def critical_period_figure(
         grid: condition to its window ``{"start", "length"}``, in sequences unless ``"unit"`` says ``"steps"``; None for
             a condition without a window.
         summary: tables of the population, of which ``conditions`` and ``differences`` are read.
+        scale: unit of the losses, and where they end.
 
     Raises:
         ConfigError: every condition has a window, so that there is nothing to compare with, or none has one.
@@ -73,7 +75,7 @@ def critical_period_figure(
         raise ConfigError("population.grid", [*grid], "a condition without a window (null), and some with one")
     starts = sorted({window["start"] for window in windows.values()})
     lengths = sorted({window["length"] for window in windows.values()})
-    maps = (_delay_map(windows, bare[0], summary), _final_map(windows, summary))
+    maps = (_delay_map(windows, bare[0], summary), _final_map(windows, summary, scale))
     across, up = max(len(starts), 3) * CELL_WIDTH, max(len(lengths), 3) * CELL_HEIGHT
     margins = Margins(left=0.75, right=0.8, top=0.42, bottom=0.8)
     width, height = margins.around(2 * across + BETWEEN_MAPS, up)
@@ -125,7 +127,7 @@ def _signed(delay: float) -> str:
     return ("+" if rounded > 0 else "\N{MINUS SIGN}" if rounded < 0 else "") + short_count(abs(rounded))
 
 
-def _final_map(windows: GridWindows, summary: Mapping[str, Sequence[Row]]) -> _HeatMap:
+def _final_map(windows: GridWindows, summary: Mapping[str, Sequence[Row]], scale: LossScale) -> _HeatMap:
     rows = {row["condition"]: row for row in summary["conditions"]}
     heads = any(rows[name]["strongest_strength"] is not None for name in windows)
     quantity = "strongest_strength" if heads else "final_loss"
@@ -134,8 +136,9 @@ def _final_map(windows: GridWindows, summary: Mapping[str, Sequence[Row]]) -> _H
     more = "mean over seeds"
     if heads:
         return _HeatMap("Final induction strength", more, "strongest head", FINAL_COLOURS, Normalize(0, 1), cells)
-    highest = max((value for value in values.values() if value is not None), default=0.0) or 1.0
-    return _HeatMap("Final loss", more, "nats", FINAL_COLOURS, Normalize(0, highest), cells)
+    known = [value for value in values.values() if value is not None]
+    colours = Normalize(min(0.0, *known, 0.0), max(known, default=0.0) or 1.0)
+    return _HeatMap("Final loss", more, scale.unit, FINAL_COLOURS, colours, cells)
 
 
 # ---- the drawing ------------------------------------------------------------------------------------

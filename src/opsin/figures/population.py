@@ -70,7 +70,7 @@ def population_figure(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> F
     panels.
 
     Args:
-        losses: training losses of all members over sequences, nats.
+        losses: training losses of all members over sequences, with their unit.
         summary: tables of the population, of which ``members`` and ``conditions`` are read.
     """
     conditions = len(summary["conditions"])
@@ -110,18 +110,21 @@ def _shared_axis(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> _Axis:
 def _draw_loss_panels(figure: Figure, losses: Losses, summary: Mapping[str, Sequence[Row]], axis: _Axis) -> None:
     curves = _curves(losses, summary, axis)
     top = max((float(np.nanmax(values)) for _, values in curves if np.isfinite(values).any()), default=1.0)
+    bottom = min(0.0, *(1.06 * float(np.nanmin(values)) for _, values in curves if np.isfinite(values).any()), 0.0)
     conditions = summary["conditions"]
     for index, (condition, panel) in enumerate(zip(conditions, _loss_panels(figure, len(conditions)), strict=True)):
         if index:
             panel.plot(curves[0][0], mean_curve(curves[0][1])[0], color=FAINT, linewidth=1.1, zorder=2)
-        _draw_condition(panel, *curves[index], colour(index))
+        _draw_condition(panel, *curves[index], colour(index), losses.scale.floor)
         name = _shortened(condition["condition"])
         inches = panel.get_position().width * FIGURE_WIDTH
         panel.set_title(name, color=colour(index), fontsize=min(8.0, 72 * inches / (0.7 * max(len(name), 1))))
         axis.apply(panel, ticks=3)
-        panel.set_ylim(0, 1.06 * max(top, 1e-3))
+        panel.set_ylim(bottom, 1.06 * max(top, 1e-3))
         panel.yaxis.set_major_locator(MaxNLocator(3))
-    _draw_heading(figure, LOSSES_FROM, "Training loss (nats)", "mean over seeds, 95 % interval at each point")
+    _draw_heading(
+        figure, LOSSES_FROM, losses.scale.titled("Training loss"), "mean over seeds, 95 % interval at each point"
+    )
 
 
 def _loss_panels(figure: Figure, count: int) -> list[Axes]:
@@ -143,8 +146,10 @@ def _loss_panels(figure: Figure, count: int) -> list[Axes]:
     return panels
 
 
-def _draw_condition(axes: Axes, x: Float[np.ndarray, " b"], values: Float[np.ndarray, "b S"], shade: Colour) -> None:
-    mean, low, high = mean_curve(values, floor=0.0)
+def _draw_condition(
+    axes: Axes, x: Float[np.ndarray, " b"], values: Float[np.ndarray, "b S"], shade: Colour, floor: float
+) -> None:
+    mean, low, high = mean_curve(values, floor=floor)
     axes.fill_between(x, low, high, color=shade, alpha=0.16, linewidth=0, zorder=1.5)
     axes.plot(x, values, color=shade, alpha=0.4, linewidth=0.5, zorder=2.5)
     axes.plot(x, mean, color=shade, linewidth=1.5, zorder=3)

@@ -28,6 +28,7 @@ from opsin.figures.style import (
     short_count,
     spread,
 )
+from opsin.objective import LossScale
 from opsin.records.history import History
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 
@@ -58,7 +59,7 @@ def summary_figure(history: History, summary: Mapping[str, Any]) -> Figure:
         history: records of the run, of which ``train/loss``, ``val/SET/loss``, ``progress/NAME/loss`` of all sets but
             the base line, and ``induction_strength`` are drawn.
         summary: content of ``summary.json``, of which ``onset``, ``plateau``, ``strongest_heads`` and ``members`` are
-            read; a missing one is not drawn.
+            read, and the loss's unit of ``objective``; a missing one is not drawn.
     """
     with figure_style():
         figure = blank_figure(10, 4.375, dpi=160)
@@ -73,23 +74,25 @@ def summary_figure(history: History, summary: Mapping[str, Any]) -> Figure:
 
 
 def _draw_run_losses(axes: Axes, history: History, summary: Mapping[str, Any]) -> None:
-    ends = _held_out_losses(axes, history)
-    title = "Loss (nats), training and held out" if ends else "Training loss (nats)"
-    top = 0.0
+    ends, scale = _held_out_losses(axes, history), LossScale.of(summary)
+    title = f"{scale.titled('Loss')}, training and held out" if ends else scale.titled("Training loss")
+    top = bottom = 0.0
     if TRAIN_LOSS in history:
         x, loss = _series(history, TRAIN_LOSS)
         smooth = np.stack([_smooth(member) for member in loss.T], 1)
         _thin_and_bold(axes, x, loss if loss.shape[1] == 1 else smooth, smooth.mean(1), INK)
         ends.insert(0, _LineEnd(float(smooth[-1].mean()), "training", INK))
-        top = float(smooth.max())
+        top, bottom = float(smooth.max()), float(smooth.min())
     plateau = _member_summaries(summary)[0].get("plateau")
     if plateau is not None:
         axes.axhline(plateau, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
         ends.append(_LineEnd(plateau, f"plateau {plateau:.3f}", MUTED))
     measured = _measured_losses(axes, history, MEASURE_HEADROOM * max([top, *(end.y for end in ends)]) or math.inf)
     ends += measured
-    axes.set_title("Loss (nats); dashed: progress measures" if measured else title)
-    _set_axes(axes, history, top=1.06 * max([top, 1e-3, *(end.y for end in ends)]) if ends else 1.0)
+    axes.set_title(f"{scale.titled('Loss')}; dashed: progress measures" if measured else title)
+    heights = [end.y for end in ends]
+    lowest = min(0.0, 1.06 * min([bottom, *heights]))
+    _set_axes(axes, history, top=1.06 * max([top, 1e-3, *heights]) if ends else 1.0, bottom=lowest)
     _label_ends(axes, ends)
     _mark_onsets(axes, summary, labelled=True)
 

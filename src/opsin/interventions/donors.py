@@ -63,7 +63,8 @@ class Donor:
             ConfigError: it reads or predicts something else than this task, or has too few positions.
         """
         features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
-        tokens, outputs = self.parameters["embed.W_E"].shape[1], self.parameters["unembed.W_U"].shape[-1]
+        tokens = self.parameters["embed.W_E"].shape[1] if "embed.W_E" in self.parameters else 0
+        outputs = self.parameters["unembed.W_U"].shape[-1]
         found = {"features": features, "tokens": tokens, "outputs": outputs}
         needed = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
         if found != needed:
@@ -158,14 +159,17 @@ def _check_parameters(model: Transformer, parameters: Mapping[str, Tensor]) -> i
             raise ValueError(f"{name} holds no floating-point numbers")
         if x.untyped_storage().nbytes() < x.numel() * x.element_size():
             raise ValueError(f"{name} holds fewer numbers than it says")
-    for name in ("embed.W_E", "unembed.W_U", *(["embed.W_F"] if "embed.W_F" in parameters else [])):
+    # a model reads tokens, features, or both
+    embeddings = [name for name in ("embed.W_E", "embed.W_F") if name in parameters] or ["embed.W_E"]
+    for name in ("unembed.W_U", *embeddings):
         if name not in parameters or parameters[name].dim() != 3:
             raise ValueError(f"no {name} of three axes")
     # or else a file could name more blocks than any memory has room for
     if model.layers > len(parameters):
         raise ValueError(f"{model.layers} blocks and {len(parameters)} parameters")
     features = parameters["embed.W_F"].shape[1] if "embed.W_F" in parameters else None
-    members, tokens = parameters["embed.W_E"].shape[:2]
+    tokens = parameters["embed.W_E"].shape[1] if "embed.W_E" in parameters else 0
+    members = parameters["unembed.W_U"].shape[0]
     shapes = parameter_shapes(model, features, tokens, parameters["unembed.W_U"].shape[-1])
     for name in sorted(shapes.keys() | parameters.keys()):
         expected = (members, *shapes[name]) if name in shapes else None

@@ -62,6 +62,11 @@ class Value(ABC):
         return tuple(need for need in self.needs if isinstance(need, Source))
 
     @property
+    def needs_classes(self) -> bool:
+        """Whether it means something only where outputs are logits of classes; a run of another task refuses it."""
+        return False
+
+    @property
     def gradient(self) -> str:
         """``"stops"`` or ``"flows"``: whether gradient passes through the value, into what it is made from.
 

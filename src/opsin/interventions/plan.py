@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from opsin.errors import ConfigError
 from opsin.interventions.donors import Donor
 from opsin.interventions.feedback import HeadFeedback
 from opsin.interventions.identity import identity
@@ -25,6 +26,7 @@ from opsin.interventions.intervention import Intervention, Source, Supply, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.weights import WeightChange
 from opsin.records.history import History
+from opsin.task import Task
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,22 @@ class Plan:
         """
         covered = [row.mask.flatten(1).amax(1).expand(members).numpy() > 0 for row in self.rows]
         return np.stack(covered) if covered else np.zeros((0, members), dtype=bool)
+
+    def check_task(self, task: Task) -> None:
+        """Refuse donors of other sizes, and values that mean nothing on a task.
+
+        Args:
+            task: task that the members learn.
+
+        Raises:
+            ConfigError: names the donor, or the writer.
+        """
+        for donor in self.donors:
+            donor.check(task)
+        for row in self.interventions:
+            if row.intervention.value.needs_classes and not task.objective.predicts_classes:
+                found = f"{type(task).__name__} with {type(task.objective).__name__}"
+                raise ConfigError(row.name, found, "a task that predicts classes")
 
     @property
     def feedback(self) -> bool:

@@ -35,7 +35,7 @@ from opsin.population.chunks import (
     members_of,
     population_document,
 )
-from opsin.population.folder import chunk_folder, read_document
+from opsin.population.folder import chunk_folder, read_document, read_population
 from opsin.population.settings import Population
 from opsin.records.checkpoint import load_saved
 from opsin.records.folder import write_json, write_yaml
@@ -50,6 +50,7 @@ from opsin.records.schema import (
 )
 from opsin.reports.population import finish_population, population_report
 from opsin.training.module import OpsinModule, callbacks_of
+from opsin.training.monitors import nearest_metric
 from opsin.training.observers import recorded_metrics
 
 REPORT_EVERY_SECONDS = 15.0
@@ -102,11 +103,7 @@ def check_population(
     Raises:
         ConfigError: names the metric, or the start of the window.
     """
-    found = recorded_metrics(callbacks, module.sites, module.task, validates)
-    numbers = [name for name, shape in found.items() if not shape]
-    for name in population.compare:
-        if name not in numbers:
-            raise ConfigError("population.compare", name, f"any of {', '.join(numbers)}")
+    _check_compared(population.compare, recorded_metrics(callbacks, module.sites, module.task, validates))
     if (windows := population.windows) is None:
         return
     length = steps * (module.task.batch_size if windows.unit == "sequences" else 1)
@@ -114,6 +111,14 @@ def check_population(
         if not 0 <= start < length:
             expected = f"0 to below {length:,}, the {windows.unit} of the run"
             raise ConfigError("population.windows.starts", start, expected)
+
+
+def _check_compared(compare: Sequence[str], recorded: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse to compare what runs do not record with one number a member, as a measure of another objective."""
+    numbers = [name for name, shape in recorded.items() if not shape]
+    for name in compare:
+        if name not in numbers:
+            raise ConfigError("population.compare", name, nearest_metric(name, numbers))
 
 
 def build_population(recipe: Mapping[str, Any], scratch: Path) -> UntrainedPopulation:
@@ -141,7 +146,10 @@ def build_population(recipe: Mapping[str, Any], scratch: Path) -> UntrainedPopul
         _check_seeds_of_condition(name, conditions[name] or {}, [member.seed for member in trained])
         path = write_yaml(scratch / f"{name}.yaml", chunk_recipe(recipe, conditions, trained))
         try:
-            plan = build_run(OpsinCLI(["--config", str(path)])).plan
+            cli = OpsinCLI(["--config", str(path)])
+            plan = build_run(cli).plan
+            recorded = callbacks_of(cli.trainer), cli.model.sites, cli.model.task, bool(cli.trainer.limit_val_batches)
+            _check_compared(settings["compare"], recorded_metrics(*recorded))
         except ConfigError as error:
             raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
         graphs[name] = _graph_of(conditions[name], plan)
@@ -232,7 +240,7 @@ def _train_chunks(folder: Path) -> None:
     failed = [job for job in failed if job in left]
     summary = finish_population(folder)
     send_population(folder, summary)
-    print(population_report(summary, folder))
+    print(population_report(summary, folder, read_population(folder).scale))
     if left and not failed:
         names = ", ".join(job.folder.name for job in left)
         print(f"unfinished    chunk {names}: ended by the Trainer; `opsin resume {folder}` continues")

@@ -147,15 +147,15 @@ def parameter_shapes(model: Transformer, features: int | None, tokens: int, outp
     Args:
         model: shape of the transformer.
         features: F, entries of a feature vector; None when the input is tokens only.
-        tokens: size of the input vocabulary.
-        outputs: V, number of classes predicted.
+        tokens: size of the input vocabulary; 0 when the input is features only.
+        outputs: V, numbers that are predicted at a position.
     """
     width, neurons = model.width, model.neurons
 
     def norm(name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.w": (width,), f"{name}.b": (width,)} if model.norm else {}
 
-    shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (tokens, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (tokens, width)} if tokens else {}
     if features is not None:
         shapes |= {"embed.W_F": (features, width), "embed.b_F": (width,)}
     if model.positions == "learned":
@@ -187,7 +187,8 @@ def _init_member(model: Transformer, task: Task, seed: int) -> dict[str, Tensor]
     values: dict[str, Tensor] = {}
     if task.n_features is not None:
         values |= {"embed.W_F": linear(task.n_features, width), "embed.b_F": torch.zeros(width)}
-    values["embed.W_E"] = 0.02 * _truncated_normal((task.n_tokens, width), generator) * model.init_scale
+    if task.n_tokens:
+        values["embed.W_E"] = 0.02 * _truncated_normal((task.n_tokens, width), generator) * model.init_scale
     if model.positions == "learned":
         bound = 1 / math.sqrt(model.max_positions)
         values["pos_embed.W_pos"] = (torch.rand(model.max_positions, width, generator=generator) * 2 - 1) * bound
@@ -290,13 +291,20 @@ def linear(
 
 
 def _embed(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B L D"]:
+    if not batch.layout.tokens:
+        return _embedded_features(parameters, batch)
     table = parameters["embed.W_E"]
     member = torch.arange(table.shape[0], device=table.device)[:, None, None]
     tokens = table[member, batch.tokens]  # M B Nt D
     if batch.features is None:
         return tokens
-    features = linear(batch.features.to(table.dtype), parameters["embed.W_F"], parameters["embed.b_F"])
-    return torch.cat([features, tokens], dim=2)[:, :, _interleave(batch.layout)]
+    return torch.cat([_embedded_features(parameters, batch), tokens], dim=2)[:, :, _interleave(batch.layout)]
+
+
+def _embedded_features(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B Nf D"]:
+    assert batch.features is not None
+    weight = parameters["embed.W_F"]
+    return linear(batch.features.to(weight.dtype), weight, parameters["embed.b_F"])
 
 
 def _interleave(layout: Layout) -> list[int]:

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
+from opsin.objective import LossScale
 from opsin.records.folder import write_atomically
 from opsin.records.schema import (
     CHUNKS_FOLDER,
@@ -75,13 +76,15 @@ class Losses:
 
     Args:
         sequences: numbers of training sequences after which some member has a record of its training loss, ascending.
-        values: training loss (nats) of every member after so many; nan where a member has no record.
+        values: training loss of every member after so many; nan where a member has no record.
         last: every member's last value of each metric that is compared, by name; nan without one.
+        scale: unit of the losses, and where they end.
     """
 
     sequences: Int[np.ndarray, " n"]
     values: Float[np.ndarray, "n M"]
     last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
+    scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class TrainedPopulation:
         grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
             window. Empty where the recipe has no windows.
         compare: names of the metrics whose last values are compared.
+        scale: unit of the members' losses, and where they end; neither where the members' objectives differ.
     """
 
     path: Path
@@ -102,6 +106,7 @@ class TrainedPopulation:
     members: tuple[TrainedMember, ...]
     grid: Mapping[str, Mapping[str, int] | None]
     compare: tuple[str, ...] = ()
+    scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
 
     def under(self, condition: str) -> list[TrainedMember]:
         """Members of a condition, by seed."""
@@ -170,7 +175,9 @@ def read_population(path: Path) -> TrainedPopulation:
         settings = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
         members.append(TrainedMember(**settings, status=status, record=record))
     grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
-    return TrainedPopulation(path, conditions, tuple(members), grid, compare)
+    scales = {LossScale.of(summary) for summary in summaries.values() if summary is not None} or {LossScale.of({})}
+    scale = scales.pop() if len(scales) == 1 else LossScale("", None)
+    return TrainedPopulation(path, conditions, tuple(members), grid, compare, scale)
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:
@@ -229,6 +236,7 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
         [(array("q"), array("d")) for _ in population.members],
         {metric: np.full(len(population.members), math.nan) for metric in population.compare},
         {member.member for member in population.members if member.status == FINISHED_EARLY},
+        population.scale,
     )
 
     def merge(table: BinaryIO) -> None:
@@ -248,11 +256,13 @@ class _KeptNumbers:
         curves: sequences and values of the training loss of every member, by its number.
         last: every member's newest value of each metric that is compared, by name.
         early: members that finished early, of whose steps after that there are records without a number.
+        scale: unit of the losses, and where they end.
     """
 
     curves: list[tuple[array[int], array[float]]]
     last: dict[str, Float[np.ndarray, " M"]]
     early: Collection[int]
+    scale: LossScale
 
     def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
         """Keep what is needed of one record of one member."""
@@ -269,7 +279,7 @@ class _KeptNumbers:
         values = np.full((len(sequences), len(known)), math.nan)
         for member, (x, y) in enumerate(known):
             values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
-        return Losses(sequences, values, self.last)
+        return Losses(sequences, values, self.last, self.scale)
 
 
 def _merge_chunk(population: TrainedPopulation, chunk: int, merged: BinaryIO, kept: _KeptNumbers) -> None:

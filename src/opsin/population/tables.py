@@ -1,10 +1,11 @@
 """What a population found, as tables: a row a member, a row a condition, a row a comparison.
 
 **Quantities.** ``onset`` (sequences) is that of ``PhaseChange``. ``below_half`` (sequences) is where the training loss
-first falls lastingly below half of the plateau: it exists also where the loss fell at once and left no plateau whose
-end could be an onset. ``final_loss`` (nats) and ``mean_loss`` (nats, the area under the training loss over the length
-of the run; a member that finished early is held at its final loss) exist for every member that trained as far as it
-should, and ``strongest_strength`` (at most 1, of the head with the strongest final induction) where heads were tracked.
+first falls lastingly below half of the plateau, counted from the lowest loss there can be: it exists also where the
+loss fell at once and left no plateau whose end could be an onset. ``final_loss`` and ``mean_loss`` (in the unit of the
+loss; the latter the area under the training loss over the length of the run, where a member that finished early is
+held at its final loss) exist for every member that trained as far as it should, and ``strongest_strength`` (at most 1,
+of the head with the strongest final induction) where heads were tracked.
 Metrics that the recipe compares are quantities by their own names: the last value of each member that trained as far
 as it should.
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from opsin.metrics.compare import mean_interval, mean_over_run, paired_difference
 from opsin.metrics.cusum import first_lasting_fall
+from opsin.objective import LossScale
 from opsin.population.folder import Losses, TrainedMember, TrainedPopulation
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, UNFINISHED
 
@@ -36,7 +38,7 @@ Row = dict[str, Any]
 FORMED, NO_PLATEAU, NOT_FORMED = "formed", "no plateau", "not formed"
 FALLEN = 0.25  # share below the plateau from which a loss without an onset counts as fallen, as in PhaseChange
 QUANTITIES = ("onset", "below_half", "final_loss", "mean_loss", "strongest_strength")
-POSITIVE = ("onset", "below_half", "final_loss", "mean_loss")
+TIMES, LOSSES = ("onset", "below_half"), ("final_loss", "mean_loss")
 ALL_PAIRS_UP_TO = 6  # conditions; of more, every one is compared with the first alone
 
 
@@ -52,7 +54,7 @@ def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[R
     quantities = (*QUANTITIES, *population.compare)
     return {
         "members": members,
-        "conditions": [condition_row(name, rows, quantities) for name, rows in under.items()],
+        "conditions": [condition_row(name, rows, quantities, losses.scale) for name, rows in under.items()],
         "differences": [
             row
             for condition, against in _comparisons(population.conditions)
@@ -82,19 +84,20 @@ def member_row(member: TrainedMember, losses: Losses) -> Row:
     strengths = {name: head["strength"] for name, head in (record.get("heads") or {}).items()}
     strongest = max(strengths, key=strengths.__getitem__) if strengths and member.counts else None
     x, y = losses.sequences, losses.values[:, member.member]
+    half = _way_down(plateau, 0.5, losses.scale)
     return {
         "member": member.member,
         "condition": member.condition,
         "seed": member.seed,
         "status": member.status,
         "stopped_at": record.get("stopped_at"),
-        "outcome": _outcome(member, plateau, final),
+        "outcome": _outcome(member, plateau, final, losses.scale),
         "onset": onset.get("value"),
         "onset_low": onset.get("low"),
         "onset_high": onset.get("high"),
         "midpoint": (record.get("midpoint") or {}).get("value"),
         "end": (record.get("end") or {}).get("value"),
-        "below_half": None if plateau is None else first_lasting_fall(x, y, plateau / 2),
+        "below_half": None if half is None else first_lasting_fall(x, y, half),
         "plateau": plateau,
         "final_loss": final,
         "mean_loss": _mean_loss(member, final, losses),
@@ -104,12 +107,20 @@ def member_row(member: TrainedMember, losses: Losses) -> Row:
     }
 
 
-def _outcome(member: TrainedMember, plateau: float | None, final: float | None) -> str | None:
+def _way_down(plateau: float | None, share: float, scale: LossScale) -> float | None:
+    """The loss after that share of the way from the plateau to the lowest; None where one of the two is unknown."""
+    if plateau is None or scale.lowest is None:
+        return None
+    return scale.lowest + (1 - share) * (plateau - scale.lowest)
+
+
+def _outcome(member: TrainedMember, plateau: float | None, final: float | None, scale: LossScale) -> str | None:
     if plateau is None or final is None:
         return None
     if member.record.get("onset"):
         return FORMED
-    return NO_PLATEAU if final < (1 - FALLEN) * plateau else NOT_FORMED
+    fallen = _way_down(plateau, FALLEN, scale)
+    return NO_PLATEAU if fallen is not None and final < fallen else NOT_FORMED
 
 
 def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> float | None:
@@ -132,13 +143,14 @@ def _number(value: float | None) -> float | None:
 # ---- conditions -----------------------------------------------------------------------------------
 
 
-def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[str]) -> Row:
+def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[str], scale: LossScale) -> Row:
     """Counts of members and the mean of every quantity with its 95 % interval over the seeds.
 
     Args:
         condition: name of the condition, as in the recipe.
         members: rows of the members of this condition, from the table ``members``.
         quantities: columns of these rows whose mean is taken.
+        scale: where losses end, which no interval of one goes beyond.
     """
     status, outcome = [row["status"] for row in members], [row["outcome"] for row in members]
     row: Row = {
@@ -151,7 +163,7 @@ def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[s
         "unfinished": status.count(UNFINISHED),
     }
     for name in quantities:
-        floor = 0.0 if name in POSITIVE else -math.inf
+        floor = 0.0 if name in TIMES else scale.floor if name in LOSSES else -math.inf
         mean = mean_interval(_by_seed(members, name).values(), floor)
         row |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
     return row

@@ -69,8 +69,8 @@ METRICS_COLUMNS = ("step", "sequences", "metric", *ROW_AXES, "value")
 TRAIN_LOSS = "train/loss"
 """Name of the training loss, a mean over the steps since the last record."""
 
-STEP_METRICS = (TRAIN_LOSS, "train/accuracy", "train/grad_norm")
-"""Metrics that every run records of its training steps."""
+GRADIENT_NORM = "train/grad_norm"
+"""Name of the gradient norm of what may move, a mean over the steps since the last record."""
 
 BASE_LINE = "none"
 """Name of the set of progress measures without interventions."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from opsin.figures.critical_period import critical_period_figure
 from opsin.figures.population import population_figure
 from opsin.figures.style import save_figure
+from opsin.objective import LossScale
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
 from opsin.records.folder import write_atomically
@@ -47,20 +48,21 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     write_atomically(path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     save_figure(population_figure(losses, summary), path / "population.png")
     if population.grid:
-        save_figure(critical_period_figure(population.grid, summary), path / "critical_period.png")
+        save_figure(critical_period_figure(population.grid, summary, population.scale), path / "critical_period.png")
     return summary
 
 
-def population_report(summary: Mapping[str, Sequence[Row]], folder: Path) -> str:
+def population_report(summary: Mapping[str, Sequence[Row]], folder: Path, scale: LossScale) -> str:
     """The lines printed when a population ends: its members, every condition, the differences from the first, files.
 
     Args:
         summary: rows of the tables by name of the table, as ``finish_population`` returns them.
         folder: folder of the population, where its files are.
+        scale: unit of the losses, and where they end.
     """
-    rows = _member_lines(summary["members"])
-    rows += _condition_lines(summary["conditions"])
-    rows += _difference_lines(summary)
+    rows, final_loss = _member_lines(summary["members"]), f"final loss, {scale.unit}".rstrip(", ")
+    rows += _condition_lines(summary["conditions"], final_loss)
+    rows += _difference_lines(summary, final_loss)
     rows.append(("files", str(folder)))
     return "\n".join(f"{label:<13} {text}" for label, text in rows)
 
@@ -82,8 +84,8 @@ def _stopped(row: Row) -> str:
     return "" if row["stopped_at"] is None else f" at step {row['stopped_at']:,}"
 
 
-def _condition_lines(conditions: Sequence[Row]) -> list[tuple[str, str]]:
-    cells = [("condition", "formed", "onset, sequences", "below half the plateau", "final loss, nats")]
+def _condition_lines(conditions: Sequence[Row], final_loss: str) -> list[tuple[str, str]]:
+    cells = [("condition", "formed", "onset, sequences", "below half the plateau", final_loss)]
     for row in conditions:
         cells.append(
             (
@@ -112,14 +114,14 @@ def _without_onset(row: Row) -> str:
     return "".join(f", {row[name]} {reason}" for name, reason in reasons.items() if row[name])
 
 
-def _difference_lines(summary: Mapping[str, Sequence[Row]]) -> list[tuple[str, str]]:
+def _difference_lines(summary: Mapping[str, Sequence[Row]], final_loss: str) -> list[tuple[str, str]]:
     if len(summary["conditions"]) < 2:
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
     compared = _compared_metrics(summary["conditions"])
     shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
-    shown |= {"final_loss": ("final loss, nats", "+.4f")} | {name: (name, "+.4f") for name in compared}
+    shown |= {"final_loss": (final_loss, "+.4f")} | {name: (name, "+.4f") for name in compared}
     cells = [("condition", *(heading for heading, _ in shown.values()))]
     for condition in dict.fromkeys(row["condition"] for row in rows):
         by_quantity = {row["quantity"]: row for row in rows if row["condition"] == condition}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opsin.objective import LossScale, measures_in
 from opsin.reports.columns import aligned
 
 MOST_LISTED = 4  # heads, and members, that the final report names
@@ -32,7 +33,8 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
 
 def _change_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record["onset"] is None:
-        return [("phase change", f"none: the loss did not lastingly leave its plateau at {record['plateau']:.3f} nats")]
+        plateau = LossScale.of(record).with_unit(f"{record['plateau']:.3f}")
+        return [("phase change", f"none: the loss did not lastingly leave its plateau at {plateau}")]
     names = ("onset", "midpoint", "end")
     numbers = [[f"{record[name][key]:,.0f}" for key in ("value", "low", "high")] for name in names]
     width = [max(len(row[i]) for row in numbers) for i in range(3)]
@@ -68,13 +70,15 @@ def _head(name: str, head: Mapping[str, Any]) -> str:
 
 
 def _loss_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    scale, measures = LossScale.of(record), measures_in(record)
+    shown = [name for name, measure in measures.items() if measure["while_training"]] or list(measures)[:1]
     cells = []
     if record["final_loss"] is not None:
-        cells.append((f"{record['final_loss']:.4f} nats", "training", ""))
+        cells.append((scale.with_unit(f"{record['final_loss']:.4f}"), "training", ""))
     for name, metrics in record["evaluations"].items():
-        loss = f"{metrics['loss']:.4f} nats" if "loss" in metrics else ""
-        accuracy = f"accuracy {metrics['accuracy']:.3f}" if "accuracy" in metrics else ""
-        cells.append((loss, f"held out: {name}", accuracy))
+        loss = scale.with_unit(f"{metrics['loss']:.4f}") if "loss" in metrics else ""
+        found = [f"{item} {metrics[item]:.3f} {measures[item]['unit']}".rstrip() for item in shown if item in metrics]
+        cells.append((loss, f"held out: {name}", "  ".join(found)))
     return [("" if i else "final loss", text) for i, text in enumerate(aligned(cells))]
 
 

@@ -8,7 +8,8 @@ log2(M) more.
 Which members are copied is a function of which have ended, and when, so a resumed run makes the same steps. A graph of
 another size runs other kernels: what the remaining members learn from there on differs by rounding.
 
-Legend: M members, C slots of the smaller step, I rows of a plan, S optimizer steps.
+Legend: M members, C slots of the smaller step, I rows of a plan, S optimizer steps,
+R numbers that a step reports.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class ActiveMembers:
         draw: Mapping[str, Tensor],
         gates: StepGates,
         counts: StepCounts,
-    ) -> Float[Tensor, "3 M"]:
+    ) -> Float[Tensor, "R M"]:
         """Make one step, with the arguments of ``Step``; members without a slot have no results (nan)."""
         if self.chosen is None:
             return self.step(state, hyper, constants, draw, gates, counts)

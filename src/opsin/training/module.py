@@ -1,13 +1,13 @@
 """The LightningModule: loss, optimizer, logging. It knows nothing of interpretability.
 
-Legend: M members, S optimizer steps of one Lightning batch.
+Legend: M members, S optimizer steps of one Lightning batch, R numbers that a step reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,7 +40,7 @@ from opsin.model.transformer import Members, Transformer, init_parameters, posit
 from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
 from opsin.records.events import EventTable
 from opsin.records.history import History
-from opsin.records.schema import STEP_METRICS, number_name
+from opsin.records.schema import number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.adam import Adam
@@ -48,7 +48,7 @@ from opsin.training.batch_counts import as_before_batch, validation_follows
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
 from opsin.training.monitors import ValidationTimes, monitored_numbers, monitors, show_to_monitors
-from opsin.training.objective import evaluation_metrics, scored_logits
+from opsin.training.objective import check_objective, scored_logits, step_metrics
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberAdam, check_scheduler
 from opsin.training.probe import ForwardPasses
@@ -121,6 +121,7 @@ class OpsinModule(pl.LightningModule):
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
+        check_objective(task)
         sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
         check_run_sizes(transformer, task, len(self.seeds), sets)
         self.sites = transformer.sites(task)
@@ -170,6 +171,11 @@ class OpsinModule(pl.LightningModule):
     def n_members(self) -> int:
         """M."""
         return len(self.seeds)
+
+    @cached_property
+    def step_metrics(self) -> tuple[str, ...]:
+        """Metrics that are recorded of every training step, in the order of its results."""
+        return step_metrics(self.task)
 
     @property
     def steps_done(self) -> int:
@@ -325,8 +331,7 @@ class OpsinModule(pl.LightningModule):
         writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
         weights = weight_table(self.parameters_by_name(), self.transformer.heads)
         plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
-        for donor in plan.donors:
-            donor.check(self.task)
+        plan.check_task(self.task)
         check_gradients(plan, self.sites, self.parameters_by_name(), self.task)
         return plan
 
@@ -478,13 +483,13 @@ class OpsinModule(pl.LightningModule):
             return
         window = (done - 1) % self.log_every + 1
         means = torch.stack(results[-window:]).mean(0)
-        self.record(done, dict(zip(STEP_METRICS, means, strict=True)))
+        self.record(done, dict(zip(self.step_metrics, means, strict=True)))
 
-    def _finish_batch(self, first: int, results: Float[Tensor, "S 3 M"]) -> None:
+    def _finish_batch(self, first: int, results: Float[Tensor, "S R M"]) -> None:
         self.gates.check_diverged(first, results[:, 0].isfinite())
         self.trainer.should_stop |= self.gates.all_diverged() is not None
         means = results.nanmean((0, 2))
-        for name, value in zip(STEP_METRICS, means, strict=True):
+        for name, value in zip(self.step_metrics, means, strict=True):
             self.log(name, value, logger=False, batch_size=1)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
@@ -535,7 +540,8 @@ class OpsinModule(pl.LightningModule):
         name = self.task.evaluations[int(batch)]
         data = self.evaluation_set(name)
         logits = scored_logits(self.observe(data, ["hook_logits"])["hook_logits"], data)
-        metrics = {f"val/{name}/{metric}": values for metric, values in evaluation_metrics(logits, data).items()}
+        measured = self.task.objective.measured(logits, data)
+        metrics = {f"val/{name}/{metric}": values for metric, values in measured.items()}
         for metric, values in metrics.items():
             self.log(metric, values.mean(), logger=not self._is_fitting, batch_size=1)
         if self._is_fitting and not self.trainer.sanity_checking:

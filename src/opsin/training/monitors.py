@@ -142,7 +142,7 @@ def monitored_numbers(
             # a record may come later than the first look
             callback.strict = False
         elif not (anything or name in _other_names(callback, callbacks)):
-            raise ConfigError(f"{type(callback).__name__}.monitor", name, _nearest_numbers(name, list(numbers)))
+            raise ConfigError(f"{type(callback).__name__}.monitor", name, nearest_metric(name, list(numbers)))
     return {name: number for name, number in found.items() if not name.startswith(("train/", "val/"))}
 
 
@@ -156,8 +156,13 @@ def _other_names(callback: Callback, callbacks: Iterable[Callback]) -> tuple[str
     return (*(OF_A_CHECKPOINT if isinstance(callback, Checkpoint) else ()), *(("lr-MemberAdam",) if rates else ()))
 
 
-def _nearest_numbers(name: str, numbers: list[str]) -> str:
-    """What would do in the place of a name: the one most like it, and where the others are."""
+def nearest_metric(name: str, numbers: list[str]) -> str:
+    """What would do in the place of a name that nobody records: the one most like it, and where the others are.
+
+    Args:
+        name: name of a metric that the user wrote.
+        numbers: names of what the run records.
+    """
     # one whose last word is the same, first
     alike = [number for number in numbers if number.endswith(name.replace("_", "/").rpartition("/")[2])]
     nearest = difflib.get_close_matches(name, alike, 1, 0) or difflib.get_close_matches(name, numbers, 1, 0)

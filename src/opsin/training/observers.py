@@ -13,8 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from opsin.model.sites import SiteTable
-from opsin.records.schema import STEP_METRICS
 from opsin.task import Batch, Task
+from opsin.training.objective import evaluation_metrics, step_metrics
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ class Recorder(Protocol):
 
 
 @runtime_checkable
+class TaskRecorder(Protocol):
+    """A callback some of whose metrics depend on the task: on what its objective measures, or what it knows."""
+
+    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+        """Names of these metrics, and the shape of one member's values."""
+
+
+@runtime_checkable
 class Pictured(Protocol):
     """A callback with a picture of what it last saw, which loggers may show under its name."""
 
@@ -90,18 +98,12 @@ def recorded_metrics(
     Args:
         validates: whether the run evaluates the task's evaluation sets.
     """
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(STEP_METRICS, ())
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(step_metrics(task), ())
     for name in task.evaluations if validates else ():
-        found |= {f"val/{name}/{metric}": () for metric in _evaluated(task, name)}
+        found |= dict.fromkeys(evaluation_metrics(task, name), ())
     for callback in callbacks:
         if isinstance(callback, Recorder):
             found |= callback.records(sites)
+        if isinstance(callback, TaskRecorder):
+            found |= callback.task_records(task)
     return found
-
-
-def _evaluated(task: Task, name: str) -> tuple[str, ...]:
-    """What is measured on an evaluation set; its first sequence tells."""
-    draw = task.draw([0], 0, 1, f"eval/{name}", 1)
-    batch = task.assemble(task.bank(), {key: tensor[0] for key, tensor in draw.items()})
-    in_context = () if batch.plausible is None else ("accuracy_in_context", "probability_in_context")
-    return ("loss", "accuracy", *in_context)

@@ -26,9 +26,10 @@ from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.model.sites import SiteTable
 from opsin.model.transformer import Parameters, Transformer, forward
+from opsin.objective import Objective
 from opsin.records.schema import BASE_LINE
 from opsin.task import Batch
-from opsin.training.objective import accuracy, cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,13 @@ class MeasuredSets:
     """What weights would do under every set.
 
     Args:
-        loss: mean loss over the batch, in nats.
-        accuracy: share of scored positions whose most likely output is the target.
+        loss: mean loss over the batch, in the objective's unit.
+        measures: values ``[S, M]`` of what the objective measures while training, by name.
         changed: whether some activation of the member was overwritten by something else than it was.
     """
 
     loss: Float[Tensor, "S M"]
-    accuracy: Float[Tensor, "S M"]
+    measures: Mapping[str, Float[Tensor, "S M"]]
     changed: Bool[Tensor, "S M"]
 
 
@@ -187,6 +188,7 @@ def measure(
     constants: Constants,
     batch: Batch,
     clock: Int[Tensor, "M 2"],
+    objective: Objective,
 ) -> MeasuredSets:
     """Evaluate M members under every set in one pass of S x M members, without gradient.
 
@@ -199,6 +201,7 @@ def measure(
         constants: what ``measure_constants`` has made.
         batch: sequences that every member sees.
         clock: seed of every member and the number of the optimizer step.
+        objective: what is measured of the outputs.
     """
     copies, plan = measures.copies, measures.plan
     weights = {name: copies.repeat(x) for name, x in parameters.items()}
@@ -208,8 +211,10 @@ def measure(
     with torch.no_grad():
         tap = run_passes(plan, inputs, fired)
         logits = scored_logits(forward(weights, constants.table, inputs.batch, model, tap), inputs.batch)
-        loss = cross_entropy(logits, inputs.batch).mean((1, 2))
-        right = accuracy(logits, inputs.batch)
+        loss = objective.member_loss(logits, inputs.batch)
+        chosen = objective.measures_of(inputs.batch, while_training=True)
+        measured = {item.name: item(logits, inputs.batch) for item in chosen}
     changed = torch.stack([fired[row.gate] for row in plan.passes[-1].rows]).any(0)
     shape = (copies.sets, copies.members)
-    return MeasuredSets(loss.view(shape), right.view(shape), changed.view(shape))
+    shaped = {name: values.view(shape) for name, values in measured.items()}
+    return MeasuredSets(loss.view(shape), shaped, changed.view(shape))

@@ -1,6 +1,7 @@
 """One training step as a pure function of tensors; eager and compiled are the same function.
 
-Legend: M members, B batch, L positions, Q scored positions, V outputs, I rows of a plan.
+Legend: M members, B batch, L positions, Q scored positions, V outputs, I rows of a plan,
+R numbers that a step reports.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from opsin.interventions.plan import Plan
 from opsin.model.transformer import Transformer, forward
 from opsin.task import Task
 from opsin.training.adam import Adam, AdamState, Hyper
-from opsin.training.objective import accuracy, cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 from opsin.training.step_inputs import StepCounts, StepGates
 from opsin.training.weight_updates import WeightUpdate
 
@@ -46,7 +47,7 @@ class Step:
         draw: Mapping[str, Tensor],
         gates: StepGates,
         counts: StepCounts,
-    ) -> Float[Tensor, "3 M"]:
+    ) -> Float[Tensor, "R M"]:
         """Gather the batch, draw weights anew, forward, loss, gradient, update where nothing is frozen; in place.
 
         Args:
@@ -58,8 +59,10 @@ class Step:
             counts: what the run counts.
 
         Returns:
-            Loss (nats, before the update), accuracy and gradient norm (of what may move) of every member.
+            Loss (before the update), the measures that the objective has while training, and the gradient norm (of
+            what may move) of every member: ``objective.step_metrics``.
         """
+        objective = self.task.objective
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
         update = WeightUpdate(self.plan.changes, state, constants, gates, counts)
@@ -67,8 +70,8 @@ class Step:
         tap = run_passes(
             self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
         )
-        logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
-        loss = cross_entropy(logits, batch).mean((1, 2))
+        outputs = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
+        loss = objective.member_loss(outputs, batch)
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
         with torch.no_grad():
@@ -76,5 +79,6 @@ class Step:
             changed = [*(fired[gate] for gate in sorted(fired)), *changed]
             if changed:
                 counts.fired.add_(torch.stack(changed) & counts.alive)
-            results = torch.stack([loss.detach(), accuracy(logits, batch), norm])
+            measures = [measure(outputs, batch) for measure in objective.measures_of(batch, while_training=True)]
+            results = torch.stack([loss.detach(), *measures, norm])
             return results.masked_fill(~counts.alive, torch.nan)

@@ -48,7 +48,7 @@ def test_attention_sinks_are_those_of_every_pattern_on_the_probe():
     for layer in range(2):
         expected = attention_sink(seen[f"blocks.{layer}.attn.hook_pattern"])
         np.testing.assert_allclose(last(model, "attention_sink")[:, layer], expected, atol=1e-6)
-    assert model.history["attention_sink"].steps == [0, 5, 10] and "attention_sink_effect" not in model.history
+    assert list(model.history["attention_sink"].steps) == [0, 5, 10] and "attention_sink_effect" not in model.history
 
 
 def test_the_effect_of_a_sink_is_what_a_pattern_overwritten_by_hand_does_to_the_last_neurons():

@@ -15,6 +15,7 @@ from opsin.callbacks.readers.phase_change import PhaseChange, best_loss
 from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
+from opsin.objective import CrossEntropy, LogCrossEntropy
 from opsin.tasks import FewShot, GaussianClusters, Kind, Repeats
 from opsin.training.module import OpsinModule
 from tests.helpers.killers import SaveAt
@@ -168,10 +169,28 @@ def test_a_metric_that_is_no_loss_of_the_run_is_refused_before_training():
         PhaseChange(metric="train/los").setup(SimpleNamespace(callbacks=[]), tiny(), "fit")
 
 
-@pytest.mark.parametrize("setting", [{"plateau": 0.0}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
+@pytest.mark.parametrize("setting", [{"plateau": float("inf")}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
 def test_a_setting_that_cannot_work_is_refused(setting):
     with pytest.raises(ConfigError, match="PhaseChange"):
         PhaseChange(**setting)
+
+
+def test_a_loss_without_a_lower_bound_needs_a_predictor_that_is_better_than_the_plateau():
+    def module(task):
+        task.objective = LogCrossEntropy()
+        return OpsinModule(task, Transformer(layers=2, width=16, heads=2), compile=False)
+
+    with pytest.raises(ConfigError, match="PhaseChange: got 'FewShot with LogCrossEntropy', expected a task with a"):
+        PhaseChange(plateau=0.1).setup(None, module(tiny().task), "fit")
+    task = Repeats(positions=24, longest=8, batch_size=BATCH)
+    PhaseChange(plateau=1.5).setup(None, module(task), "fit")
+    exact = np.log(CrossEntropy().member_loss(task.exact(batch := task.batch(0, 0, "eval/train", 128)), batch))
+    assert best_loss(task, "train/loss", 1.5) == pytest.approx(exact.item())
+
+
+def test_a_plateau_that_no_loss_lies_below_is_refused_before_training():
+    with pytest.raises(ConfigError, match=r"PhaseChange.plateau: got 0.0, expected a loss above 0, or null"):
+        PhaseChange(plateau=0.0).setup(None, tiny(), "fit")
 
 
 def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path):

@@ -24,10 +24,11 @@ from opsin.interventions.apply import PassInputs, constants_of, run_passes
 from opsin.interventions.build_plan import build_plan
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer, forward
+from opsin.objective import accuracy, cross_entropy
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training import progress_measures as progress
 from opsin.training.module import OpsinModule, opsin_module
-from opsin.training.objective import accuracy, cross_entropy, scored_logits
+from opsin.training.objective import scored_logits
 from opsin.training.observers import recorded_metrics
 from tests.helpers.toys import train
 
@@ -76,7 +77,7 @@ class OneByOne(pl.Callback):
             tap = run_passes(plan, PassInputs(own.transformer, values, constants, seen.batch, gates, clock))
             logits = scored_logits(forward(values, table, seen.batch, own.transformer, tap), seen.batch)
             self.found.setdefault(f"progress/{name}/loss", []).append(cross_entropy(logits, seen.batch).mean((1, 2)))
-            self.found.setdefault(f"progress/{name}/accuracy", []).append(accuracy(logits, seen.batch))
+            self.found.setdefault(f"progress/{name}/accuracy", []).append(accuracy(logits, seen.batch).mean((1, 2)))
 
 
 def recorded(model: OpsinModule) -> dict[str, np.ndarray]:
@@ -91,7 +92,7 @@ def test_every_record_is_what_the_set_gives_alone_whatever_training_is_clamped_b
     found = recorded(model)
     assert found.keys() == alone.found.keys() and len(found) == 2 * (1 + len(SETS))
     for name, values in found.items():
-        assert model.history[name].steps == [0, 10, 20, 25]
+        assert list(model.history[name].steps) == [0, 10, 20, 25]
         np.testing.assert_allclose(values, torch.stack(alone.found[name]), rtol=0, atol=1e-6, err_msg=name)
     losses = {name: values for name, values in found.items() if name.endswith("loss")}
     assert len({values.tobytes() for values in losses.values()}) == len(losses)

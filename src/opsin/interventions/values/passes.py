@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.batch import scored_rows
 from opsin.interventions.intervention import Overwrite, Source, Value
 from opsin.interventions.values.patterns import DISALLOWED_SCORE
-from opsin.task import Batch, scored_rows
+from opsin.task import Batch
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class CopyOutput(Value):
 
     source: Source
     head: int
+
+    @property
+    def needs_classes(self) -> bool:
+        """True: the answer is one of the labels."""
+        return True
 
     @property
     def needs(self) -> tuple[Source, ...]:

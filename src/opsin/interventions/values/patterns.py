@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from opsin.batch import scored_rows
 from opsin.interventions.intervention import Overwrite, Value
-from opsin.task import Batch, Truth, scored_rows
+from opsin.task import Batch, Truth
 
 # low enough to vanish in the softmax, far above the causal mask so that a row of nothing else stays finite
 DISALLOWED_SCORE = -1e9

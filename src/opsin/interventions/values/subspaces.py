@@ -95,6 +95,11 @@ class Projected(Value):
         return (self.basis,)
 
     @property
+    def needs_classes(self) -> bool:
+        """Whether the directions are those in which a classifier reads the right answer."""
+        return isinstance(self.basis.origin, LearnedDirections) and self.basis.origin.label == "target"
+
+    @property
     def gradient(self) -> str:
         """``"flows"``, through the part of the activation that is left."""
         return "flows"

@@ -1,0 +1,149 @@
+"""One batch of sequences: what is shown, what is to be predicted, what counts, and where induction should look.
+
+Legend: M members, B batch, L positions (query side), K positions (key side), F features of a continuous input,
+V outputs, Q scored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which position holds what, the same for every sequence of a task.
+
+    Args:
+        features: positions that carry a continuous vector, ascending; none for a task of tokens only.
+        tokens: positions that carry a token (for few-shot: a label), ascending; none for a task of features only.
+        labels: the positions a label-only clamp applies to; none where nothing is looked up.
+        scored: positions whose prediction enters the loss.
+    """
+
+    features: tuple[int, ...]
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    scored: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """L, the length of a sequence."""
+        return len(self.features) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where induction should look in one batch.
+
+    Args:
+        previous: position of the token before each position; position 0 names itself.
+        labels: positions that hold a label.
+        query: rows that are queries: their prediction can be copied from the context.
+        match: for each query row, the label positions that hold the right answer.
+        other: for each query row, the other label positions it could be confused with.
+    """
+
+    previous: Int[Tensor, " L"]
+    labels: Bool[Tensor, " L"]
+    query: Bool[Tensor, "M B L"]
+    match: Bool[Tensor, "M B L K"]
+    other: Bool[Tensor, "M B L K"]
+
+    @classmethod
+    def without_queries(cls, layout: Layout, members: int, size: int, device: torch.device | None = None) -> Truth:
+        """The truth of a task in which no answer can be copied from the context.
+
+        Args:
+            layout: which position holds what.
+            members: M, number of members of the batch.
+            size: B, sequences of one member.
+            device: device of the batch; the default one when None.
+        """
+        position = torch.arange(layout.positions, device=device)
+        labels = torch.zeros_like(position, dtype=torch.bool)
+        labels[list(layout.labels)] = True
+        nowhere = labels.new_zeros(()).expand(members, size, layout.positions, layout.positions)
+        return cls((position - 1).clamp(min=0), labels, nowhere[..., 0], nowhere, nowhere)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of every member, ready for the model.
+
+    Args:
+        features: continuous inputs in the order of ``layout.features``; None for token tasks.
+        tokens: tokens in the order of ``layout.tokens``; ``[M, B, 0]`` for tasks of features only.
+        targets: right answers at ``layout.scored``, as the task's objective takes them: a class, ``[M, B, Q]``, or
+            numbers for V outputs, ``[M, B, Q, V]``.
+        plausible: outputs that occur in the context, for the accuracy restricted to them; None if
+            the task has no such restriction.
+        truth: where induction should look.
+        layout: which position holds what.
+        weights: how much each scored entry counts in means over the batch, 0 or more; None where all count alike.
+    """
+
+    features: Float[Tensor, "M B Nf F"] | None
+    tokens: Int[Tensor, "M B Nt"]
+    targets: Shaped[Tensor, "M B Q ..."]
+    plausible: Bool[Tensor, "M B V"] | None
+    truth: Truth
+    layout: Layout
+    weights: Float[Tensor, "M B Q"] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor that has a batch axis changed by one function.
+
+        Args:
+            change: function of a tensor ``[M, B, ...]``; what it does to the axes M and B is the same for all tensors.
+        """
+        truth = self.truth
+        return replace(
+            self,
+            features=None if self.features is None else change(self.features),
+            tokens=change(self.tokens),
+            targets=change(self.targets),
+            plausible=None if self.plausible is None else change(self.plausible),
+            weights=None if self.weights is None else change(self.weights),
+            truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
+        )
+
+    def shared_by(self, members: int) -> Batch:
+        """The batch of one member as that of several, without copies."""
+        return self.map(lambda tensor: tensor.expand(members, *tensor.shape[1:]))
+
+    def similarity(self) -> Float[Tensor, "M B L K"]:
+        """How alike are the input at row l and the input that precedes key k, for scored rows.
+
+        Cosine of the raw feature vectors where the task has them, else 1 for equal tokens and 0
+        for different ones. Entries that compare nothing (a row that is not scored, a key that no
+        input of the row's kind precedes) are -inf. No gradient flows: inputs are constants.
+        """
+        if self.features is not None:
+            inputs, at = torch.nn.functional.normalize(self.features, dim=-1), self.layout.features
+        else:
+            inputs, at = self.tokens[..., None], self.layout.tokens
+        rows = [row for row in self.layout.scored if row in at]
+        keys = [key for key in self.layout.labels if key - 1 in at]
+        left = inputs[:, :, [at.index(row) for row in rows], None]
+        right = inputs[:, :, None, [at.index(key - 1) for key in keys]]
+        # multiply-and-sum keeps equal vectors exactly equal, which a hard maximum relies on
+        compared = (left * right).sum(-1) if self.features is not None else (left == right).all(-1)
+        n = self.layout.positions
+        full = torch.full((*self.tokens.shape[:2], n, n), -torch.inf, dtype=self._dtype(), device=self.tokens.device)
+        full[:, :, torch.tensor(rows)[:, None], torch.tensor(keys, dtype=torch.int64)] = compared.to(full.dtype)
+        return full
+
+    def _dtype(self) -> torch.dtype:
+        return torch.get_default_dtype() if self.features is None else self.features.dtype
+
+
+def scored_rows(batch: Batch) -> Bool[Tensor, " L"]:
+    """Rows whose prediction enters the loss."""
+    rows = torch.zeros(batch.layout.positions, dtype=torch.bool, device=batch.tokens.device)
+    rows[list(batch.layout.scored)] = True
+    return rows
