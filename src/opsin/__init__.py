@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from opsin.interventions.selection import Selection
     from opsin.model.sites import SiteTable
     from opsin.model.transformer import Transformer
+    from opsin.optimizers.base import Optimizer
     from opsin.records.history import History
     from opsin.task import Batch, Layout, Task, Truth
     from opsin.tasks.shared.next_token import NextToken
@@ -37,6 +38,7 @@ LAZY_NAMES = {
     "NextToken": "opsin.tasks.shared.next_token",
     "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
+    "Optimizer": "opsin.optimizers.base",
     "Overwrite": "opsin.interventions.intervention",
     "ProbeReader": "opsin.callbacks.readers.base",
     "Reader": "opsin.callbacks.readers.base",
@@ -60,6 +62,7 @@ __all__ = [
     "NextToken",
     "Observation",
     "OpsinModule",
+    "Optimizer",
     "Overwrite",
     "ProbeReader",
     "Reader",

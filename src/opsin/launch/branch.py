@@ -26,9 +26,8 @@ from opsin.interventions.identity import identity
 from opsin.interventions.plan import Plan, PlannedRow
 from opsin.launch.recipe import BuiltRun
 from opsin.population.chunks import PER_MEMBER, listed, merged
-from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
-from opsin.training.same_run import identity_of_run, scheduler_with_rates, with_rates
+from opsin.training.same_run import identity_of_run, rates_of, scheduler_with_rates, with_hyper
 from opsin.training.weight_updates import no_skipped_updates
 
 BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
@@ -121,7 +120,8 @@ def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, 
         name: {**entry, "values": entry["values"][:, member : member + 1]} for name, entry in opsin["history"].items()
     }
     events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
-    control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
+    control = _control_of_member(opsin["control"], member)
+    group = member_groups(trunk.module.optimizer, trunk.module.n_members)[1][member]
     records = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
     if "batch" in opsin:
         records["batch"] = opsin["batch"][..., member : member + 1].clone()
@@ -138,10 +138,6 @@ def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, 
 
 def _member(tensors: Mapping[Any, Tensor], member: int) -> dict[Any, Tensor]:
     return {name: tensor[member : member + 1].clone() for name, tensor in tensors.items()}
-
-
-def _groups(module: OpsinModule) -> tuple[list[tuple[float, float]], list[int]]:
-    return member_groups(module.learning_rate, module.weight_decay, module.n_members)
 
 
 def _optimizer_of_member(state: Mapping[str, Any], member: int, group: int) -> dict[str, Any]:
@@ -186,9 +182,8 @@ def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, me
         branch: the built branch, or the built run of one member alone.
         member: index of the saved member in the run that it branches from.
     """
-    kinds, group_of = _groups(trunk.module)
-    rates = ([kinds[group_of[member]][0]], [_first(branch.module.learning_rate)])
-    decay = _first(branch.module.weight_decay)
+    old = trunk.module.optimizer.per_member(trunk.module.n_members)[member : member + 1]
+    new = branch.module.optimizer.per_member(1)
     transfer = StateTransfer(trunk.plan, branch.plan, member)
     # the records are the branch's own from now on, cut from the table of the run
     records = {name: part for name, part in saved["opsin"].items() if name != "metrics"}
@@ -200,13 +195,9 @@ def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, me
         "control": transfer.control(saved["opsin"]["control"]),
         "history": transfer.history(saved["opsin"]["history"]),
     }
-    optimizers = [with_rates(state, *rates, [decay]) for state in saved["optimizer_states"]]
-    schedulers = [scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
+    optimizers = [with_hyper(state, old, new) for state in saved["optimizer_states"]]
+    schedulers = [scheduler_with_rates(state, rates_of(old), rates_of(new)) for state in saved["lr_schedulers"]]
     return {**saved, "optimizer_states": optimizers, "lr_schedulers": schedulers, "opsin": opsin}
-
-
-def _first(value: float | Sequence[float]) -> float:
-    return float(value) if isinstance(value, (int, float)) else float(value[0])
 
 
 @dataclass(frozen=True)
