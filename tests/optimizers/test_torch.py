@@ -133,13 +133,13 @@ def test_muon_is_that_of_torch_for_matrices_and_adamw_for_everything_else(option
         # torch rounds to 16 bits before it iterates; without that it computes what is computed here
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     lists, alone = pair(options)
-    others = {"adamw_learning_rate": 2e-3, "adamw_weight_decay": 0.05, "betas": (0.8, 0.99), "eps": 1e-6}
+    others = {"adamw_ratio": [0.1, 2.0], "adamw_weight_decay": 0.05, "betas": (0.8, 0.99), "eps": 1e-6}
     found = trained(Muon(**lists, **others, **fixed[0], precision=precision))
     matrices = ("blocks.0.W", "blocks.0.V")
     for member, settings in enumerate(alone):
         muon = lambda p, s=settings: torch.optim.Muon(p, **renamed(s), **fixed[1])  # noqa: E731
         agree(found, member, of_torch(muon, member, names=matrices, turned=True))
-        adamw = lambda p: torch.optim.AdamW(p, 2e-3, (0.8, 0.99), 1e-6, 0.05)  # noqa: E731
+        adamw = lambda p, r=(3e-3, 2e-3)[member]: torch.optim.AdamW(p, r, (0.8, 0.99), 1e-6, 0.05)  # noqa: E731
         agree(found, member, of_torch(adamw, member, names=[name for name in SHAPES if name not in matrices]))
 
 
@@ -201,6 +201,5 @@ def test_a_setting_out_of_its_range_is_refused_in_one_line(kind, settings, name,
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW, Muon])
 def test_a_rate_of_zero_moves_nothing(kind):
-    rates = {"learning_rate": 0.0} | ({"adamw_learning_rate": 0.0} if kind is Muon else {})
-    found = trained(kind(**rates), steps=2)
+    found = trained(kind(learning_rate=0.0), steps=2)
     assert all(torch.equal(found[name], start(name, shape)) for name, shape in SHAPES.items())

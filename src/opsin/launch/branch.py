@@ -25,12 +25,14 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import identity
 from opsin.interventions.plan import Plan, PlannedRow
 from opsin.launch.recipe import BuiltRun
-from opsin.population.chunks import PER_MEMBER, listed, merged
+from opsin.population.chunks import listed, merged
+from opsin.population.optimizers import set_optimizer
+from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
 from opsin.training.same_run import identity_of_run, rates_of, scheduler_with_rates, with_hyper
 from opsin.training.weight_updates import no_skipped_updates
 
-BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
+BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "optimizer", "task", "max_steps")
 """Settings that a branch may change, or add to those of the run that it branches from."""
 
 
@@ -62,8 +64,11 @@ def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, A
             raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(BRANCH_SETTINGS)}")
     if not isinstance(settings.get("task") or {}, Mapping):
         raise ConfigError(f"conditions.{name}.task", settings["task"], "settings of the task, by name")
+    if not isinstance(settings.get("optimizer") or {}, Mapping):
+        expected = "class_path and init_args, or one of them"
+        raise ConfigError(f"conditions.{name}.optimizer", settings["optimizer"], expected)
     found = copy.deepcopy(dict(recipe)) | {"ckpt_path": str(start)}
-    found["model"] |= {key: settings[key] for key in PER_MEMBER if settings.get(key) is not None}
+    set_optimizer(found["model"], [settings])
     found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
     trainer = found["trainer"]
     added = copy.deepcopy(listed(settings.get("callbacks")))
@@ -95,12 +100,21 @@ def check_branch(branch: BuiltRun, trunk: BuiltRun, at: int, steps: int) -> None
     for name, tensor in branch.module.state_dict().items():
         if shapes[name] != tuple(tensor.shape):
             raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {shapes[name]}, as the run has it")
+    if _kept_by(branch.module) != _kept_by(trunk.module):
+        now, old = (type(run.module.optimizer).__name__ for run in (branch, trunk))
+        raise ConfigError("optimizer", now, f"one with the state of {old}, which is taken over")
     plan = branch.plan
     for row, before in enumerate(StateTransfer(trunk.plan, plan).rows):
         schedule = plan.rows[row].schedule
         if before is None and not schedule.strength(np.arange(at, steps), batch).any():
             expected = f"to act in the branch, which has the steps {at} to {steps}"
             raise ConfigError(f"{plan.rows[row].name}.schedule", str(schedule), expected)
+
+
+def _kept_by(module: OpsinModule) -> dict[str, list[str]]:
+    """Names of what the optimizer keeps of every parameter."""
+    parameters = module.parameters_by_name().items()
+    return {name: [*module.optimizer.start(name, torch.empty_like(x, device="meta"))] for name, x in parameters}
 
 
 # ---- the state --------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ Loshchilov and Hutter 2019). With betas of 0 both move every weight by eta in th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,9 @@ from opsin.optimizers.base import Optimizer, Tensors, zeros_like
 
 RUNNING_MEANS = ("exp_avg", "exp_avg_sq")
 """Running means of the gradient and of its square, under torch's names."""
+
+SHORT_FORM: Mapping[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+"""Settings of AdamW that a recipe may give as settings of ``model`` where it names no class, and their defaults."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Muon(Optimizer):
         learning_rate: step size of a matrix; a list has one for each member.
         weight_decay: share of a weight that an update takes away, times the rate; a list has one for each member.
         momentum: decay of a matrix's running mean, in [0, 1); a list has one for each member.
-        adamw_learning_rate: step size of all other parameters; a list has one for each member.
+        adamw_ratio: step size of all other parameters over that of a matrix; a list has one for each member.
         adamw_weight_decay: decoupled decay of all other parameters; a list has one for each member.
         betas: decay of AdamW's two running means, in [0, 1); a list of pairs has one for each member.
         eps: number added to the square root of AdamW's second running mean; a list has one for each member.
@@ -55,7 +55,7 @@ class Muon(Optimizer):
     learning_rate: float | list[float] = 1e-3
     weight_decay: float | list[float] = 0.1
     momentum: float | list[float] = 0.95
-    adamw_learning_rate: float | list[float] = 1e-3
+    adamw_ratio: float | list[float] = 1.0
     adamw_weight_decay: float | list[float] = 0.0
     betas: tuple[float, float] | list[tuple[float, float]] = (0.9, 0.999)
     eps: float | list[float] = 1e-8
@@ -69,11 +69,11 @@ class Muon(Optimizer):
 
     hyper_names: ClassVar[tuple[str, ...]] = (
         *("learning_rate", "weight_decay", "momentum"),
-        *("adamw_learning_rate", "adamw_weight_decay", "betas", "eps"),
+        *("adamw_ratio", "adamw_weight_decay", "betas", "eps"),
     )
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "adamw_learning_rate", "adamw_weight_decay"):
+        for name in ("learning_rate", "weight_decay", "adamw_ratio", "adamw_weight_decay"):
             self.check_hyper(name, "0 or more", 0)
         self.check_hyper("momentum", "0 or more and less than 1", 0, 1)
         self.check_hyper("betas", "two numbers of 0 or more and less than 1", 0, 1)
@@ -99,8 +99,9 @@ class Muon(Optimizer):
         self, parameter: Tensor, gradient: Tensor, state: Tensors, hyper: Tensors, clock: Tensors
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if "momentum_buffer" not in state:
-            rates = {name: hyper[f"adamw_{name}"] for name in ("learning_rate", "weight_decay")}
-            return adamw_update(parameter, gradient, state, {**hyper, **rates}, clock)
+            rate, decay = hyper["adamw_ratio"] * hyper["learning_rate"], hyper["adamw_weight_decay"]
+            settings = {**hyper, "learning_rate": rate, "weight_decay": decay}
+            return adamw_update(parameter, gradient, state, settings, clock)
         momentum, entering, rate = hyper["momentum"], hyper["entering"], hyper["learning_rate"]
         buffer = momentum * state["momentum_buffer"] + entering * gradient
         ahead = momentum * buffer + entering * gradient if self.nesterov else buffer

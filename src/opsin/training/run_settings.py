@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from opsin.interventions.plan import Plan
+from opsin.optimizers.adam import SHORT_FORM
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
 from opsin.training.optimizers import member_optimizer
-from opsin.training.settings import SHORT_FORM
 
 NUMBERS_VERSION = 1
 """Version of the code that makes numbers: raised whenever a run would come to other numbers than before."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsin.errors import ConfigError, log
+from opsin.optimizers.adam import SHORT_FORM
 from opsin.optimizers.base import HyperValue
 from opsin.training.optimizers import GROUP_KEYS, member_groups
 from opsin.training.run_settings import TrainedModule, digest
-from opsin.training.settings import SHORT_FORM
 
 FIXED = ("model.transformer", "model.steps_per_batch", "version")
 """Settings that cannot change within a run, whoever allows it: weights or counts would not fit."""
@@ -219,7 +219,7 @@ def with_hyper(
         found = {**group, **(held or {})}
         for name, value in now.items():
             key = GROUP_KEYS.get(name, name)
-            if value != before[name] and key != "lr":
+            if value != before.get(name) and key != "lr":
                 found[key] = value
         rates = rates_of([before, now])
         found |= {key: _moved(group[key], *rates) for key in ("lr", "initial_lr") if key in group}

@@ -8,14 +8,12 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 
 from opsin.errors import ConfigError, check_number
+from opsin.optimizers.adam import SHORT_FORM
 
 MOST_STEPS_PER_BATCH = 1_000_000
 """Optimizer steps of one Lightning batch, whose results wait in memory."""
 
 MOST_THREADS = 1024
-
-SHORT_FORM: Mapping[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
-"""Settings of a module that are those of AdamW, with their defaults, which stand where an optimizer is chosen."""
 
 LARGEST_SEED = 2**63 - 1
 """Seeds stand beside steps in one tensor of signed numbers."""
