@@ -136,7 +136,7 @@ def operations(model: Transformer, task: FewShot) -> int:
     empty = torch.zeros(0, 1)
     gates = StepGates(empty, torch.zeros(1, 2, dtype=torch.int64))
     counts = StepCounts(empty.long(), torch.ones(1, dtype=torch.bool))
-    step = Step(model, task, plan, optimizer.optimizer)
+    step = Step(model, task, plan, optimizer.rule)
     with FlopCounterMode(display=False) as counter:
         step(optimizer.members_state(), optimizer.hyper(), constants, draw, gates, counts)
     return counter.get_total_flops()

@@ -102,7 +102,7 @@ def test_a_member_that_is_no_number_leaves_its_neighbour_bitwise_alone(tiny_task
 
 def test_without_clipping_a_norm_that_overflows_breaks_nothing(tiny_task):
     training = Training(SMALL, tiny_task, weights(SMALL, tiny_task, dtype=torch.float32))
-    state, part = training.optimizer.members_state(), training.optimizer.optimizer
+    state, part = training.optimizer.members_state(), training.optimizer.rule
     steep = [torch.full_like(tensor, 1e19) for tensor in state.parameters]
     with torch.no_grad():
         update_members(state, steep, member_norm(steep), training.optimizer.hyper(), training.counts.alive, part)

@@ -90,7 +90,7 @@ def adam_derived(hyper: Tensors) -> dict[str, Tensor]:
     """What the arithmetic of Adam wants beside its hyper-parameters.
 
     Args:
-        hyper: every hyper-parameter in double precision, by name.
+        hyper: every hyper-parameter but the learning rate in double precision, by name.
     """
     return {"weights": 1 - hyper["betas"], "log_betas": hyper["betas"].log()}
 

@@ -51,10 +51,10 @@ class Optimizer(ABC):
         return {}
 
     def derived(self, hyper: Tensors) -> dict[str, Tensor]:
-        """Numbers that an update wants beside its hyper-parameters and that follow from them; in double precision.
+        """Numbers that an update wants beside its hyper-parameters and that follow from them, in double precision.
 
         Args:
-            hyper: every hyper-parameter in double precision, by name.
+            hyper: every hyper-parameter but the learning rate in double precision, by name.
         """
         return {}
 

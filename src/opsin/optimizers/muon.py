@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
@@ -49,7 +48,7 @@ class Muon(Optimizer):
         least_norm: smallest norm that a matrix is divided by.
         precision: type of number that iterations are computed in: the one of the weights, or torch's own bfloat16,
             matrix by matrix, whose rounding depends on the kernel.
-        adamw: names of matrices that follow AdamW, with ``*`` for any letters.
+        adamw: parts of the names of matrices that follow AdamW all the same.
     """
 
     learning_rate: float | list[float] = 1e-3
@@ -65,7 +64,7 @@ class Muon(Optimizer):
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     least_norm: float = 1e-7
     precision: Literal["weights", "bfloat16"] = "weights"
-    adamw: tuple[str, ...] = ("*embed*",)
+    adamw: tuple[str, ...] = ("embed",)
 
     hyper_names: ClassVar[tuple[str, ...]] = (
         *("learning_rate", "weight_decay", "momentum"),
@@ -86,7 +85,7 @@ class Muon(Optimizer):
                 raise ConfigError(f"Muon.{name}", value, " or ".join(map(repr, known)))
 
     def start(self, name: str, parameter: Float[Tensor, "M ..."]) -> dict[str, Tensor]:
-        matrix = parameter.dim() == 3 and not any(fnmatchcase(name, pattern) for pattern in self.adamw)
+        matrix = parameter.dim() == 3 and not any(part in name for part in self.adamw)
         return zeros_like(parameter, *(("momentum_buffer",) if matrix else RUNNING_MEANS))
 
     def derived(self, hyper: Tensors) -> dict[str, Tensor]:

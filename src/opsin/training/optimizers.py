@@ -9,7 +9,7 @@ Legend: M members.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,10 @@ class MemberOptimizer(torch.optim.Optimizer):
         self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, clip: float | None = None
     ) -> None:
         named = list(named_parameters)
-        self.names, self.optimizer = [name for name, _ in named], optimizer
+        # not `optimizer`: Lightning takes whatever has one for a wrapper, and looks inside
+        self.names, self.rule = [name for name, _ in named], optimizer
         self._keys = {name: GROUP_KEYS.get(name, name) for name in optimizer.hyper_names}
-        self._hyper: tuple[Any, dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._derived: tuple[Any, dict[str, tuple[Tensor, Tensor]]] | None = None
         kinds, self._group_of = member_groups(optimizer, named[0][1].shape[0])
         self._begun = [{self._keys[name]: value for name, value in kind.items()} for kind in kinds]
         super().__init__([tensor for _, tensor in named], {**self._begun[0], "clip": clip, "steps": 0})
@@ -70,18 +71,22 @@ class MemberOptimizer(torch.optim.Optimizer):
     def hyper(self) -> Hyper:
         """Hyper-parameters of the next update."""
         first, like = self.param_groups[0], self.parameters[0]
-        groups = [self.param_groups[index] for index in self._group_of]
-        given = {name: tuple(group[key] for group in groups) for name, key in self._keys.items()}
-        situation = (given, like.dtype, like.device)
-        if self._hyper is None or self._hyper[0] != situation:
-            exact = {name: _exact(column, like.device) for name, column in given.items()}
-            exact |= self.optimizer.derived(exact)
-            self._hyper = (situation, exact, {name: x.to(like.dtype) for name, x in exact.items()})
-        _, exact, values = self._hyper
-        updates = torch.full((len(groups),), self.steps + 1, dtype=torch.float64, device=like.device)
-        clock = {name: x.to(like.dtype) for name, x in self.optimizer.clock(exact, updates).items()}
+        kind = (tuple(self._group_of), like.dtype, like.device)
+        columns = {name: tuple(group[key] for group in self.param_groups) for name, key in self._keys.items()}
+        pairs = {name: _per_member(column, *kind) for name, column in columns.items()}
+        # a schedule moves the rate at every step, and nothing is derived from it
+        others = ({name: column for name, column in columns.items() if name != "learning_rate"}, kind)
+        if self._derived is None or self._derived[0] != others:
+            exact = {name: pair[0] for name, pair in pairs.items() if name != "learning_rate"}
+            found = {name: (x, x.to(like.dtype)) for name, x in self.rule.derived(exact).items()}
+            self._derived = (others, found)
+        pairs |= self._derived[1]
+        exact = {name: pair[0] for name, pair in pairs.items()}
+        updates = torch.full((len(self._group_of),), self.steps + 1, dtype=torch.float64, device=like.device)
+        clock = {name: x.to(like.dtype) for name, x in self.rule.clock(exact, updates).items()}
         bound = float("inf") if first["clip"] is None else first["clip"]
-        return Hyper(values, _clip(bound, len(groups), like.dtype, like.device), clock)
+        clip = _per_member((bound,), (0,) * len(self._group_of), like.dtype, like.device)[1]
+        return Hyper({name: pair[1] for name, pair in pairs.items()}, clip, clock)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; what an earlier version did not save is as it was begun with.
@@ -92,7 +97,8 @@ class MemberOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, begun in zip(self.param_groups, self._begun, strict=True):
             for key, value in begun.items():
-                group.setdefault(key, value)
+                saved = group.setdefault(key, value)
+                group[key] = tuple(saved) if isinstance(saved, list) else saved
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update by calling the fused step.
@@ -184,11 +190,11 @@ def check_optimizer(optimizer: Optimizer, members: int) -> None:
             raise ConfigError(f"{name}.update", "a change in place", "new tensors: it must be a pure function")
 
 
-def _exact(column: Sequence[Any], device: torch.device) -> Tensor:
-    """Values of all members in double precision, ``[M]`` or ``[n, M]``."""
-    return torch.tensor(column, dtype=torch.float64, device=device).movedim(0, -1).contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _clip(bound: float, members: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((members,), bound, dtype=dtype, device=device)
+@functools.lru_cache(maxsize=256)
+def _per_member(
+    column: tuple[Any, ...], group_of: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Values of groups as those of members, ``[M]`` or ``[n, M]``, in double precision and in that of the weights."""
+    values = [column[group] for group in group_of]
+    exact = torch.tensor(values, dtype=torch.float64, device=device).movedim(0, -1).contiguous()
+    return exact, exact.to(dtype)
