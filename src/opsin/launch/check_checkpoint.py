@@ -11,7 +11,7 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.training.module import OpsinModule
 
-_ENTRIES: Mapping[str, type] = {
+_ENTRIES: Mapping[str, type | tuple[type, ...]] = {
     "epoch": int,
     "global_step": int,
     "state_dict": dict,
@@ -23,7 +23,7 @@ _ENTRIES: Mapping[str, type] = {
     "optimizer_states": list,
     "lr_schedulers": list,
     "opsin": dict,
-    "opsin.events": list,
+    "opsin.events": (int, list),
     "opsin.plan": str,
     "opsin.control": dict,
     "opsin.control.fired": Tensor,
@@ -47,7 +47,8 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
     """
     for way, kind in _ENTRIES.items():
         if not isinstance(_entry(saved, way), kind):
-            raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({kind.__name__})")
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({names})")
     built = module.state_dict()
     _check_tensors(path, saved["state_dict"], built)
     states, parameters = saved["optimizer_states"], dict(module.named_parameters())
@@ -81,7 +82,7 @@ def _is_optimizer(state: object, parameters: int) -> bool:
 
 
 def _check_tensors(path: str, saved: Mapping[str, Any], built: Mapping[str, Tensor], behind: str = "") -> None:
-    for name in _all_names(built, saved):
+    for name in _names(built, saved):
         found = saved.get(name)
         shape = tuple(found.shape) if isinstance(found, Tensor) and found.is_floating_point() else None
         expected = tuple(built[name].shape) if name in built else None
@@ -90,5 +91,5 @@ def _check_tensors(path: str, saved: Mapping[str, Any], built: Mapping[str, Tens
             raise ConfigError("ckpt_path", path, message)
 
 
-def _all_names(*mappings: Iterable[object]) -> list[Any]:
+def _names(*mappings: Iterable[object]) -> list[Any]:
     return sorted({name for mapping in mappings for name in mapping}, key=str)
