@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from opsin.interventions.apply import constants_of
 from opsin.interventions.build_plan import build_plan
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.optimizers import AdamW
 from opsin.tasks import FewShot
-from opsin.training.adam import Adam
-from opsin.training.optimizers import MemberAdam
+from opsin.training.optimizers import member_optimizer
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates
 
@@ -129,16 +129,16 @@ def _wait_for(product: torch.Tensor) -> None:
 def operations(model: Transformer, task: FewShot) -> int:
     """Floating-point operations of one member's step: its matrix products, forward and backward, as they are run."""
     values = Members(init_parameters(model, task, [0]))
-    optimizer = MemberAdam(values.named_parameters(), 1e-3, 0.0, None, (0.9, 0.999))
+    optimizer = member_optimizer(values.named_parameters(), AdamW())
     plan = build_plan([], model.sites(task), 1, 1, task.batch_size, {})
     constants = constants_of(plan, task.bank(), position_table(model, task.layout.positions), 1, torch.float32)
     draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
     empty = torch.zeros(0, 1)
     gates = StepGates(empty, torch.zeros(1, 2, dtype=torch.int64))
     counts = StepCounts(empty.long(), torch.ones(1, dtype=torch.bool))
-    step = Step(model, task, plan, Adam((0.9, 0.999), 1e-8))
+    step = Step(model, task, plan, optimizer.rule)
     with FlopCounterMode(display=False) as counter:
-        step(optimizer.adam_state(), optimizer.hyper(), constants, draw, gates, counts)
+        step(optimizer.members_state(), optimizer.hyper(), constants, draw, gates, counts)
     return counter.get_total_flops()
 
 

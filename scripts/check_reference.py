@@ -49,10 +49,10 @@ from opsin.errors import ConfigError
 from opsin.interventions.apply import Constants, PassInputs, constants_of, run_passes
 from opsin.model.transformer import Transformer, forward, position_table
 from opsin.objective import cross_entropy
-from opsin.training.adam import Adam
+from opsin.optimizers import AdamW
 from opsin.training.compiling import compile_step, keep_compiled
 from opsin.training.objective import scored_logits
-from opsin.training.optimizers import MemberAdam
+from opsin.training.optimizers import member_optimizer
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates
 
@@ -213,7 +213,11 @@ class Checker:
             name, adam = case.base
             if mode.compiled:
                 print(f"compiling the clamps of {name} in {mode}; minutes the first time", file=sys.stderr)
-            function = Measured(case) if adam is None else Step(case.model, case.task, case.plan, Adam(*adam))
+            function = (
+                Measured(case)
+                if adam is None
+                else Step(case.model, case.task, case.plan, AdamW(betas=adam[0], eps=adam[1]))
+            )
             self._compiled[case.base, mode] = mode.prepare(function)
         return self._compiled[case.base, mode]
 
@@ -293,10 +297,11 @@ def trajectory_errors(case: Case, file: File, precision: torch.dtype, step: Call
     """
     leaves, constants, gates, counts = tensors(case, precision)
     adam = json.loads(str(file["adam"]))
-    optimizer = MemberAdam(list(leaves.items()), adam["lr"], 0.0, None, (adam["b1"], adam["b2"]))
+    part = AdamW(adam["lr"], betas=(adam["b1"], adam["b2"]), eps=adam["eps"])
+    optimizer = member_optimizer(leaves.items(), part)
     seen = []
     for draw in case.draws:
-        state, hyper = optimizer.adam_state(), optimizer.hyper()
+        state, hyper = optimizer.members_state(), optimizer.hyper()
         seen.append(optimizer.step(lambda d=draw, s=state, h=hyper: step(s, h, constants, d, gates, counts)))
     losses, _, norms = torch.stack(seen)[..., 0].unbind(1)
     final = dict(parameters(file, "param/"))

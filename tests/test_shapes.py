@@ -8,7 +8,7 @@ from torch import Tensor
 from opsin.interventions.values.patterns import previous_token_pattern
 from opsin.metrics.heads import induction_strength
 from opsin.objective import accuracy
-from opsin.training.optimizers import Hyper
+from opsin.training.optimizer_state import Hyper
 from tests.helpers import shapes
 from tests.helpers.toys import batch_of
 
@@ -27,7 +27,7 @@ def test_a_result_of_another_shape_is_refused(tiny_task):
 
 def test_a_dataclass_with_fields_of_different_members_is_refused():
     with pytest.raises(TypeCheckError, match="clip"):
-        Hyper(torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(2))
+        Hyper({"learning_rate": torch.ones(2)}, torch.ones(3), {})
 
 
 def test_a_shape_holds_across_the_arguments_of_one_call(tiny_task):

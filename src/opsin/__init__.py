@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opsin.model.sites import SiteTable
     from opsin.model.transformer import Transformer
     from opsin.objective import BinaryCrossEntropy, CrossEntropy, LogCrossEntropy, Measure, Objective, SquaredError
+    from opsin.optimizers.base import Optimizer
     from opsin.records.history import History
     from opsin.task import Reference, Task
     from opsin.tasks.shared.next_token import NextToken
@@ -44,6 +45,7 @@ LAZY_NAMES = {
     "Objective": "opsin.objective",
     "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
+    "Optimizer": "opsin.optimizers.base",
     "Overwrite": "opsin.interventions.intervention",
     "ProbeReader": "opsin.callbacks.readers.base",
     "Reader": "opsin.callbacks.readers.base",
@@ -74,6 +76,7 @@ __all__ = [
     "Objective",
     "Observation",
     "OpsinModule",
+    "Optimizer",
     "Overwrite",
     "ProbeReader",
     "Reader",

@@ -10,7 +10,7 @@ from tests.contracts.house import Import, Module, imports_of, modules, modules_o
 
 LEVELS = (
     ("errors",),
-    ("batch", "records"),
+    ("batch", "records", "optimizers"),
     ("objective",),
     ("task",),
     ("model",),

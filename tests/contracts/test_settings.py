@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 import opsin.callbacks
+import opsin.optimizers
 import opsin.tasks
 from opsin.errors import ConfigError
 from opsin.interventions.feedback import Feedback
@@ -44,7 +45,11 @@ COMPARED_WITH_THE_RUN = {"layer", "null_dimensions", "member", "heldout_classes"
 
 
 def classes() -> list[type]:
-    named = [getattr(package, name) for package in (opsin.tasks, opsin.callbacks) for name in package.__all__]
+    named = [
+        getattr(package, name)
+        for package in (opsin.tasks, opsin.callbacks, opsin.optimizers)
+        for name in package.__all__
+    ]
     found = [each for each in named if inspect.isclass(each) and not inspect.isabstract(each)]
     return [*dict.fromkeys([*(each for each in found if each is not Kind), *PARTS])]
 

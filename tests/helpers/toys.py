@@ -12,13 +12,13 @@ from opsin.interventions.build_plan import build_plan
 from opsin.interventions.weights import weight_table
 from opsin.model.transformer import Transformer, forward, init_parameters, position_table
 from opsin.objective import cross_entropy
+from opsin.optimizers import AdamW
 from opsin.records.history import History
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
-from opsin.training.adam import Adam
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
-from opsin.training.optimizers import MemberAdam
+from opsin.training.optimizers import member_optimizer
 from opsin.training.step import Step
 from opsin.training.step_inputs import StepCounts, StepGates
 from opsin.training.weight_updates import drawn_values, no_skipped_updates
@@ -128,13 +128,26 @@ def losses(model, parameters, batch, tap=None):
 class Training:
     """A run without a Trainer: the step, its optimizer, and the data of each step."""
 
-    def __init__(self, model, task, values, *writers, rate=1e-2, decay=0.0, clip=None, seeds=(0, 1), steps=100):
+    def __init__(
+        self,
+        model,
+        task,
+        values,
+        *writers,
+        rate=1e-2,
+        decay=0.0,
+        clip=None,
+        seeds=(0, 1),
+        steps=100,
+        optimizer=None,
+    ):
         dtype = next(iter(values.values())).dtype
         self.task, self.seeds, self.dtype = task, list(seeds), dtype
         leaves = [(name, value.detach().clone().requires_grad_()) for name, value in values.items()]
-        self.optimizer = MemberAdam(leaves, rate, decay, clip, BETAS)
+        part = AdamW(rate, decay, BETAS, EPS) if optimizer is None else optimizer
+        self.optimizer = member_optimizer(leaves, part, clip)
         plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
-        self.step = self.call = Step(model, task, plan, Adam(BETAS, EPS))
+        self.step = self.call = Step(model, task, plan, part)
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
         table = position_table(model, task.layout.positions, dtype)
         fresh = drawn_values(plan.changes, model, task, self.seeds)
@@ -148,10 +161,17 @@ class Training:
     def update(self, k, **hyper):
         """Step k; hyper-parameters may be overridden."""
         draw = {name: tensor[0] for name, tensor in self.task.draw(self.seeds, k, 1).items()}
-        state, settings = self.optimizer.adam_state(), replace(self.optimizer.hyper(), **hyper)
+        state, settings = self.optimizer.members_state(), self.optimizer.hyper()
+        clip = hyper.pop("clip", settings.clip)
+        settings = replace(settings, clip=clip, values={**settings.values, **hyper})
         clock = torch.tensor([[seed, k] for seed in self.seeds])
         gates = StepGates(self.gates[k], clock)
         return self.optimizer.step(lambda: self.call(state, settings, self.constants, draw, gates, self.counts))
+
+    def kept(self, name):
+        """One tensor of the optimizer's state of every parameter, by the parameter's name."""
+        state = self.optimizer.members_state()
+        return {parameter: kept[name] for parameter, kept in zip(state.names, state.kept, strict=True)}
 
     @property
     def values(self):

@@ -60,17 +60,22 @@ class SlowAdam:
         return norm
 
     def agrees(self, training):
-        state = training.optimizer.adam_state()
-        parts = zip(state.names, state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
+        state = training.optimizer.members_state()
+        parts = zip(state.names, state.parameters, *_moments(training), strict=True)
         for name, *tensors in parts:
             for tensor, own in zip(tensors, (self.values, self.mean, self.square), strict=True):
                 assert np.abs(tensor.detach().numpy() - own[name]).max() < 1e-10, name
 
 
+def _moments(training):
+    """The two running means of every parameter."""
+    return (training.kept(name).values() for name in ("exp_avg", "exp_avg_sq"))
+
+
 def snapshot(training):
     """Weights and moments, by name."""
-    state = training.optimizer.adam_state()
-    parts = zip(state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
+    state = training.optimizer.members_state()
+    parts = zip(state.parameters, *_moments(training), strict=True)
     return {n: [x.detach().clone() for x in tensors] for n, tensors in zip(state.names, parts, strict=True)}
 
 

@@ -13,6 +13,7 @@ from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
 from opsin.launch import tune as tune
 from opsin.model.transformer import Transformer
+from opsin.optimizers import SGD, AdamW
 from opsin.training.module import OpsinModule
 from tests.helpers.processes import opsin
 from tests.helpers.toys import few_shot
@@ -37,15 +38,16 @@ def test_no_more_members_are_tried_than_there_are(most, sizes, monkeypatch):
 
 
 def test_a_wider_longer_or_deeper_model_takes_more_memory():
-    small = tune.member_bytes(Transformer(width=16, heads=2), few_shot())
-    assert small < tune.member_bytes(Transformer(width=32, heads=2), few_shot())
-    assert small < tune.member_bytes(Transformer(width=16, heads=2, layers=3), few_shot())
-    assert small < tune.member_bytes(Transformer(width=16, heads=2), few_shot(batch_size=8))
+    small = tune.member_bytes(Transformer(width=16, heads=2), few_shot(), AdamW())
+    assert small < tune.member_bytes(Transformer(width=32, heads=2), few_shot(), AdamW())
+    assert small < tune.member_bytes(Transformer(width=16, heads=2, layers=3), few_shot(), AdamW())
+    assert small < tune.member_bytes(Transformer(width=16, heads=2), few_shot(batch_size=8), AdamW())
+    assert small > tune.member_bytes(Transformer(width=16, heads=2), few_shot(), SGD())
 
 
 def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
     model = OpsinModule(few_shot(), Transformer(width=16, heads=2))
-    one = tune.member_bytes(model.transformer, model.task)
+    one = tune.member_bytes(model.transformer, model.task, model.optimizer)
     monkeypatch.setattr(tune, "available_bytes", lambda: 2 * 3 * 5 * one)
     assert tune.members_that_fit(model, 3) == 5
     assert tune.default_chunking({}, 5).members_per_process == 5

@@ -3,8 +3,10 @@
 import pytest
 
 from opsin.errors import ConfigError
-from opsin.model.memory import available_bytes, check_memory, check_run_sizes, in_words, parameter_count
+from opsin.model import memory
+from opsin.model.memory import available_bytes, check_memory, check_run_sizes, in_words, kept_numbers, parameter_count
 from opsin.model.transformer import Transformer, init_parameters
+from opsin.optimizers import SGD, Adam, AdamW, Muon
 from tests.helpers.toys import few_shot
 
 
@@ -28,11 +30,27 @@ def test_weights_are_never_counted_as_more_than_they_are(positions):
 @pytest.mark.parametrize("name", ["probe_size", "evaluation_size"])
 def test_a_set_of_sequences_that_does_not_fit_is_named(name):
     with pytest.raises(ConfigError, match=f"model.{name}"):
-        check_run_sizes(Transformer(width=8, heads=2), few_shot(), 1, {name: 10**13})
+        check_run_sizes(Transformer(width=8, heads=2), few_shot(), 1, {name: 10**13}, AdamW())
 
 
 def test_members_count():
     model = Transformer(width=8, heads=2)
-    check_run_sizes(model, few_shot(), 1, {})
+    check_run_sizes(model, few_shot(), 1, {}, AdamW())
     with pytest.raises(ConfigError, match="members"):
-        check_run_sizes(model, few_shot(), 10**12, {})
+        check_run_sizes(model, few_shot(), 10**12, {}, AdamW())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "least", "most"), [(SGD(), 1, 1), (AdamW(), 2, 2), (Adam(), 2, 2), (Muon(), 1, 2)]
+)
+def test_what_an_optimizer_keeps_of_the_weights_counts(optimizer, least, most, monkeypatch):
+    model, task = Transformer(width=8, heads=2, mlp_ratio=4), few_shot()
+    parameters = init_parameters(model, task, [0])
+    weights = sum(tensor.numel() for tensor in parameters.values())
+    kept = sum(x.numel() for name, tensor in parameters.items() for x in optimizer.start(name, tensor).values())
+    assert kept_numbers(model, task, optimizer) == kept and least * weights <= kept <= most * weights
+    assert (least < most) == (least * weights < kept < most * weights)
+    seen = []
+    monkeypatch.setattr(memory, "check_memory", lambda field, value, needed: seen.append(needed))
+    check_run_sizes(model, task, 3, {}, optimizer)
+    assert seen[0] == 4 * 3 * (2 * parameter_count(model, task) + kept)

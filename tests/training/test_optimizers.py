@@ -1,27 +1,19 @@
-"""Claims about the optimizer: torch's Adam and AdamW, and a state that survives a checkpoint."""
+"""Claims about the optimizer object: a state that survives a checkpoint, and schedules of members."""
 
 import io
 
 import pytest
 import torch
 
-from opsin.training.optimizers import MemberAdam
-from tests.helpers.toys import BETAS, EPS, SMALL, Training, batch_of, losses, weights
+from opsin.errors import ConfigError
+from opsin.optimizers import SGD, AdamW, Optimizer
+from opsin.training.optimizers import check_optimizer, member_optimizer
+from tests.helpers.toys import SMALL, Training, weights
 
 
-@pytest.mark.parametrize(("decay", "reference"), [(0.0, torch.optim.Adam), (0.1, torch.optim.AdamW)])
-def test_fifty_steps_are_those_of_torch(tiny_task, decay, reference):
-    start = weights(SMALL, tiny_task)
-    training = Training(SMALL, tiny_task, start, rate=3e-3, decay=decay)
-    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    torchs = reference(leaves.values(), lr=3e-3, betas=BETAS, eps=EPS, weight_decay=decay)
-    for k in range(50):
-        torchs.zero_grad()
-        loss = losses(SMALL, leaves, batch_of(tiny_task, step=k, dtype=torch.float64))
-        loss.sum().backward()
-        torchs.step()
-        assert (training.update(k)[0] - loss).abs().max() < 1e-12
-    assert all((value - leaves[name]).abs().max() < 1e-12 for name, value in training.values.items())
+def made(optimizer, members=2, clip=None):
+    """The object for one small weight."""
+    return member_optimizer([("w", torch.zeros(members, 3, requires_grad=True))], optimizer, clip)
 
 
 def test_a_saved_state_goes_on_to_the_same_weights(tiny_task):
@@ -41,27 +33,27 @@ def test_a_saved_state_goes_on_to_the_same_weights(tiny_task):
 
 
 def test_a_step_without_the_fused_step_is_refused():
-    optimizer = MemberAdam([("w", torch.zeros(2, 3, requires_grad=True))], 1e-3, 0.0, None, BETAS)
+    optimizer = made(AdamW())
     with pytest.raises(ValueError, match="closure"):
         optimizer.step()
     assert optimizer.steps == 0
 
 
 def test_a_scheduler_changes_the_rate_of_every_member():
-    optimizer = MemberAdam([("w", torch.zeros(2, 3, requires_grad=True))], 1e-2, 0.1, 5.0, BETAS)
+    optimizer = made(AdamW(1e-2, 0.1), clip=5.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.step(lambda: None)
     scheduler.step()
     hyper = optimizer.hyper()
-    assert hyper.learning_rate.tolist() == pytest.approx([5e-3] * 2)
-    assert hyper.weight_decay.tolist() == pytest.approx([0.1] * 2)
+    assert hyper.values["learning_rate"].tolist() == pytest.approx([5e-3] * 2)
+    assert hyper.values["weight_decay"].tolist() == pytest.approx([0.1] * 2)
     assert hyper.clip.tolist() == [5, 5]
-    assert hyper.correction.tolist() == pytest.approx([1 - 0.9**2, 1 - 0.999**2], rel=1e-4)
+    corrections = [[1 - 0.9**2] * 2, [1 - 0.999**2] * 2]
+    assert torch.allclose(hyper.clock["corrections"], torch.tensor(corrections), rtol=1e-6)
 
 
 def test_no_clipping_is_a_bound_of_infinity():
-    optimizer = MemberAdam([("w", torch.zeros(3, 1, requires_grad=True))], 1e-2, 0.0, None, BETAS)
-    assert optimizer.hyper().clip.tolist() == [float("inf")] * 3
+    assert made(AdamW(), 3).hyper().clip.tolist() == [float("inf")] * 3
 
 
 @pytest.mark.parametrize(
@@ -76,10 +68,11 @@ def test_a_schedule_moves_every_member_as_it_would_move_it_alone(schedule):
     rates, decays = [1e-2, 4e-2, 1e-2, 4e-2], [0.1, 0.0, 0.1, 0.2]
 
     def scheduled(rate, decay, members):
-        optimizer = MemberAdam([("w", torch.zeros(members, 3, requires_grad=True))], rate, decay, None, BETAS)
+        optimizer = made(AdamW(rate, decay), members)
         scheduler, seen = schedule(optimizer), []
         for _ in range(8):
-            seen.append(torch.stack([optimizer.hyper().learning_rate, optimizer.hyper().weight_decay]))
+            values = optimizer.hyper().values
+            seen.append(torch.stack([values["learning_rate"], values["weight_decay"], *values["betas"]]))
             optimizer.step(lambda: None)
             scheduler.step()
         return torch.stack(seen)
@@ -90,14 +83,60 @@ def test_a_schedule_moves_every_member_as_it_would_move_it_alone(schedule):
 
 
 def test_rates_of_several_members_go_on_after_a_resume():
-    def made():
-        own = [("w", torch.zeros(2, 3, requires_grad=True))]
-        optimizer = MemberAdam(own, [1e-2, 4e-2], [0.1, 0.2], None, BETAS)
+    def scheduled():
+        optimizer = made(AdamW([1e-2, 4e-2], [0.1, 0.2]))
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 
-    (first, schedule), (again, _) = made(), made()
+    (first, schedule), (again, _) = scheduled(), scheduled()
     first.step(lambda: None)
     schedule.step()
     again.load_state_dict(first.state_dict())
-    assert again.steps == 1 and torch.equal(again.hyper().learning_rate, first.hyper().learning_rate)
-    assert first.hyper().learning_rate[0] != 1e-2
+    rates = [optimizer.hyper().values["learning_rate"] for optimizer in (first, again)]
+    assert again.steps == 1 and torch.equal(*rates) and rates[0][0] != 1e-2
+
+
+def test_a_state_of_before_that_lacks_a_hyper_parameter_goes_on_with_the_one_it_was_begun_with():
+    saved = made(AdamW(eps=1e-3)).state_dict()
+    for group in saved["param_groups"]:
+        del group["eps"]
+    again = made(AdamW(eps=1e-3))
+    again.load_state_dict(saved)
+    assert again.hyper().values["eps"].tolist() == pytest.approx([1e-3] * 2)
+
+
+def test_a_value_for_each_member_is_one_for_each():
+    assert made(SGD(momentum=[0.5, 0.9])).hyper().values["momentum"].tolist() == pytest.approx([0.5, 0.9])
+    assert made(AdamW(betas=[(0.5, 0.9), (0.6, 0.8)])).hyper().values["betas"].tolist() == [
+        pytest.approx([0.5, 0.6]),
+        pytest.approx([0.9, 0.8]),
+    ]
+    with pytest.raises(ConfigError, match=r"^SGD.momentum: got \[0.5, 0.9\], expected one value, or one for each of 3"):
+        made(SGD(momentum=[0.5, 0.9]), 3)
+
+
+class Broken(Optimizer):
+    """Does what it is told to do wrongly."""
+
+    def __init__(self, fault):
+        self.learning_rate, self.fault = 0.1, fault
+
+    def start(self, name, parameter):
+        return {"old": parameter[..., :1] if self.fault == "shape" else parameter.clone()}
+
+    def update(self, parameter, gradient, state, hyper, clock):
+        if self.fault == "in place":
+            state["old"].add_(1)
+        return parameter - gradient, {} if self.fault == "forgets" else dict(state)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("shape", r"^Broken: old: got \(2, 2, 1\), expected the shape of the parameter"),
+        ("in place", r"^Broken.update: got 'a change in place'"),
+        ("forgets", r"^Broken.update: got \[\], expected the state that start gives: \['old'\]"),
+    ],
+)
+def test_an_optimizer_that_does_otherwise_than_it_declares_is_refused(fault, message):
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer(Broken(fault), 2)

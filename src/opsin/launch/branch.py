@@ -25,13 +25,14 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import identity
 from opsin.interventions.plan import Plan, PlannedRow
 from opsin.launch.recipe import BuiltRun
-from opsin.population.chunks import PER_MEMBER, listed, merged
+from opsin.population.chunks import listed, merged
+from opsin.population.optimizers import set_optimizer
 from opsin.training.module import OpsinModule
 from opsin.training.optimizers import member_groups
-from opsin.training.same_run import identity_of_run, scheduler_with_rates, with_rates
+from opsin.training.same_run import identity_of_run, rates_of, scheduler_with_rates, with_hyper
 from opsin.training.weight_updates import no_skipped_updates
 
-BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "task", "max_steps")
+BRANCH_SETTINGS = ("callbacks", "learning_rate", "weight_decay", "optimizer", "task", "max_steps")
 """Settings that a branch may change, or add to those of the run that it branches from."""
 
 
@@ -63,8 +64,11 @@ def branch_recipe(recipe: Mapping[str, Any], name: str, settings: Mapping[str, A
             raise ConfigError(f"conditions.{name}.{setting}", value, f"one of {', '.join(BRANCH_SETTINGS)}")
     if not isinstance(settings.get("task") or {}, Mapping):
         raise ConfigError(f"conditions.{name}.task", settings["task"], "settings of the task, by name")
+    if not isinstance(settings.get("optimizer") or {}, Mapping):
+        expected = "class_path and init_args, or one of them"
+        raise ConfigError(f"conditions.{name}.optimizer", settings["optimizer"], expected)
     found = copy.deepcopy(dict(recipe)) | {"ckpt_path": str(start)}
-    found["model"] |= {key: settings[key] for key in PER_MEMBER if settings.get(key) is not None}
+    set_optimizer(found["model"], [settings])
     found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
     trainer = found["trainer"]
     added = copy.deepcopy(listed(settings.get("callbacks")))
@@ -96,12 +100,21 @@ def check_branch(branch: BuiltRun, trunk: BuiltRun, at: int, steps: int) -> None
     for name, tensor in branch.module.state_dict().items():
         if shapes[name] != tuple(tensor.shape):
             raise ConfigError("task", tuple(tensor.shape), f"{name} of shape {shapes[name]}, as the run has it")
+    if _kept_by(branch.module) != _kept_by(trunk.module):
+        now, old = (type(run.module.optimizer).__name__ for run in (branch, trunk))
+        raise ConfigError("optimizer", now, f"one with the state of {old}, which is taken over")
     plan = branch.plan
     for row, before in enumerate(StateTransfer(trunk.plan, plan).rows):
         schedule = plan.rows[row].schedule
         if before is None and not schedule.strength(np.arange(at, steps), batch).any():
             expected = f"to act in the branch, which has the steps {at} to {steps}"
             raise ConfigError(f"{plan.rows[row].name}.schedule", str(schedule), expected)
+
+
+def _kept_by(module: OpsinModule) -> dict[str, list[str]]:
+    """Names of what the optimizer keeps of every parameter."""
+    parameters = module.parameters_by_name().items()
+    return {name: [*module.optimizer.start(name, torch.empty_like(x, device="meta"))] for name, x in parameters}
 
 
 # ---- the state --------------------------------------------------------------------------------------
@@ -121,7 +134,8 @@ def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, 
         name: {**entry, "values": entry["values"][:, member : member + 1]} for name, entry in opsin["history"].items()
     }
     events = [{**event, "member": 0} for event in opsin["events"] if event["member"] == member]
-    control, group = _control_of_member(opsin["control"], member), _groups(trunk.module)[1][member]
+    control = _control_of_member(opsin["control"], member)
+    group = member_groups(trunk.module.optimizer, trunk.module.n_members)[1][member]
     records = {"history": history, "events": events, "control": control, "seeds": [opsin["seeds"][member]]}
     if "batch" in opsin:
         records["batch"] = opsin["batch"][..., member : member + 1].clone()
@@ -138,10 +152,6 @@ def state_of_member(saved: Mapping[str, Any], trunk: BuiltRun, alone: BuiltRun, 
 
 def _member(tensors: Mapping[Any, Tensor], member: int) -> dict[Any, Tensor]:
     return {name: tensor[member : member + 1].clone() for name, tensor in tensors.items()}
-
-
-def _groups(module: OpsinModule) -> tuple[list[tuple[float, float]], list[int]]:
-    return member_groups(module.learning_rate, module.weight_decay, module.n_members)
 
 
 def _optimizer_of_member(state: Mapping[str, Any], member: int, group: int) -> dict[str, Any]:
@@ -186,9 +196,8 @@ def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, me
         branch: the built branch, or the built run of one member alone.
         member: index of the saved member in the run that it branches from.
     """
-    kinds, group_of = _groups(trunk.module)
-    rates = ([kinds[group_of[member]][0]], [_first(branch.module.learning_rate)])
-    decay = _first(branch.module.weight_decay)
+    old = trunk.module.optimizer.per_member(trunk.module.n_members)[member : member + 1]
+    new = branch.module.optimizer.per_member(1)
     transfer = StateTransfer(trunk.plan, branch.plan, member)
     # the records are the branch's own from now on, cut from the table of the run
     records = {name: part for name, part in saved["opsin"].items() if name != "metrics"}
@@ -200,13 +209,9 @@ def branch_state(saved: Mapping[str, Any], trunk: BuiltRun, branch: BuiltRun, me
         "control": transfer.control(saved["opsin"]["control"]),
         "history": transfer.history(saved["opsin"]["history"]),
     }
-    optimizers = [with_rates(state, *rates, [decay]) for state in saved["optimizer_states"]]
-    schedulers = [scheduler_with_rates(state, *rates) for state in saved["lr_schedulers"]]
+    optimizers = [with_hyper(state, old, new) for state in saved["optimizer_states"]]
+    schedulers = [scheduler_with_rates(state, rates_of(old), rates_of(new)) for state in saved["lr_schedulers"]]
     return {**saved, "optimizer_states": optimizers, "lr_schedulers": schedulers, "opsin": opsin}
-
-
-def _first(value: float | Sequence[float]) -> float:
-    return float(value) if isinstance(value, (int, float)) else float(value[0])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opsin.errors import ConfigError
@@ -32,8 +33,6 @@ _ENTRIES: Mapping[str, type | tuple[type, ...]] = {
 }
 """What is restored before training begins, by the way to it."""
 
-_ADAM_STATE = ("exp_avg", "exp_avg_sq")
-
 
 def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> None:
     """Refuse a file that lacks what a run saves, or that is the checkpoint of another model.
@@ -51,14 +50,15 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
             names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({names})")
     built = module.state_dict()
-    _check_tensors(path, saved["state_dict"], built, "")
+    _check_tensors(path, saved["state_dict"], built)
     states, parameters = saved["optimizer_states"], dict(module.named_parameters())
     if not (len(states) == 1 and _is_optimizer(states[0], len(parameters))):
         expected = f"a checkpoint of a run, with one optimizer of {len(parameters)} parameters"
         raise ConfigError("ckpt_path", path, expected)
-    for moment in _ADAM_STATE:
-        found = {name: states[0]["state"][number].get(moment) for number, name in enumerate(parameters)}
-        _check_tensors(path, found, parameters, f"{moment} of ")
+    kept = states[0]["state"]
+    for number, (name, parameter) in enumerate(module.parameters_by_name().items()):
+        begun = module.optimizer.start(name, torch.empty_like(parameter, device="meta"))
+        _check_tensors(path, {key: kept[number].get(key) for key in begun}, begun, f" of {name}")
 
 
 def _entry(saved: object, way: str) -> object:
@@ -81,13 +81,13 @@ def _is_optimizer(state: object, parameters: int) -> bool:
     return len(state["state"]) == parameters and all(isinstance(moment, dict) for moment in moments)
 
 
-def _check_tensors(path: str, saved: Mapping[str, Any], built: Mapping[str, Tensor], what: str) -> None:
+def _check_tensors(path: str, saved: Mapping[str, Any], built: Mapping[str, Tensor], behind: str = "") -> None:
     for name in _names(built, saved):
         found = saved.get(name)
         shape = tuple(found.shape) if isinstance(found, Tensor) and found.is_floating_point() else None
         expected = tuple(built[name].shape) if name in built else None
         if shape != expected or expected is None:
-            message = f"{what}{name} of shape {expected} as in this model; it has {shape}"
+            message = f"{name}{behind} of shape {expected} as in this model; it has {shape}"
             raise ConfigError("ckpt_path", path, message)
 
 

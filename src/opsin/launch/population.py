@@ -20,13 +20,11 @@ from lightning.pytorch import Callback
 from opsin.callbacks.readers.run_folder import is_finished
 from opsin.callbacks.wandb.population import send_population
 from opsin.errors import ConfigError, Interruption, PopulationError, log
-from opsin.interventions.plan import Plan
-from opsin.launch.recipe import OpsinCLI, build_run
+from opsin.launch.recipe import BuiltRun, OpsinCLI, build_run
 from opsin.launch.signals import ended_by
 from opsin.launch.tune import cores, default_chunking, members_that_fit, tuned_chunking
 from opsin.launch.workers import Job, run_jobs
 from opsin.population.chunks import (
-    PER_MEMBER,
     Chunking,
     UntrainedPopulation,
     chunk_recipe,
@@ -36,6 +34,7 @@ from opsin.population.chunks import (
     population_document,
 )
 from opsin.population.folder import chunk_folder, read_document, read_population
+from opsin.population.optimizers import PER_MEMBER, lists_of_members
 from opsin.population.settings import Population
 from opsin.records.checkpoint import load_saved
 from opsin.records.folder import write_json, write_yaml
@@ -147,12 +146,12 @@ def build_population(recipe: Mapping[str, Any], scratch: Path) -> UntrainedPopul
         path = write_yaml(scratch / f"{name}.yaml", chunk_recipe(recipe, conditions, trained))
         try:
             cli = OpsinCLI(["--config", str(path)])
-            plan = build_run(cli).plan
+            built = build_run(cli)
             recorded = callbacks_of(cli.trainer), cli.model.sites, cli.model.task, bool(cli.trainer.limit_val_batches)
             _check_compared(settings["compare"], recorded_metrics(*recorded))
         except ConfigError as error:
             raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
-        graphs[name] = _graph_of(conditions[name], plan)
+        graphs[name] = _graph_of(conditions[name], built)
     return UntrainedPopulation(recipe, conditions, grid, members, graphs)
 
 
@@ -163,6 +162,9 @@ def _check_shared_settings(model: Mapping[str, Any]) -> None:
     for name in PER_MEMBER:
         if isinstance(value := model.get(name), list):
             raise ConfigError(f"model.{name}", value, f"one number beside a population; a condition has its own {name}")
+    for name, value in lists_of_members(model.get("optimizer")).items():
+        expected = "one value beside a population; a condition has an optimizer of its own"
+        raise ConfigError(f"model.optimizer.init_args.{name}", value, expected)
     if model.get("initial"):
         expected = "none beside a population; a condition's `initial` says what its members start from"
         raise ConfigError("model.initial", model["initial"], expected)
@@ -175,8 +177,11 @@ def _check_seeds_of_condition(condition: str, settings: Mapping[str, Any], seeds
             raise ConfigError(f"population.conditions.{condition}.by_seed", int(seed), expected)
 
 
-def _graph_of(settings: Mapping[str, Any], plan: Plan) -> Hashable:
-    return (json.dumps(settings.get("task") or {}, sort_keys=True), *plan.other_passes())
+def _graph_of(settings: Mapping[str, Any], built: BuiltRun) -> Hashable:
+    optimizer = built.module.optimizer
+    kind = "" if built.module.has_short_form else f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    parts = [settings.get("task") or {}, kind, optimizer.graph_settings() if kind else {}]
+    return (json.dumps(parts, sort_keys=True, default=repr), *built.plan.other_passes())
 
 
 def write_population(population: UntrainedPopulation, chunking: Chunking, folder: Path) -> None:

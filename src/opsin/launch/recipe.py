@@ -7,7 +7,7 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from opsin.interventions.plan import Plan
 from opsin.launch.cluster import one_process
 from opsin.launch.recipe_parser import RecipeParser, ShortHelp, check_recipe, recipe_files, use_recipe_yaml
 from opsin.launch.recipe_paths import RecipePaths
+from opsin.optimizers.adam import SHORT_FORM
 from opsin.population.settings import Population
 from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT
@@ -31,6 +32,7 @@ from opsin.records.user_files import real_path
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
 from opsin.training.run_settings import run_settings
+from opsin.training.settings import refuse_short_form
 from opsin.training.trainer_settings import check_recipe_settings, check_trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -112,8 +114,20 @@ class OpsinCLI(LightningCLI):
         for path in self.files:
             check_recipe(path, parser)
         self.config = parser.parse_args(args)
+        if self.config.model.optimizer is not None:
+            refuse_short_form(self._given_of(SHORT_FORM, args))
         RecipePaths(self.files).fix(self.config)
         self._refuse_global_seed()
+
+    def _given_of(self, names: Iterable[str], args: Sequence[str]) -> dict[str, Any]:
+        """Those among some settings of ``model`` that a file or the line gives, with their values."""
+        sections = [section for path in self.files if isinstance(section := read_recipe(path).get("model"), dict)]
+        on_line = {arg.split("=")[0] for arg in args}
+        return {
+            name: self.config.model[name]
+            for name in names
+            if f"--model.{name}" in on_line or any(name in section for section in sections)
+        }
 
     def _refuse_global_seed(self) -> None:
         """Refuse Lightning's seed, which seeds nothing here; a run of before that had one goes on."""
@@ -171,6 +185,9 @@ class OpsinCLI(LightningCLI):
         """The recipe with every setting that it leaves open, as YAML: the ``config.yaml`` of the run."""
         config, folder, start = copy.deepcopy(self.config), self.config.run_folder, self.config.ckpt_path
         config.pop("data", None)
+        if config.model.optimizer is not None:
+            for name in SHORT_FORM:
+                config.model.pop(name, None)
         RecipePaths(self.files, absolute=True).fix(config)
         if folder and start and Path(start).absolute() == (Path(folder) / LAST_CHECKPOINT).absolute():
             saved = Path(folder) / CONFIG_FILE

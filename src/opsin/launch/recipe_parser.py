@@ -57,7 +57,13 @@ SPEC_KEYS = {"class_path", "init_args", "dict_kwargs"}
 NO_SETTINGS = ("help", "config", "print_config", "==SUPPRESS==", "data")
 """What a parser has beside settings; Lightning's ``data`` is what a task is here."""
 
-USUAL_MODULES = ("opsin.tasks", "opsin.callbacks", "lightning.pytorch.callbacks", "torch.optim.lr_scheduler")
+USUAL_MODULES = (
+    "opsin.tasks",
+    "opsin.callbacks",
+    "opsin.optimizers",
+    "lightning.pytorch.callbacks",
+    "torch.optim.lr_scheduler",
+)
 """Modules whose classes recipes name."""
 
 _KEY = re.compile(r'Parser key "([^"]+)"')

@@ -12,14 +12,15 @@ import resource
 from pathlib import Path
 
 from opsin.errors import ConfigError
-from opsin.model.transformer import Transformer
+from opsin.model.transformer import Transformer, parameter_shapes
+from opsin.optimizers.base import Optimizer
 from opsin.task import Task
 
 SINGLE = 4
 """Bytes of a number in single precision."""
 
-COPIES_OF_WEIGHTS = 4
-"""Weights, their gradient and the two running moments of Adam."""
+COPIES_OF_WEIGHTS = 2
+"""Weights and their gradient; what the optimizer keeps of them comes on top."""
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files in which a container says how much memory it gives."""
@@ -76,6 +77,18 @@ def parameter_count(model: Transformer, task: Task) -> int:
     return model.layers * block + width * (task.n_tokens + task.n_outputs + (task.n_features or 0) + table)
 
 
+def kept_numbers(model: Transformer, task: Task, optimizer: Optimizer) -> int:
+    """Numbers that the optimizer keeps of the weights of one member.
+
+    Args:
+        model: shape of the transformer.
+        task: task that gives the sizes of input and output.
+        optimizer: the optimizer, which says what it keeps of every weight.
+    """
+    shapes = parameter_shapes(model, task.n_features, task.n_tokens, task.n_outputs)
+    return optimizer.state_numbers(shapes)
+
+
 def sequence_numbers(model: Transformer, task: Task) -> int:
     """Numbers that one sequence of one member leaves for the backward pass, at least.
 
@@ -88,7 +101,7 @@ def sequence_numbers(model: Transformer, task: Task) -> int:
     return model.layers * block + len(task.layout.scored) * task.n_outputs + length * (task.n_features or 0) // 2
 
 
-def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str, int]) -> None:
+def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str, int], optimizer: Optimizer) -> None:
     """Refuse a run that cannot fit into memory.
 
     Args:
@@ -96,11 +109,14 @@ def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str
         task: task that the model learns.
         members: M, models that are trained at once.
         sets: sequences of the probe and of an evaluation set, by the name of the setting.
+        optimizer: the optimizer, which says what it keeps of every weight.
 
     Raises:
         ConfigError: names the setting and what it would need.
     """
-    weights = SINGLE * COPIES_OF_WEIGHTS * members * parameter_count(model, task)
+    weights = (
+        SINGLE * members * (COPIES_OF_WEIGHTS * parameter_count(model, task) + kept_numbers(model, task, optimizer))
+    )
     shown = f"{model.layers} layers of width {model.width} with {model.neurons or 0} neurons, {members} members"
     check_memory("model.transformer", shown, weights)
     batch = SINGLE * members * task.batch_size * sequence_numbers(model, task)

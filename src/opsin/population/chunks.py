@@ -14,12 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from opsin.errors import ConfigError
+from opsin.population.optimizers import PER_MEMBER, optimizer_of_member, set_optimizer
 
 NOT_IN_CHUNKS = ("population", "run_folder", "tune")
 """Settings of a recipe that its chunks do not have."""
-
-PER_MEMBER = ("learning_rate", "weight_decay")
-"""Settings of the model that may differ between members."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,7 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
     settings_of = [conditions[member.condition] or {} for member in members]
     model = found["model"]
     model["seed"] = [member.seed for member in members]
-    for name in PER_MEMBER:
-        values = [model[name] if (value := settings.get(name)) is None else value for settings in settings_of]
-        model[name] = values[0] if len({*values}) == 1 else values
+    set_optimizer(model, settings_of)
     paths = [settings.get("initial") for settings in settings_of]
     starts = [
         None if path is None else {"path": path, "place": m.seed_index} for path, m in zip(paths, members, strict=True)
@@ -264,6 +260,8 @@ def recipe_of_member(recipe: Mapping[str, Any], member: int) -> dict[str, Any]:
     for name in PER_MEMBER:
         if isinstance(model.get(name), list):
             model[name] = model[name][member]
+    if model.get("optimizer"):
+        model["optimizer"] = optimizer_of_member(model["optimizer"], member)
     if model.get("initial"):
         model["initial"] = [model["initial"][member]]
     callbacks = listed(found["trainer"].get("callbacks"))

@@ -25,6 +25,8 @@ class Condition:
             as the numbers of neurons.
         learning_rate: learning rate of these members; the recipe's when None.
         weight_decay: weight decay of these members; the recipe's when None.
+        optimizer: class path and settings of these members' optimizer, or settings alone that replace the recipe's, for
+            example ``{init_args: {momentum: 0.9}}``.
         task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
         initial: run folder, checkpoint or snapshot whose weights these members start from. Where it
             holds several members, the n-th seed takes the n-th.
@@ -34,6 +36,7 @@ class Condition:
     by_seed: dict[int, list[Callback]] = field(default_factory=dict)
     learning_rate: float | None = None
     weight_decay: float | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     initial: str | None = None
 
@@ -44,6 +47,9 @@ class Condition:
                 above = name == "learning_rate"
                 expected = "more than 0" if above else "0 or more"
                 check_number(f"population.conditions: {name}", rate, expected, 0, open_low=above)
+        for name in self.optimizer:
+            if name not in ("class_path", "init_args"):
+                raise ConfigError("population.conditions: optimizer", name, "class_path and init_args, or one of them")
         for callback in (*self.callbacks, *chain.from_iterable(self.by_seed.values())):
             if not hasattr(callback, "members"):
                 expected = "one that acts in chosen members; trainer.callbacks are for all"

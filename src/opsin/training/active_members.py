@@ -23,10 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsin.interventions.apply import Constants
-from opsin.training.adam import AdamState, Hyper
+from opsin.training.optimizer_state import Hyper, OptimizerState
 from opsin.training.step_inputs import StepCounts, StepGates
 
-RunStep = Callable[[AdamState, Hyper, Constants, Mapping[str, Tensor], StepGates, StepCounts], Float[Tensor, "3 _"]]
+RunStep = Callable[
+    [OptimizerState, Hyper, Constants, Mapping[str, Tensor], StepGates, StepCounts], Float[Tensor, "3 _"]
+]
 """A training step of any number of members."""
 
 
@@ -53,14 +55,14 @@ class _Copies:
     Args:
         members: number of the member in every slot.
         origin: state and counts of all members, to which the copies are written back.
-        state: parameters and running moments of the members in the step.
+        state: parameters of the members in the step, and what the optimizer keeps of them.
         constants: tensors of the run, cut to the members in the step.
         counts: what the smaller step counts.
     """
 
     members: Int[Tensor, " C"]
-    origin: tuple[AdamState, StepCounts]
-    state: AdamState
+    origin: tuple[OptimizerState, StepCounts]
+    state: OptimizerState
     constants: Constants
     counts: StepCounts
 
@@ -89,7 +91,7 @@ class ActiveMembers:
 
     def __call__(
         self,
-        state: AdamState,
+        state: OptimizerState,
         hyper: Hyper,
         constants: Constants,
         draw: Mapping[str, Tensor],
@@ -103,12 +105,11 @@ class ActiveMembers:
             self._copies = self._copy(state, constants, counts)
         copies, at = self._copies, self._copies.members
         cut_gates = StepGates(gates.strength[:, at], gates.clock[at])
-        rates = Hyper(hyper.learning_rate[at], hyper.weight_decay[at], hyper.clip[at], hyper.correction)
         cut_draw = {name: x[at] for name, x in draw.items()}
-        found = self.step(copies.state, rates, copies.constants, cut_draw, cut_gates, copies.counts)
+        found = self.step(copies.state, hyper.of_members(at), copies.constants, cut_draw, cut_gates, copies.counts)
         return found.new_full((len(found), self.members), torch.nan).index_copy(1, at, found)
 
-    def _copy(self, state: AdamState, constants: Constants, counts: StepCounts) -> _Copies:
+    def _copy(self, state: OptimizerState, constants: Constants, counts: StepCounts) -> _Copies:
         at = torch.tensor(self.chosen, device=counts.alive.device)
 
         def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -117,7 +118,8 @@ class ActiveMembers:
 
         with torch.no_grad():
             parameters = [x[at].requires_grad_() for x in state.parameters]
-            cut_state = AdamState(state.names, parameters, cut(state.exp_avg), cut(state.exp_avg_sq))
+            kept = [{name: x[at] for name, x in tensors.items()} for tensors in state.kept]
+            cut_state = OptimizerState(state.names, parameters, kept)
             masks, supplied, fresh = (cut(x) for x in (constants.masks, constants.supplied, constants.fresh))
             cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh)
             skipped = {name: x[at] for name, x in counts.skipped.items()}
@@ -130,9 +132,8 @@ class ActiveMembers:
             return
         copies, (state, counts) = self._copies, self._copies.origin
         with torch.no_grad():
-            for name in ("parameters", "exp_avg", "exp_avg_sq"):
-                for tensor, new in zip(getattr(state, name), getattr(copies.state, name), strict=True):
-                    tensor[copies.members] = new.detach()
+            for tensor, new in zip(state.tensors(), copies.state.tensors(), strict=True):
+                tensor[copies.members] = new.detach()
             counts.fired[:, copies.members] = copies.counts.fired
             counts.alive[copies.members] = copies.counts.alive
             for name, new in copies.counts.skipped.items():

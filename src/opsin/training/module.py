@@ -37,20 +37,21 @@ from opsin.interventions.plan import Plan
 from opsin.interventions.weights import WeightWriter, weight_table
 from opsin.model.memory import check_run_sizes
 from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.optimizers.adam import AdamW
+from opsin.optimizers.base import Optimizer
 from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
 from opsin.records.events import EventTable
 from opsin.records.history import History
 from opsin.records.schema import number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
-from opsin.training.adam import Adam
 from opsin.training.batch_counts import as_before_batch, validation_follows
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
 from opsin.training.monitors import ValidationTimes, monitored_numbers, monitors, show_to_monitors
 from opsin.training.objective import check_objective, scored_logits, step_metrics
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
-from opsin.training.optimizers import MemberAdam, check_scheduler
+from opsin.training.optimizers import MemberOptimizer, check_optimizer, check_scheduler, member_optimizer
 from opsin.training.probe import ForwardPasses
 from opsin.training.run_settings import run_settings, surroundings
 from opsin.training.same_run import apply_changes, check_same_run, identity_of_run, warn_of_surroundings
@@ -71,11 +72,13 @@ class OpsinModule(pl.LightningModule):
         task: what the members learn, with its data.
         transformer: shape of the model that every member has.
         seed: seeds initialisation and data; a list trains one member per seed.
-        learning_rate: step size of Adam; a list has one for each member.
-        weight_decay: decoupled weight decay (AdamW); a list has one for each member.
-        gradient_clip: largest gradient norm of a member; None for none.
-        betas: decay of the two running moments of Adam, in [0, 1).
-        eps: what Adam adds to the square root of the second moment.
+        optimizer: what moves the weights, one of ``opsin.optimizers`` or of one's own, with all its settings; AdamW
+            with the four settings below where it is None.
+        learning_rate: step size of AdamW; a list has one for each member.
+        weight_decay: decoupled weight decay of AdamW; a list has one for each member.
+        gradient_clip: largest gradient norm of a member, whatever the optimizer; None for none.
+        betas: decay of the two running moments of AdamW, in [0, 1).
+        eps: what AdamW adds to the square root of the second moment.
         lr_scheduler: builds a scheduler from the optimizer; stepped after every optimizer step, a
             plateau scheduler (of a single member) once a Lightning batch with the mean training loss.
         steps_per_batch: optimizer steps that one Lightning batch carries.
@@ -109,6 +112,7 @@ class OpsinModule(pl.LightningModule):
         threads: int = 1,
         idle: Literal["stop", "warn"] = "stop",
         initial: list[Start | None] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -116,18 +120,24 @@ class OpsinModule(pl.LightningModule):
         self.seeds = [seed] if isinstance(seed, int) else list(seed)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.gradient_clip, self.betas, self.eps = gradient_clip, betas, eps
+        self.has_short_form = optimizer is None
         self.lr_scheduler = lr_scheduler
         self.steps_per_batch, self.log_every = steps_per_batch, log_every
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
         check_objective(task)
+        self.optimizer = AdamW(learning_rate, weight_decay, betas, eps) if optimizer is None else optimizer
+        check_optimizer(self.optimizer, len(self.seeds))
         sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
-        check_run_sizes(transformer, task, len(self.seeds), sets)
+        check_run_sizes(transformer, task, len(self.seeds), sets, self.optimizer)
         self.sites = transformer.sites(task)
         self.initial_weights: list[str | None] = []
         self.members = Members(self._first_weights(initial))
-        self.history = History(task.batch_size)
+        self._begin_without_records()
+
+    def _begin_without_records(self) -> None:
+        self.history = History(self.task.batch_size)
         self.events: list[Event] = []
         self.event_table: EventTable | None = None
         self.ended: dict[int, dict[str, Any]] = {}
@@ -290,8 +300,7 @@ class OpsinModule(pl.LightningModule):
         self._check_followers()
         self.settings, self.allowed = run_settings(self, self.plan, trainer), []
         self._surroundings_before = None
-        adam = Adam((self.betas[0], self.betas[1]), self.eps)
-        self.step = Step(self.transformer, self.task, self.plan, adam)
+        self.step = Step(self.transformer, self.task, self.plan, self.optimizer)
 
     def _check_followers(self) -> None:
         """Refuse schedules and callbacks that follow what the run does not record, and limits of nothing."""
@@ -336,13 +345,11 @@ class OpsinModule(pl.LightningModule):
         return plan
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = MemberAdam(
-            self.members.named_parameters(), self.learning_rate, self.weight_decay, self.gradient_clip, self.betas
-        )
+        optimizer = member_optimizer(self.members.named_parameters(), self.optimizer, self.gradient_clip)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        check_scheduler(scheduler, optimizer, self.betas)
+        check_scheduler(scheduler, self.n_members)
         return [optimizer], [scheduler]
 
     def train_dataloader(self) -> DataLoader:
@@ -469,8 +476,8 @@ class OpsinModule(pl.LightningModule):
 
     def _update(self, draw: dict[str, Tensor], gates: StepGates, results: list[Tensor]) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, MemberAdam)
-        state, hyper = optimizer.adam_state(), optimizer.hyper()
+        assert isinstance(optimizer, MemberOptimizer)
+        state, hyper = optimizer.members_state(), optimizer.hyper()
         results.append(self._active_members(state, hyper, self.constants, draw, gates, self.gates.counts))
 
     def _step_schedulers(self) -> None:

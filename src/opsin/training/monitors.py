@@ -28,6 +28,9 @@ from opsin.training.observers import Recorder
 OF_A_CHECKPOINT = ("epoch", "step")
 """What a ModelCheckpoint finds beside metrics."""
 
+RATES = ("lr-MemberAdam", "lr-MemberOptimizer")
+"""What a LearningRateMonitor shows: the rate under the name of the optimizer's class."""
+
 KNOWN_PACKAGES = ("lightning.", "opsin.")
 """Whoever comes from elsewhere may log what nobody can know beforehand."""
 
@@ -153,7 +156,7 @@ def _is_foreign(callback: Callback) -> bool:
 def _other_names(callback: Callback, callbacks: Iterable[Callback]) -> tuple[str, ...]:
     """What a callback can monitor that is no record of the run."""
     rates = any(isinstance(other, LearningRateMonitor) for other in callbacks)
-    return (*(OF_A_CHECKPOINT if isinstance(callback, Checkpoint) else ()), *(("lr-MemberAdam",) if rates else ()))
+    return (*(OF_A_CHECKPOINT if isinstance(callback, Checkpoint) else ()), *(RATES if rates else ()))
 
 
 def nearest_metric(name: str, numbers: list[str]) -> str:

@@ -1,6 +1,6 @@
 """The optimizer object that Lightning, its checkpoints and the learning-rate schedulers see.
 
-The arithmetic of an update is in ``opsin.training.adam``; the step fuses it with the loss and the gradient. This object
+The arithmetic of an update is in ``opsin.optimizers``; the step fuses it with the loss and the gradient. This object
 holds the state that the arithmetic changes, and counts.
 
 Legend: M members.
@@ -9,7 +9,7 @@ Legend: M members.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,43 +17,42 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from opsin.errors import ConfigError
+from opsin.optimizers.adam import AdamW
+from opsin.optimizers.base import HyperValue, Optimizer
 from opsin.records.schema import TRAIN_LOSS
-from opsin.training.adam import AdamState, Hyper
+from opsin.training.optimizer_state import Hyper, OptimizerState, with_trailing_axes
+
+GROUP_KEYS: Mapping[str, str] = {"learning_rate": "lr"}
+"""Hyper-parameters that schedulers know under another name."""
 
 
-class MemberAdam(torch.optim.Optimizer):
-    """Adam whose state carries the member axis and whose step is handed in as a closure.
+class MemberOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state carries the member axis and whose step is handed in as a closure.
+
+    Members whose hyper-parameters are equal share a group of ``param_groups``, through which a scheduler changes each
+    as it would change that of a run of its own; the parameters are all in the first.
 
     Args:
         named_parameters: names of the parameters and their tensors ``[M, ...]``.
-        learning_rate: one rate for all members, or one for each. Members of one rate and decay share a group of
-            ``param_groups``, through which a scheduler changes each as it would change that of a run of its own; the
-            parameters are all in the first.
-        weight_decay: decoupled weight decay, one for all members or one for each.
+        optimizer: the optimizer whose arithmetic moves them, with the hyper-parameters that it begins with.
         clip: largest gradient norm of a member; None for no clipping.
-        betas: decay of the two running moments, in [0, 1).
     """
 
     def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, Tensor]],
-        learning_rate: float | Sequence[float],
-        weight_decay: float | Sequence[float],
-        clip: float | None,
-        betas: tuple[float, float],
+        self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, clip: float | None = None
     ) -> None:
         named = list(named_parameters)
-        self.names = [name for name, _ in named]
-        members = named[0][1].shape[0]
-        pairs, self._group_of = member_groups(learning_rate, weight_decay, members)
-        (rate, decay), *further = pairs
-        defaults = {"lr": rate, "weight_decay": decay, "clip": clip, "betas": betas, "steps": 0}
-        super().__init__([tensor for _, tensor in named], defaults)
-        for rate, decay in further:
-            self.add_param_group({"params": [], "lr": rate, "weight_decay": decay})
-        for parameter in self.parameters:
-            zeros = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
-            self.state[parameter] = {"exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+        # not `optimizer`: Lightning takes whatever has one for a wrapper, and looks inside
+        self.names, self.rule = [name for name, _ in named], optimizer
+        self._keys = {name: GROUP_KEYS.get(name, name) for name in optimizer.hyper_names}
+        self._derived: tuple[Any, dict[str, tuple[Tensor, Tensor]]] | None = None
+        kinds, self._group_of = member_groups(optimizer, named[0][1].shape[0])
+        self._begun = [{self._keys[name]: value for name, value in kind.items()} for kind in kinds]
+        super().__init__([tensor for _, tensor in named], {**self._begun[0], "clip": clip, "steps": 0})
+        for settings in self._begun[1:]:
+            self.add_param_group({"params": [], **settings})
+        for name, parameter in named:
+            self.state[parameter] = optimizer.start(name, parameter.detach())
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -65,49 +64,95 @@ class MemberAdam(torch.optim.Optimizer):
         """Updates made so far."""
         return self.param_groups[0]["steps"]
 
-    def adam_state(self) -> AdamState:
+    def members_state(self) -> OptimizerState:
         """What the fused step changes in place."""
-        states = [self.state[parameter] for parameter in self.parameters]
-        return AdamState(self.names, self.parameters, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
+        return OptimizerState(self.names, self.parameters, [self.state[parameter] for parameter in self.parameters])
 
     def hyper(self) -> Hyper:
         """Hyper-parameters of the next update."""
-        group, like = self.param_groups[0], self.parameters[0]
-        clip = float("inf") if group["clip"] is None else group["clip"]
-        correction = [1 - beta ** (self.steps + 1) for beta in group["betas"]]
-        groups = [self.param_groups[index] for index in self._group_of]
-        values = (tuple(g["lr"] for g in groups), tuple(g["weight_decay"] for g in groups), (clip,) * like.shape[0])
-        rate, decay, clip = (_as_tensor(per_member, like.dtype, like.device) for per_member in values)
-        return Hyper(rate, decay, clip, torch.tensor(correction, dtype=like.dtype, device=like.device))
+        first, like = self.param_groups[0], self.parameters[0]
+        kind = (tuple(self._group_of), like.dtype, like.device)
+        columns = {name: tuple(group[key] for group in self.param_groups) for name, key in self._keys.items()}
+        pairs = {name: _per_member(column, *kind) for name, column in columns.items()}
+        # a schedule moves the rate at every step, and nothing is derived from it
+        others = ({name: column for name, column in columns.items() if name != "learning_rate"}, kind)
+        if self._derived is None or self._derived[0] != others:
+            exact = {name: pair[0] for name, pair in pairs.items() if name != "learning_rate"}
+            found = {name: (x, x.to(like.dtype)) for name, x in self.rule.derived(exact).items()}
+            self._derived = (others, found)
+        pairs |= self._derived[1]
+        exact = {name: pair[0] for name, pair in pairs.items()}
+        updates = torch.full((len(self._group_of),), self.steps + 1, dtype=torch.float64, device=like.device)
+        clock = {name: x.to(like.dtype) for name, x in self.rule.clock(exact, updates).items()}
+        bound = float("inf") if first["clip"] is None else first["clip"]
+        clip = _per_member((bound,), (0,) * len(self._group_of), like.dtype, like.device)[1]
+        return Hyper({name: pair[1] for name, pair in pairs.items()}, clip, clock)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; what an earlier version did not save is as it was begun with.
+
+        Args:
+            state_dict: state as ``state_dict`` gave it.
+        """
+        super().load_state_dict(state_dict)
+        for group, begun in zip(self.param_groups, self._begun, strict=True):
+            for key, value in begun.items():
+                saved = group.setdefault(key, value)
+                group[key] = tuple(saved) if isinstance(saved, list) else saved
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update by calling the fused step.
 
         Args:
-            closure: the fused training step, which changes parameters and moments in place.
+            closure: the fused training step, which changes parameters and state in place.
 
         Raises:
-            ValueError: no closure; this optimizer has no arithmetic of its own.
+            ValueError: no closure; this object has no arithmetic of its own.
         """
         if closure is None:
-            raise ValueError("MemberAdam.step: needs the fused training step as its closure")
+            raise ValueError("MemberOptimizer.step: needs the fused training step as its closure")
         result = closure()
         self.param_groups[0]["steps"] += 1
         return result
 
 
-def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[float]) -> None:
-    """Refuse a schedule that members cannot share, and one that changes what the step was built with.
+class MemberAdam(MemberOptimizer):
+    """The same for Adam; monitors of the rate make a column's name of the name of this class."""
+
+
+def member_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, clip: float | None = None
+) -> MemberOptimizer:
+    """The object for an optimizer, with the arguments of ``MemberOptimizer``."""
+    kind = MemberAdam if isinstance(optimizer, AdamW) else MemberOptimizer
+    return kind(named_parameters, optimizer, clip)
+
+
+def member_groups(optimizer: Optimizer, members: int) -> tuple[list[dict[str, HyperValue]], list[int]]:
+    """The different hyper-parameters of members, and which of them each member has.
+
+    Args:
+        optimizer: the optimizer, with one value for all members or one for each.
+        members: M, models of the run.
+
+    Returns:
+        Hyper-parameters by name, in the order of the first members that have them, and the index of every member's.
+    """
+    columns = optimizer.per_member(members)
+    kinds = [column for index, column in enumerate(columns) if column not in columns[:index]]
+    return kinds, [kinds.index(column) for column in columns]
+
+
+def check_scheduler(scheduler: object, members: int) -> None:
+    """Refuse a schedule that members cannot share.
 
     Args:
         scheduler: learning-rate scheduler that was built on the optimizer.
-        optimizer: the optimizer whose rates it changes.
-        betas: decay of the two running moments that the step was built with.
+        members: M, models of the run.
 
     Raises:
-        ConfigError: it follows one loss or another metric, or cycles the betas.
+        ConfigError: it follows one loss, or another metric.
     """
-    members = optimizer.parameters[0].shape[0]
     if isinstance(scheduler, ReduceLROnPlateau) and members > 1:
         expected = f"a schedule that follows no loss: {members} members share it"
         raise ConfigError("model.lr_scheduler", "ReduceLROnPlateau", expected)
@@ -115,33 +160,41 @@ def check_scheduler(scheduler: object, optimizer: MemberAdam, betas: Sequence[fl
     if monitor != TRAIN_LOSS:
         expected = f"{TRAIN_LOSS!r}: the rate follows the mean training loss of every Lightning batch"
         raise ConfigError("model.lr_scheduler.monitor", monitor, expected)
-    if tuple(optimizer.param_groups[0]["betas"]) != tuple(betas):
-        name = type(scheduler).__name__
-        raise ConfigError("model.lr_scheduler", name, "one that leaves the betas alone: cycle_momentum: false")
 
 
-def member_groups(
-    learning_rate: float | Sequence[float], weight_decay: float | Sequence[float], members: int
-) -> tuple[list[tuple[float, float]], list[int]]:
-    """The different pairs of rate and decay, and which of them each member has.
+def check_optimizer(optimizer: Optimizer, members: int) -> None:
+    """Refuse an optimizer that does not do what it declares, on an update of a small matrix and a small vector.
 
     Args:
-        learning_rate: one rate for all members, or one for each.
-        weight_decay: one decay for all members, or one for each.
+        optimizer: the optimizer of a run.
         members: M, models of the run.
 
-    Returns:
-        The pairs, in the order of the first members that have them, and the index of every member's pair.
+    Raises:
+        ConfigError: names what it does otherwise.
     """
-    per_member = list(zip(_for_each(learning_rate, members), _for_each(weight_decay, members), strict=True))
-    pairs = list(dict.fromkeys(per_member))
-    return pairs, [pairs.index(pair) for pair in per_member]
+    name = type(optimizer).__name__
+    if "learning_rate" not in optimizer.hyper_names:
+        raise ConfigError(f"{name}.hyper_names", list(optimizer.hyper_names), "learning_rate among them")
+    for shape in ((members, 2, 3), (members, 2)):
+        tried = MemberOptimizer([("weight", torch.full(shape, 0.5))], optimizer)
+        state, hyper = tried.members_state(), tried.hyper()
+        before = [tensor.clone() for tensor in state.tensors()]
+        values, clock = (with_trailing_axes(part, len(shape) - 1) for part in (hyper.values, hyper.clock))
+        moved, kept = optimizer.update(state.parameters[0], torch.ones(shape), state.kept[0], values, clock)
+        if {*kept} != {*state.kept[0]}:
+            raise ConfigError(f"{name}.update", [*kept], f"the state that start gives: {[*state.kept[0]]}")
+        for key, tensor in {"the parameter": moved, **kept, **state.kept[0]}.items():
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(f"{name}: {key}", tuple(tensor.shape), f"the shape of the parameter, {shape}")
+        if any(not torch.equal(old, new) for old, new in zip(before, state.tensors(), strict=True)):
+            raise ConfigError(f"{name}.update", "a change in place", "new tensors: it must be a pure function")
 
 
-def _for_each(value: float | Sequence[float], members: int) -> list[float]:
-    return [float(value)] * members if isinstance(value, (int, float)) else [float(v) for v in value]
-
-
-@functools.lru_cache(maxsize=64)
-def _as_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+@functools.lru_cache(maxsize=256)
+def _per_member(
+    column: tuple[Any, ...], group_of: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Values of groups as those of members, ``[M]`` or ``[n, M]``, in double precision and in that of the weights."""
+    values = [column[group] for group in group_of]
+    exact = torch.tensor(values, dtype=torch.float64, device=device).movedim(0, -1).contiguous()
+    return exact, exact.to(dtype)

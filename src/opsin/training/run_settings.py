@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from opsin.interventions.plan import Plan
+from opsin.optimizers.adam import SHORT_FORM
+from opsin.optimizers.base import Optimizer
 from opsin.task import Task
-from opsin.training.optimizers import MemberAdam
+from opsin.training.optimizers import member_optimizer
 
 NUMBERS_VERSION = 1
 """Version of the code that makes numbers: raised whenever a run would come to other numbers than before."""
@@ -54,11 +56,9 @@ class TrainedModule(Protocol):
     task: Task
     transformer: Any
     seeds: list[int]
-    learning_rate: float | list[float]
-    weight_decay: float | list[float]
+    optimizer: Optimizer
+    has_short_form: bool
     gradient_clip: float | None
-    betas: tuple[float, float]
-    eps: float
     lr_scheduler: Callable[..., Any] | None
     steps_per_batch: int
     log_every: int
@@ -82,9 +82,8 @@ def run_settings(module: TrainedModule, plan: Plan, trainer: Any) -> dict[str, A
     _add("model.transformer", module.transformer, found)
     found["model.seed"] = list(module.seeds)
     found["model.initial"] = list(module.initial_weights)
-    for name in ("learning_rate", "weight_decay", "gradient_clip", "betas", "eps", "steps_per_batch"):
-        _add(f"model.{name}", getattr(module, name), found)
-    for name in ("probe_size", "evaluation_size"):
+    found |= _optimizer_settings(module)
+    for name in ("gradient_clip", "steps_per_batch", "probe_size", "evaluation_size"):
         found[f"model.{name}"] = getattr(module, name)
     if module.lr_scheduler is not None:
         _add_scheduler("model.lr_scheduler", _scheduler(module), found)
@@ -130,6 +129,17 @@ def numbered(named: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     for name, part in named:
         found.append((f"{name}[{count[name]}]" if count[name] else name, part))
         count[name] += 1
+    return found
+
+
+def _optimizer_settings(module: TrainedModule) -> dict[str, Any]:
+    """The optimizer and its settings; of the short form its four settings under the names they have there."""
+    found: dict[str, Any] = {}
+    if not module.has_short_form:
+        _add("model.optimizer", module.optimizer, found)
+        return found
+    for name in SHORT_FORM:
+        _add(f"model.{name}", getattr(module.optimizer, name), found)
     return found
 
 
@@ -232,10 +242,7 @@ def _scheduler(module: TrainedModule) -> Any:
     """The scheduler of a run, built on an optimizer of its own."""
     assert module.lr_scheduler is not None
     parameter = torch.nn.Parameter(torch.zeros(len(module.seeds), 1))
-    optimizer = MemberAdam(
-        [("w", parameter)], module.learning_rate, module.weight_decay, module.gradient_clip, module.betas
-    )
-    return module.lr_scheduler(optimizer)
+    return module.lr_scheduler(member_optimizer([("w", parameter)], module.optimizer, module.gradient_clip))
 
 
 def _add_scheduler(name: str, scheduler: LRScheduler | ReduceLROnPlateau, found: dict[str, Any]) -> None:

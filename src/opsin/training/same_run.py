@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsin.errors import ConfigError, log
-from opsin.training.optimizers import member_groups
+from opsin.optimizers.adam import SHORT_FORM
+from opsin.optimizers.base import HyperValue
+from opsin.training.optimizers import GROUP_KEYS, member_groups
 from opsin.training.run_settings import TrainedModule, digest
 
 FIXED = ("model.transformer", "model.steps_per_batch", "version")
 """Settings that cannot change within a run, whoever allows it: weights or counts would not fit."""
 
-OPTIMIZER = {"model.gradient_clip": "clip", "model.betas": "betas"}
-"""Settings that the state of the optimizer holds, and their names there."""
+OPTIMIZER = "model.optimizer"
+"""Name of the optimizer's class among the settings; its own settings stand inside."""
 
 SCHEDULER = "model.lr_scheduler"
 _ABSENT = "none"
@@ -105,7 +107,7 @@ def _permits(allowed: str, setting: str) -> bool:
 
 
 def _is_fixed(name: str) -> bool:
-    return any(_permits(fixed, name) for fixed in FIXED) or name == SCHEDULER or _is_writer(name)
+    return any(_permits(fixed, name) for fixed in FIXED) or name in (SCHEDULER, OPTIMIZER) or _is_writer(name)
 
 
 def _is_writer(name: str) -> bool:
@@ -160,53 +162,69 @@ def apply_changes(checkpoint: dict[str, Any], module: TrainedModule, changes: Se
         ConfigError: rates that are shared between members otherwise than before.
     """
     before = {change["setting"]: change["from"] for change in changes}
-    members = len(module.seeds)
-    old_rate = before.get("model.learning_rate", module.learning_rate)
-    old = member_groups(old_rate, before.get("model.weight_decay", module.weight_decay), members)
-    new = member_groups(module.learning_rate, module.weight_decay, members)
-    if old[1] != new[1]:
-        expected = f"{old_rate!r}, or as many different rates, for the same members"
-        raise ConfigError("model.learning_rate", module.learning_rate, expected)
-    rates, decays = ([pair[0] for pair in old[0]], [pair[0] for pair in new[0]]), [pair[1] for pair in new[0]]
-    held = {key: getattr(module, name.removeprefix("model.")) for name, key in OPTIMIZER.items() if name in before}
-    checkpoint["optimizer_states"] = [
-        with_rates(state, *rates, decays, held) for state in checkpoint["optimizer_states"]
-    ]
+    members, optimizer = len(module.seeds), module.optimizer
+    old, old_group_of = member_groups(optimizer.changed(_settings_before(before)), members)
+    new, new_group_of = member_groups(optimizer, members)
+    if old_group_of != new_group_of:
+        name = next(iter(_hyper_changes(before)))
+        expected = f"{before[name]!r}, or as many different values, for the same members"
+        raise ConfigError(name, getattr(optimizer, name.rpartition(".")[2]), expected)
+    held = {"clip": module.gradient_clip} if "model.gradient_clip" in before else {}
+    checkpoint["optimizer_states"] = [with_hyper(state, old, new, held) for state in checkpoint["optimizer_states"]]
     inside = {
         change["setting"].removeprefix(SCHEDULER + "."): change["to"]
         for change in changes
         if change["setting"].startswith(SCHEDULER + ".")
     }
     checkpoint["lr_schedulers"] = [
-        {**scheduler_with_rates(state, *rates), **inside} for state in checkpoint["lr_schedulers"]
+        {**scheduler_with_rates(state, rates_of(old), rates_of(new)), **inside} for state in checkpoint["lr_schedulers"]
     ]
 
 
-def with_rates(
-    optimizer: Mapping[str, Any],
-    old: Sequence[float],
-    new: Sequence[float],
-    decays: Sequence[float],
-    held: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The state of an optimizer under other rates.
+def _hyper_changes(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of changed settings those of the optimizer, under their full names."""
+    short = [f"model.{name}" for name in SHORT_FORM]
+    return {name: value for name, value in before.items() if name in short or name.startswith(OPTIMIZER + ".")}
+
+
+def _settings_before(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the optimizer as they were, by their names in its class."""
+    return {name.rpartition(".")[2]: value for name, value in _hyper_changes(before).items()}
+
+
+def rates_of(kinds: Sequence[Mapping[str, HyperValue]]) -> list[float]:
+    """The learning rate of every group of members.
 
     Args:
-        optimizer: state of the optimizer, as in a checkpoint.
-        old, new: rates that each group began with, and is to have begun with.
-        decays: weight decay of each group from now on.
+        kinds: hyper-parameters of every group, by name.
+    """
+    return [float(kind["learning_rate"]) for kind in kinds]  # type: ignore[arg-type]
+
+
+def with_hyper(
+    state: Mapping[str, Any],
+    old: Sequence[Mapping[str, HyperValue]],
+    new: Sequence[Mapping[str, HyperValue]],
+    held: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The state of an optimizer under other hyper-parameters; those that do not change stay where a schedule is.
+
+    Args:
+        state: state of the optimizer, as in a checkpoint.
+        old, new: hyper-parameters that each group began with, and is to have begun with, by name.
         held: further settings of all groups, by name.
     """
-    groups = [
-        {
-            **group,
-            **(held or {}),
-            **{name: _moved(group[name], *rates) for name in ("lr", "initial_lr") if name in group},
-            "weight_decay": decay,
-        }
-        for group, *rates, decay in zip(optimizer["param_groups"], old, new, decays, strict=True)
-    ]
-    return {**optimizer, "param_groups": groups}
+    groups = []
+    for group, before, now in zip(state["param_groups"], old, new, strict=True):
+        found = {**group, **(held or {})}
+        for name, value in now.items():
+            key = GROUP_KEYS.get(name, name)
+            if value != before.get(name) and key != "lr":
+                found[key] = value
+        rates = rates_of([before, now])
+        found |= {key: _moved(group[key], *rates) for key in ("lr", "initial_lr") if key in group}
+        groups.append(found)
+    return {**state, "param_groups": groups}
 
 
 def scheduler_with_rates(state: Mapping[str, Any], old: Sequence[float], new: Sequence[float]) -> dict[str, Any]:

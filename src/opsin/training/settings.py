@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 
 from opsin.errors import ConfigError, check_number
+from opsin.optimizers.adam import SHORT_FORM
 
 MOST_STEPS_PER_BATCH = 1_000_000
 """Optimizer steps of one Lightning batch, whose results wait in memory."""
@@ -24,6 +26,7 @@ class Settings(Protocol):
     learning_rate: float | list[float]
     weight_decay: float | list[float]
     gradient_clip: float | None
+    has_short_form: bool
     betas: tuple[float, float]
     eps: float
     steps_per_batch: int
@@ -43,6 +46,8 @@ def check_settings(module: Settings) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    if not module.has_short_form:
+        refuse_short_form({name: getattr(module, name) for name in SHORT_FORM if not _is_default(module, name)})
     for name in ("learning_rate", "weight_decay"):
         value = getattr(module, name)
         if isinstance(value, list) and len(value) != len(module.seeds):
@@ -67,6 +72,24 @@ def check_settings(module: Settings) -> None:
         raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more, below 2**63")
     if module.gradient_clip is not None:
         check_number("model.gradient_clip", module.gradient_clip, "more than 0, or null", 0, open_low=True)
+
+
+def _is_default(module: Settings, name: str) -> bool:
+    value = getattr(module, name)
+    return (tuple(value) if name == "betas" else value) == SHORT_FORM[name]
+
+
+def refuse_short_form(given: Mapping[str, Any]) -> None:
+    """Refuse settings of AdamW beside an optimizer that is chosen by its class.
+
+    Args:
+        given: settings of the short form that the user has given, by name.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, value in given.items():
+        raise ConfigError(f"model.{name}", value, "none beside model.optimizer, which has settings of its own")
 
 
 def refuse_uneven_checkpoints(trainer: pl.Trainer, steps_per_batch: int) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
 from opsin.model.transformer import Transformer, forward
+from opsin.optimizers.base import Optimizer
 from opsin.task import Task
-from opsin.training.adam import Adam, AdamState, Hyper
 from opsin.training.objective import scored_logits
+from opsin.training.optimizer_state import Hyper, OptimizerState
 from opsin.training.step_inputs import StepCounts, StepGates
 from opsin.training.weight_updates import WeightUpdate
 
@@ -31,17 +32,17 @@ class Step:
         model: shape of the model that is trained.
         task: what the members learn, with its data.
         plan: interventions and changes of weights of the run.
-        adam: what of the optimizer never changes.
+        optimizer: the optimizer whose arithmetic moves the weights; its hyper-parameters are given to each step.
     """
 
     model: Transformer
     task: Task
     plan: Plan
-    adam: Adam
+    optimizer: Optimizer
 
     def __call__(
         self,
-        state: AdamState,
+        state: OptimizerState,
         hyper: Hyper,
         constants: Constants,
         draw: Mapping[str, Tensor],
@@ -51,8 +52,8 @@ class Step:
         """Gather the batch, draw weights anew, forward, loss, gradient, update where nothing is frozen; in place.
 
         Args:
-            state: parameters and their running moments.
-            hyper: learning rate, decay, clipping and bias corrections of this step.
+            state: parameters and what the optimizer keeps of them.
+            hyper: hyper-parameters, clipping and clock of this step.
             constants: tensors of the run that no gradient moves.
             draw: the task's random choices for this step, ``[M, B, ...]``.
             gates: strength of every row of the plan, and the clock.
@@ -65,7 +66,7 @@ class Step:
         objective = self.task.objective
         batch = self.task.assemble(constants.bank, draw)
         parameters = dict(zip(state.names, state.parameters, strict=True))
-        update = WeightUpdate(self.plan.changes, state, constants, gates, counts)
+        update = WeightUpdate(self.plan.changes, state, constants, gates, counts, self.optimizer)
         fired: dict[int, Tensor] = {}
         tap = run_passes(
             self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
@@ -75,7 +76,7 @@ class Step:
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
         with torch.no_grad():
-            norm, changed = update.apply(gradients, loss, hyper, self.adam)
+            norm, changed = update.apply(gradients, loss, hyper)
             changed = [*(fired[gate] for gate in sorted(fired)), *changed]
             if changed:
                 counts.fired.add_(torch.stack(changed) & counts.alive)

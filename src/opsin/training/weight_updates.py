@@ -8,7 +8,6 @@ Legend: M members, I rows of a plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,8 +18,9 @@ from opsin.interventions.apply import Constants, overwrite
 from opsin.interventions.plan import PlannedChange
 from opsin.interventions.weights import Fresh, Frozen
 from opsin.model.transformer import Transformer, init_parameters
+from opsin.optimizers.base import Optimizer, Tensors
 from opsin.task import Task
-from opsin.training.adam import Adam, AdamState, Hyper, adam_update, member_norm
+from opsin.training.optimizer_state import Hyper, OptimizerState, member_norm, update_members, with_trailing_axes
 from opsin.training.step_inputs import StepCounts, StepGates
 
 ByParameter = Mapping[str, Float[Tensor, "M ..."]]
@@ -31,29 +31,33 @@ class WeightUpdate:
     """The update of one step: draws weights anew when it is made, and everything else when it is ``applied``.
 
     Between the two the step computes loss and gradient from the weights that this object has drawn. At strength 1 a
-    frozen entry and its running moments stay as they are, bit for bit; its gradient does not count in the norm, and an
-    update that passes it by does not count in its bias correction.
+    frozen entry and its state stay as they are, bit for bit; its gradient does not count in the norm, and an
+    update that passes it by does not count in its clock.
 
     Args:
         changes: rows of the plan that change weights.
-        state: parameters and their running moments, changed in place.
+        state: parameters and what the optimizer keeps of them, changed in place.
         constants: tensors of the run; holds the masks and the values that are drawn.
         gates: strength of every row of the plan at this step.
         counts: what the run counts, changed in place.
+        optimizer: the optimizer whose arithmetic moves the weights, and which says with what state weights begin.
     """
 
     def __init__(
         self,
         changes: Sequence[PlannedChange],
-        state: AdamState,
+        state: OptimizerState,
         constants: Constants,
         gates: StepGates,
         counts: StepCounts,
+        optimizer: Optimizer,
     ) -> None:
-        self.state, self.counts = state, counts
+        self.state, self.counts, self.optimizer = state, counts, optimizer
         self.steps = gates.clock[:, 1]
-        tensors = zip(state.parameters, state.exp_avg, state.exp_avg_sq, strict=True)
-        self._tensors = dict(zip(state.names, tensors, strict=True))
+        self._tensors = {
+            name: (parameter, *kept.values())
+            for name, parameter, kept in zip(state.names, state.parameters, state.kept, strict=True)
+        }
         strengths = [
             (row.change, _with_axes(gates.strength[row.gate], constants.masks[row.gate]) * constants.masks[row.gate])
             for row in changes
@@ -68,25 +72,25 @@ class WeightUpdate:
         changed = []
         for (change, strength), value in zip(self._draws, values, strict=True):
             selected = strength > 0
-            parameter, *moments = self._tensors[change.parameter]
+            parameter, *kept = self._tensors[change.parameter]
             changed.append(((parameter != value) & selected).flatten(1).any(1))
             parameter.copy_(torch.where(selected, value, parameter))
-            for moment in moments:
-                moment.copy_(moment.masked_fill(selected, 0.0))
+            begun = self.optimizer.start(change.parameter, parameter)
+            for tensor, first in zip(kept, begun.values(), strict=True):
+                tensor.copy_(torch.where(selected, first, tensor))
             skipped = self.counts.skipped[change.parameter]
             skipped.copy_(torch.where(selected, _with_axes(self.steps, skipped).to(skipped.dtype), skipped))
         return changed
 
     def apply(
-        self, gradients: Sequence[Float[Tensor, "M ..."]], loss: Float[Tensor, " M"], hyper: Hyper, adam: Adam
+        self, gradients: Sequence[Float[Tensor, "M ..."]], loss: Float[Tensor, " M"], hyper: Hyper
     ) -> tuple[Float[Tensor, " M"], list[Bool[Tensor, " M"]]]:
         """Move every weight that may move, in every member whose loss and gradient are numbers.
 
         Args:
             gradients: gradient of every parameter, in the order of the state.
             loss: loss of every member, to see which have stopped being numbers.
-            hyper: learning rate, decay, clipping and bias corrections of this step.
-            adam: what of the optimizer never changes.
+            hyper: hyper-parameters, clipping and clock of this step.
 
         Returns:
             Gradient norm of what may move, and for every change of weights whether it changed anything, in the
@@ -97,8 +101,8 @@ class WeightUpdate:
         # in place, so that what made a member stop is the last that it saw
         self.counts.alive.logical_and_(loss.isfinite() & norm.isfinite())
         before = {name: [tensor.detach().clone() for tensor in self._tensors[name]] for name in held}
-        corrections = self._corrections(hyper.correction, adam.betas)
-        adam_update(self.state, gradients, norm, hyper, self.counts.alive, adam, corrections)
+        clocks = self._clocks(hyper)
+        update_members(self.state, gradients, norm, hyper, self.counts.alive, self.optimizer, clocks)
         return norm, [*self._drawn, *self._hold(held, before)]
 
     def _held(self) -> dict[str, Float[Tensor, "M ..."]]:
@@ -109,21 +113,18 @@ class WeightUpdate:
             held[name] = torch.maximum(held[name], strength) if name in held else strength
         return held
 
-    def _corrections(
-        self, usual: Float[Tensor, "2"], betas: tuple[float, float]
-    ) -> dict[str, list[Float[Tensor, "M ..."]]]:
-        """Bias corrections of the parameters that are ever changed: by the updates that each entry has had.
+    def _clocks(self, hyper: Hyper) -> dict[str, Tensors]:
+        """Clocks of the parameters that are ever changed: by the updates that each entry has had.
 
-        An entry that no update has passed by has exactly those of all other parameters.
+        An entry that no update has passed by has exactly that of all other parameters.
         """
-        rates = [math.log(beta) if beta else -math.inf for beta in betas]
-        found = {}
+        found: dict[str, Tensors] = {}
         for name, skipped in self.counts.skipped.items():
+            axes = skipped.dim() - 1
             updates = _with_axes(self.steps, skipped) + 1 - skipped
-            found[name] = [
-                torch.where(skipped == 0, correction, -torch.expm1(updates * rate))
-                for correction, rate in zip(usual, rates, strict=True)
-            ]
+            usual = with_trailing_axes(hyper.clock, axes)
+            clock = self.optimizer.clock(with_trailing_axes(hyper.values, axes), updates)
+            found[name] = {key: torch.where(skipped == 0, usual[key], clock[key]) for key in usual}
         return found
 
     def _hold(self, held: ByParameter, before: Mapping[str, Sequence[Tensor]]) -> list[Bool[Tensor, " M"]]:
