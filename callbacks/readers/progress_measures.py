@@ -95,7 +95,7 @@ class ProgressMeasures(ProbeReader):
         module = self._module
         clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        found = measure(self._planned, module.transformer, parameters, self._constants, seen.batch, clock)
+        found = measure(self._planned, module.network, parameters, self._constants, seen.batch, clock)
         values: dict[str, torch.Tensor] = {}
         for name, loss, accuracy in zip(self._planned.names, found.loss, found.accuracy, strict=True):
             values |= dict(zip(_metrics(name), (loss, accuracy), strict=True))

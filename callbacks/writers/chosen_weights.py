@@ -9,7 +9,8 @@ from opsin.callbacks.writers.base import ScheduledWriter
 from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection, parse_pairs
-from opsin.interventions.weights import Fresh, Frozen, WeightChange, WeightTable
+from opsin.interventions.weights import Fresh, Frozen, WeightChange
+from opsin.model.parameters import ParameterTable
 
 
 class Component(NamedTuple):
@@ -84,7 +85,7 @@ class ChosenWeightsWriter(ScheduledWriter):
                 raise ConfigError(f"{self.name}.parts", parts, expected)
         return kept
 
-    def weight_changes(self, weights: WeightTable) -> list[WeightChange]:
+    def weight_changes(self, weights: ParameterTable) -> list[WeightChange]:
         """What it changes in a model with these weights.
 
         Raises:
@@ -106,6 +107,6 @@ class ChosenWeightsWriter(ScheduledWriter):
             changes += [self._change(weights, name) for name in weights.find(prefix, f"{self.name}.weights")]
         return changes
 
-    def _change(self, weights: WeightTable, name: str, **selected: tuple[int, ...]) -> WeightChange:
+    def _change(self, weights: ParameterTable, name: str, **selected: tuple[int, ...]) -> WeightChange:
         selection = Selection(members=self.members, **selected)
         return WeightChange(self.name, name, weights[name].parameter, selection, self.kind, self.schedule, self.order)

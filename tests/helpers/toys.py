@@ -9,8 +9,8 @@ import torch
 
 from opsin.interventions.apply import PassInputs, constants_of, run_passes
 from opsin.interventions.build_plan import build_plan
-from opsin.interventions.weights import weight_table
-from opsin.model.transformer import Transformer, forward, init_parameters, position_table
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.records.history import History
 from opsin.task import Batch, Layout, Task, Truth
 from opsin.tasks import FewShot, GaussianClusters
@@ -94,14 +94,13 @@ def run(model, parameters, batch, tap=None):
         seen[name] = tap(name, activation) if tap else activation
         return seen[name]
 
-    table = position_table(model, batch.layout.positions, next(iter(parameters.values())).dtype)
-    return forward(parameters, table, batch, model, recording), seen
+    table = model.position_table(batch.layout.positions, next(iter(parameters.values())).dtype)
+    return model.forward(parameters, table, batch, recording), seen
 
 
 def plan_of(model, task, *writers, members=2, steps=10):
     """The plan of these writers."""
-    table = weight_table(init_parameters(model, task, [0]), model.heads)
-    return build_plan(writers, model.sites(task), members, steps, task.batch_size, table)
+    return build_plan(writers, model.sites(task), members, steps, task.batch_size)
 
 
 def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
@@ -113,7 +112,7 @@ def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float6
 def inputs_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
     """The inputs of a pass on one batch, every intervention at the same strength, at step 0 of seeds 0, 1, ..."""
     members = len(batch.tokens)
-    constants = constants_of(plan, {}, position_table(model, batch.layout.positions, dtype), members, dtype)
+    constants = constants_of(plan, {}, model.position_table(batch.layout.positions, dtype), members, dtype)
     clock = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.int64)], 1)
     gates = torch.full((len(plan.rows), members), gate, dtype=dtype)
     return PassInputs(model, values, constants, batch, gates, clock)
@@ -135,7 +134,7 @@ class Training:
         plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
         self.step = self.call = Step(model, task, plan, Adam(BETAS, EPS))
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
-        table = position_table(model, task.layout.positions, dtype)
+        table = model.position_table(task.layout.positions, dtype)
         fresh = drawn_values(plan.changes, model, task, self.seeds)
         self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))

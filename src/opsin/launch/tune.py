@@ -29,9 +29,9 @@ from opsin.interventions.weights import WeightWriter
 from opsin.launch.advice import hide_advice
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.workers import end_with_parent, start_worker
-from opsin.model.memory import available_bytes
+from opsin.model.memory import available_bytes, parameter_count
+from opsin.model.protocol import Model
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import Transformer
 from opsin.population.chunks import Chunking, UntrainedPopulation, chunk_recipe
 from opsin.records.folder import write_yaml
 from opsin.records.schema import RECIPE_FILE
@@ -76,20 +76,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def member_bytes(model: Transformer, task: Task) -> int:
+def member_bytes(model: Model, task: Task) -> int:
     """Memory in bytes that one more member takes while a step runs, roughly.
 
     Counted are activations with their gradients, weights, and the optimizer's moments.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: the task, which has the size of a batch and of the vocabularies.
     """
-    sites = model.sites(task)
-    activations = sum(math.prod(site.shape(1, task.batch_size)) for site in sites)
-    width = model.width
-    weights = model.layers * width * (4 * width + 2 * (model.neurons or 0)) + width * (task.n_tokens + task.n_outputs)
-    return 4 * (COPIES * activations + 5 * (weights + width * (task.n_features or 0)))
+    activations = sum(math.prod(site.shape(1, task.batch_size)) for site in model.sites(task))
+    return 4 * (COPIES * activations + 5 * parameter_count(model, task))
 
 
 def members_that_fit(module: OpsinModule, processes: int) -> int:
@@ -99,7 +96,7 @@ def members_that_fit(module: OpsinModule, processes: int) -> int:
         module: module of a run of the population.
         processes: number of processes that train at once.
     """
-    return max(1, available_bytes() // 2 // processes // member_bytes(module.transformer, module.task))
+    return max(1, available_bytes() // 2 // processes // member_bytes(module.network, module.task))
 
 
 # ---- trying ---------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ class ActiveMembers:
             parameters = [x[at].requires_grad_() for x in state.parameters]
             cut_state = AdamState(state.names, parameters, cut(state.exp_avg), cut(state.exp_avg_sq))
             masks, supplied, fresh = (cut(x) for x in (constants.masks, constants.supplied, constants.fresh))
-            cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh)
+            untrained = {name: x[at] for name, x in constants.untrained.items()}
+            cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh, untrained=untrained)
             skipped = {name: x[at] for name, x in counts.skipped.items()}
             cut_counts = StepCounts(counts.fired[:, at], counts.alive[at], skipped)
         return _Copies(at, (state, counts), cut_state, cut_constants, cut_counts)

@@ -15,7 +15,7 @@ from opsin.errors import ConfigError, log
 from opsin.training.optimizers import member_groups
 from opsin.training.run_settings import TrainedModule, digest
 
-FIXED = ("model.transformer", "model.steps_per_batch", "version")
+FIXED = ("model.transformer", "model.network", "model.steps_per_batch", "version")
 """Settings that cannot change within a run, whoever allows it: weights or counts would not fit."""
 
 OPTIMIZER = {"model.gradient_clip": "clip", "model.betas": "betas"}

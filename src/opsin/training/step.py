@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
-from opsin.model.transformer import Transformer, forward
+from opsin.model.protocol import Model
 from opsin.task import Task
 from opsin.training.adam import Adam, AdamState, Hyper
 from opsin.training.objective import accuracy, cross_entropy, scored_logits
@@ -27,13 +27,13 @@ class Step:
     """The step of one run: everything that is fixed before training and shapes the graph.
 
     Args:
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         task: what the members learn, with its data.
         plan: interventions and changes of weights of the run.
         adam: what of the optimizer never changes.
     """
 
-    model: Transformer
+    model: Model
     task: Task
     plan: Plan
     adam: Adam
@@ -61,13 +61,13 @@ class Step:
             Loss (nats, before the update), accuracy and gradient norm (of what may move) of every member.
         """
         batch = self.task.assemble(constants.bank, draw)
-        parameters = dict(zip(state.names, state.parameters, strict=True))
+        parameters = {**constants.untrained, **dict(zip(state.names, state.parameters, strict=True))}
         update = WeightUpdate(self.plan.changes, state, constants, gates, counts)
         fired: dict[int, Tensor] = {}
         tap = run_passes(
             self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
         )
-        logits = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
+        logits = scored_logits(self.model.forward(parameters, constants.table, batch, tap), batch)
         loss = cross_entropy(logits, batch).mean((1, 2))
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
