@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from opsin.interventions.intervention import Intervention, Overwrite, Value
     from opsin.interventions.schedules import Schedule
     from opsin.interventions.selection import Selection
+    from opsin.model.associative_memory import AssociativeMemory
+    from opsin.model.birth import BirthTransformer
+    from opsin.model.clustering import ClusteringTransformer
+    from opsin.model.context_or_weights import ReddyNetwork
+    from opsin.model.mlp import MLP
+    from opsin.model.parameters import Parameter, ParameterTable
+    from opsin.model.protocol import Model
     from opsin.model.sites import SiteTable
     from opsin.model.transformer import Transformer
     from opsin.records.history import History
@@ -29,17 +36,25 @@ if TYPE_CHECKING:
 
 LAZY_NAMES = {
     "ActivationWriter": "opsin.callbacks.writers.base",
+    "AssociativeMemory": "opsin.model.associative_memory",
     "Batch": "opsin.task",
+    "BirthTransformer": "opsin.model.birth",
+    "ClusteringTransformer": "opsin.model.clustering",
     "ConfigError": "opsin.errors",
     "History": "opsin.records.history",
     "Intervention": "opsin.interventions.intervention",
     "Layout": "opsin.task",
+    "MLP": "opsin.model.mlp",
+    "Model": "opsin.model.protocol",
     "NextToken": "opsin.tasks.shared.next_token",
     "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
     "Overwrite": "opsin.interventions.intervention",
+    "Parameter": "opsin.model.parameters",
+    "ParameterTable": "opsin.model.parameters",
     "ProbeReader": "opsin.callbacks.readers.base",
     "Reader": "opsin.callbacks.readers.base",
+    "ReddyNetwork": "opsin.model.context_or_weights",
     "Schedule": "opsin.interventions.schedules",
     "Selection": "opsin.interventions.selection",
     "SiteTable": "opsin.model.sites",
@@ -51,18 +66,26 @@ LAZY_NAMES = {
 """Where every name of ``from opsin import NAME`` is defined."""
 
 __all__ = [
+    "MLP",
     "ActivationWriter",
+    "AssociativeMemory",
     "Batch",
+    "BirthTransformer",
+    "ClusteringTransformer",
     "ConfigError",
     "History",
     "Intervention",
     "Layout",
+    "Model",
     "NextToken",
     "Observation",
     "OpsinModule",
     "Overwrite",
+    "Parameter",
+    "ParameterTable",
     "ProbeReader",
     "Reader",
+    "ReddyNetwork",
     "Schedule",
     "Selection",
     "SiteTable",

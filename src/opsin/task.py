@@ -88,6 +88,7 @@ class Batch:
             the task has no such restriction.
         truth: where induction should look.
         layout: which position holds what.
+        offset: position of a longer position code at which each sequence begins; None for the first.
     """
 
     features: Float[Tensor, "M B Nf F"] | None
@@ -96,6 +97,7 @@ class Batch:
     plausible: Bool[Tensor, "M B V"] | None
     truth: Truth
     layout: Layout
+    offset: Int[Tensor, "M B"] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor that has a batch axis changed by one function.
@@ -110,6 +112,7 @@ class Batch:
             tokens=change(self.tokens),
             targets=change(self.targets),
             plausible=None if self.plausible is None else change(self.plausible),
+            offset=None if self.offset is None else change(self.offset),
             truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
         )
 

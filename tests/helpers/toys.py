@@ -123,20 +123,44 @@ def losses(model, parameters, batch, tap=None):
     return cross_entropy(scored_logits(run(model, parameters, batch, tap)[0], batch), batch).mean((1, 2))
 
 
+class ToySums(ToyTokens):
+    """Four tokens of three; predicted, at the last alone, is the sum of the first two modulo three."""
+
+    n_tokens = n_outputs = 3
+    layout = Layout(features=(), tokens=tuple(range(4)), labels=(1, 2), scored=(3,))
+
+    def draw(self, seeds, first, count, split="train", batch_size=None):
+        def one(seed, step):
+            generator = torch.Generator().manual_seed(1000 * seed + step + (split != "train") * 10**9)
+            return torch.randint(3, (batch_size or self.batch_size, 4), generator=generator)
+
+        return {"tokens": torch.stack([torch.stack([one(seed, first + s) for seed in seeds]) for s in range(count)])}
+
+    def assemble(self, bank, draw):
+        tokens = draw["tokens"]
+        position = torch.arange(4)
+        labels = (position == 1) | (position == 2)
+        query = (position == 3).expand(*tokens.shape)
+        match = query[..., None] & (position == 1)
+        truth = Truth((position - 1).clamp(min=0), labels, query, match, query[..., None] & labels & ~match)
+        return Batch(None, tokens, tokens[..., :2].sum(-1, keepdim=True) % 3, None, truth, self.layout)
+
+
 class Training:
     """A run without a Trainer: the step, its optimizer, and the data of each step."""
 
     def __init__(self, model, task, values, *writers, rate=1e-2, decay=0.0, clip=None, seeds=(0, 1), steps=100):
         dtype = next(iter(values.values())).dtype
         self.task, self.seeds, self.dtype = task, list(seeds), dtype
-        leaves = [(name, value.detach().clone().requires_grad_()) for name, value in values.items()]
+        stay = {name: values[name] for name in model.parameters(task).untrained}
+        leaves = [(name, x.detach().clone().requires_grad_()) for name, x in values.items() if name not in stay]
         self.optimizer = MemberAdam(leaves, rate, decay, clip, BETAS)
         plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
         self.step = self.call = Step(model, task, plan, Adam(BETAS, EPS))
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
         table = model.position_table(task.layout.positions, dtype)
         fresh = drawn_values(plan.changes, model, task, self.seeds)
-        self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
+        self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh, stay)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
         skipped = {name: zeros.to(dtype) for name, zeros in no_skipped_updates(plan.changes, len(seeds)).items()}

@@ -20,7 +20,7 @@ from opsin.errors import ConfigError
 
 Parameters = Mapping[str, Tensor]
 
-WEIGHT_AXES = {"T": "tokens", "F": "features", "P": "position rows"}
+WEIGHT_AXES = {"T": "tokens", "F": "features", "P": "position rows", "I": "inputs", "O": "outputs of several weights"}
 """Letters of axes that weights have and activations have not."""
 
 # standard deviation of a standard normal truncated at two sigma

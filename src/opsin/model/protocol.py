@@ -140,6 +140,22 @@ class Model(ABC):
         return f"a {type(self).__name__}"
 
 
+def refuse_other_rows(model: str, task: TaskSizes) -> None:
+    """Refuse a task that scores other rows than the last, for a model that reads the whole sequence at once.
+
+    Args:
+        model: name of the model, for the message.
+        task: what says which rows are scored.
+
+    Raises:
+        ConfigError: the model would see the answers of other rows.
+    """
+    last = task.layout.positions - 1
+    if task.layout.scored != (last,):
+        rows = f"a task that scores positions {list(task.layout.scored)}"
+        raise ConfigError(model, rows, f"one that scores the last, {last}, alone: the whole sequence is read at once")
+
+
 def init_parameters(model: Model, task: TaskSizes, seeds: Sequence[int]) -> dict[str, Tensor]:
     """Fresh float32 parameters as the model's table says, one member a seed, stacked on the member axis.
 
