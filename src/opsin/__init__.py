@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from opsin.model.clustering import ClusteringTransformer
     from opsin.model.context_or_weights import ReddyNetwork
     from opsin.model.mlp import MLP
-    from opsin.model.parameters import Parameter, ParameterTable
+    from opsin.model.parameters import Initial, Parameter, ParameterTable
     from opsin.model.protocol import Model
-    from opsin.model.sites import SiteTable
+    from opsin.model.sites import SiteTable, site_table
     from opsin.model.transformer import Transformer
     from opsin.records.history import History
     from opsin.task import Batch, Layout, Task, Truth
@@ -42,6 +42,7 @@ LAZY_NAMES = {
     "ClusteringTransformer": "opsin.model.clustering",
     "ConfigError": "opsin.errors",
     "History": "opsin.records.history",
+    "Initial": "opsin.model.parameters",
     "Intervention": "opsin.interventions.intervention",
     "Layout": "opsin.task",
     "MLP": "opsin.model.mlp",
@@ -62,6 +63,7 @@ LAZY_NAMES = {
     "Transformer": "opsin.model.transformer",
     "Truth": "opsin.task",
     "Value": "opsin.interventions.intervention",
+    "site_table": "opsin.model.sites",
 }
 """Where every name of ``from opsin import NAME`` is defined."""
 
@@ -74,6 +76,7 @@ __all__ = [
     "ClusteringTransformer",
     "ConfigError",
     "History",
+    "Initial",
     "Intervention",
     "Layout",
     "Model",
@@ -93,6 +96,7 @@ __all__ = [
     "Transformer",
     "Truth",
     "Value",
+    "site_table",
 ]
 
 
