@@ -61,7 +61,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.donors import Donor, donor_from
 from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
-from opsin.model.transformer import init_parameters
+from opsin.model.protocol import init_parameters
 from opsin.tasks import FewShot
 
 

@@ -14,7 +14,8 @@ import torch
 
 from opsin.metrics.mean_ablation import finite_unigram, mean_ablation_effects
 from opsin.metrics.neuron_weights import ReadOut
-from opsin.model.transformer import Transformer, forward, init_parameters, position_table
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.task import Task
 from opsin.tasks import Repeats
 
@@ -46,7 +47,7 @@ def contestants(model: Transformer, task: Task) -> dict[str, Callable[[], object
     values = {name: value.to(device) for name, value in init_parameters(model, task, [0]).items()}
     draw = {name: tensor[0].to(device) for name, tensor in task.draw([0], 0, 1, "eval/train", SEQUENCES).items()}
     batch = task.assemble({name: tensor.to(device) for name, tensor in task.bank().items()}, draw)
-    table = position_table(model, batch.layout.positions).to(device)
+    table = model.position_table(batch.layout.positions).to(device)
     seen: dict[str, torch.Tensor] = {}
 
     def tap(name: str, activation: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ def contestants(model: Transformer, task: Task) -> dict[str, Callable[[], object
         return activation
 
     # inference_mode, so that neither keeps what a gradient would need
-    once = torch.inference_mode()(partial(forward, values, table, batch, model))
+    once = torch.inference_mode()(partial(model.forward, values, table, batch))
     once(tap)
     last, scored = f"blocks.{model.layers - 1}.", list(batch.layout.scored)
     resid, post = (seen[last + site][:, :, scored] for site in ("hook_resid_post", "mlp.hook_post"))

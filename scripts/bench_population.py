@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opsin.interventions.apply import constants_of
 from opsin.interventions.build_plan import build_plan
-from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.model.parameters import Members
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.optimizers import AdamW
 from opsin.tasks import FewShot
 from opsin.training.optimizers import member_optimizer
@@ -131,7 +133,7 @@ def operations(model: Transformer, task: FewShot) -> int:
     values = Members(init_parameters(model, task, [0]))
     optimizer = member_optimizer(values.named_parameters(), AdamW())
     plan = build_plan([], model.sites(task), 1, 1, task.batch_size, {})
-    constants = constants_of(plan, task.bank(), position_table(model, task.layout.positions), 1, torch.float32)
+    constants = constants_of(plan, task.bank(), model.position_table(task.layout.positions), 1, torch.float32)
     draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
     empty = torch.zeros(0, 1)
     gates = StepGates(empty, torch.zeros(1, 2, dtype=torch.int64))

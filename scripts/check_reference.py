@@ -47,7 +47,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.interventions.apply import Constants, PassInputs, constants_of, run_passes
-from opsin.model.transformer import Transformer, forward, position_table
+from opsin.model.transformer import Transformer
 from opsin.objective import cross_entropy
 from opsin.optimizers import AdamW
 from opsin.training.compiling import compile_step, keep_compiled
@@ -67,12 +67,12 @@ SITES = {
     "label_embedding": "hook_embed",
     "pos_embedding": "hook_pos_embed",
     "embedding": "blocks.0.hook_resid_pre",
-    "final_norm_out": "ln_final.hook_normalized",
+    "final_norm_out": "ln_final.hook_out",
     "logits_all_tokens": "hook_logits",
     "logits_examples": "hook_logits",
 }
 BLOCK_SITES = {
-    "norm_out": "ln1.hook_normalized",
+    "norm_out": "ln1.hook_out",
     "q_prerope": "attn.hook_q",
     "k_prerope": "attn.hook_k",
     "q": "attn.hook_rot_q",
@@ -83,7 +83,7 @@ BLOCK_SITES = {
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
-    "mlp_norm_out": "ln2.hook_normalized",
+    "mlp_norm_out": "ln2.hook_out",
     "mlp_out": "hook_mlp_out",
     "block_out": "hook_resid_post",
 }
@@ -241,7 +241,7 @@ class Measured:
         batch = case.task.assemble(constants.bank, draw)
         inputs = PassInputs(case.model, leaves, constants, batch, gates.strength, gates.clock)
         tap = run_passes(case.plan, inputs, seen=seen)
-        logits = scored_logits(forward(leaves, constants.table, batch, case.model, tap), batch)
+        logits = scored_logits(case.model.forward(leaves, constants.table, batch, tap), batch)
         losses = cross_entropy(logits, batch)
         gradients = torch.autograd.grad(losses.mean(), list(leaves.values()))
         held = {
@@ -277,7 +277,7 @@ def forward_errors(case: Case, file: File, precision: torch.dtype, measured: Cal
 def tensors(case: Case, precision: torch.dtype) -> tuple[dict[str, Tensor], Constants, StepGates, StepCounts]:
     """Weights that take gradient, the run's constants, the case's interventions in force, and what a step counts."""
     leaves = {name: x.detach().to(precision, copy=True).requires_grad_() for name, x in case.parameters.items()}
-    table = position_table(case.model, case.task.layout.positions, precision)
+    table = case.model.position_table(case.task.layout.positions, precision)
     bank, count = {name: x.to(precision) for name, x in case.bank.items()}, len(case.plan.rows)
     strength = torch.ones(count, 1, dtype=precision)
     strength[[row.gate for row in case.plan.passes[-1].rows if row not in case.rows]] = 0.0

@@ -16,7 +16,9 @@ from reference_files import File, Given, Uncovered, parameter_name, relative_err
 from torch import Tensor
 
 from opsin.interventions.apply import overwrite
-from opsin.model.transformer import TRUNCATED_STD, Transformer, init_parameters
+from opsin.model.parameters import TRUNCATED_STD
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot
 
 STANDARD_ERRORS = 5.0

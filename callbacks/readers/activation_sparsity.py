@@ -67,7 +67,7 @@ class ActivationSparsity(ProbeReader):
         self.kinds, self.explained = chosen, explained
 
     def sites(self, table: SiteTable) -> list[str]:
-        return [f"blocks.{layer}.mlp.hook_pre" for layer in range(table.layers)]
+        return [site.name for site in table if site.name.endswith(".mlp.hook_pre") and "L" in site.axes]
 
     def requirements(self) -> list[Requirement]:
         by_token = [kind for kind in self.kinds if kind in TOKEN_KINDS]
@@ -79,16 +79,21 @@ class ActivationSparsity(ProbeReader):
         tokens = f"any of {without}: not every position of this task holds a token"
         return [
             needs_neurons("ActivationSparsity", "neurons: model.transformer.mlp_ratio"),
+            Requirement("ActivationSparsity", self._lacking_rows, "one whose neurons read one position each"),
             Requirement("ActivationSparsity.kinds", lacking, tokens),
         ]
 
+    def _lacking_rows(self, module: OpsinModule) -> str | None:
+        return None if self.sites(module.sites) else f"a {type(module.network).__name__}"
+
     def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {f"neurons/{layer}/{kind}": () for layer in range(sites.layers) for kind in self.kinds}
+        layers = [sites[site].layer for site in self.sites(sites)]
+        return {f"neurons/{layer}/{kind}": () for layer in layers for kind in self.kinds}
 
     def measure(self, seen: Observation) -> None:
         counts = {}
-        for layer, site in enumerate(self.sites(self._module.sites)):
-            activation = seen.activations[site]
+        for site in self.sites(self._module.sites):
+            layer, activation = self._module.sites[site].layer, seen.activations[site]
             known, active = activation.isfinite().flatten(1).all(1), activation > 0
             for kind in self.kinds:
                 count = self._of_kind(kind, active, seen.batch).sum(1)

@@ -149,7 +149,10 @@ def needs_layer_norm(reader: str) -> Requirement:
     """A model whose read-out passes a LayerNorm."""
 
     def lacking(module: OpsinModule) -> str | None:
-        return None if "ln_final.hook_scale" in module.sites.sites else "a model without LayerNorm"
+        norm = module.sites.norms.get("ln_final")
+        if norm is None:
+            return "a model without LayerNorm"
+        return None if norm.kind == "LayerNorm" else f"a model whose last norm is an {norm.kind}"
 
     return Requirement(reader, lacking, "one with it: transformer.norm true")
 

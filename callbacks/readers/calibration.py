@@ -171,7 +171,7 @@ class Calibration(ProbeReader):
         table = self._module.constants.table
         if batch.features is not None:
             return table.new_zeros(len(batch.features), 1, *batch.features.shape[2:])
-        width = self._module.transformer.width
+        width = self._module.sites.size("D")
         return table.new_zeros(len(batch.tokens), 1, batch.layout.positions, width)
 
     def _logits(self, batch: Batch, perturbation: Tensor | None = None) -> Float[Tensor, "M B Q V"]:

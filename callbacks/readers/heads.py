@@ -19,8 +19,8 @@ from opsin.training.observers import Observation
 
 
 def pattern_sites(table: SiteTable) -> list[str]:
-    """The attention pattern of every layer."""
-    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(table.layers)]
+    """The attention pattern of every layer; that of a first one too where there are none, which refuses the run."""
+    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(max(1, table.layers))]
 
 
 class HeadTracker(ProbeReader):

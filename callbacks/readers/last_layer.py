@@ -33,8 +33,8 @@ def last_layer_sites(table: SiteTable) -> tuple[str, str]:
 
 def read_out_and_outputs(module: OpsinModule) -> tuple[ReadOut, Float[Tensor, "M N D"]]:
     """What turns the last residual stream into logits, and what each neuron of the last layer writes."""
-    parameters = module.parameters_by_name()
-    return ReadOut.of(parameters), parameters[f"blocks.{module.sites.layers - 1}.mlp.W_out"].detach()
+    weights = module.sites.weights.view(module.parameters_by_name())
+    return ReadOut.of(weights), weights[f"blocks.{module.sites.layers - 1}.mlp.W_out"].detach()
 
 
 def effects_and_control(

@@ -299,7 +299,7 @@ class EntropyNeurons(NeuronTracker):
         super().__init__(every, tables)
 
     def check(self, module: OpsinModule) -> None:
-        most = module.transformer.width - 1
+        most = module.sites.size("D") - 1
         if self.null_dimensions is not None and not 0 <= self.null_dimensions <= most:
             raise ConfigError("EntropyNeurons.null_dimensions", self.null_dimensions, f"0 to {most}, or null")
 

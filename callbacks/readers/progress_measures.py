@@ -101,7 +101,7 @@ class ProgressMeasures(ProbeReader):
         module = self._module
         clock = module.gates.at(max(seen.step - 1, 0)).clock
         parameters = module.parameters_by_name()
-        inputs = module.transformer, parameters, self._constants, seen.batch, clock
+        inputs = module.network, parameters, self._constants, seen.batch, clock
         found = measure(self._planned, *inputs, module.task.objective)
         values: dict[str, torch.Tensor] = {}
         for index, name in enumerate(self._planned.names):

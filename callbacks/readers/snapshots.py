@@ -6,7 +6,6 @@ Legend: M members.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from opsin.callbacks.readers.base import LARGEST_COUNT, MOST_PER_DECADE, Reader, check_count, log_spaced
 from opsin.callbacks.readers.phase_change import PHASE_CHANGE
 from opsin.callbacks.readers.run_folder import run_folder
+from opsin.model.saved import saved_model
 from opsin.records.checkpoint import write_checkpoint
 from opsin.records.folder import PART_SUFFIX
 from opsin.training.observers import Event, Observation
@@ -32,7 +32,8 @@ class Snapshots(Reader):
     after it. Without a ``KeepRun`` the files go to the Trainer's ``default_root_dir``.
 
     A file holds ``{"step", "sequences", "seeds": one a member, "run_digest": hash of what determines the run's numbers,
-    "transformer": its settings, "parameters": {name: tensor [M, ...]}}`` and loads with
+    "transformer": its settings (of another model ``"network"``: class and settings), "sizes": of input and output,
+    "parameters": {name: tensor [M, ...]}}`` and loads with
     ``torch.load(path, weights_only=True)``; its checksum is at its end (``opsin.records.checkpoint``). A killed and
     resumed run ends with the same files as one left alone.
 
@@ -126,7 +127,7 @@ class Snapshots(Reader):
             "sequences": step * module.task.batch_size,
             "seeds": list(module.seeds),
             "run_digest": module.run_identity()["digest"],
-            "transformer": asdict(module.transformer),
+            **saved_model(module.network, module.task),
             "parameters": parameters,
         }
         write_checkpoint(self._path(step), content)

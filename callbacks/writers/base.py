@@ -87,8 +87,10 @@ def heads_by_layer(field_name: str, heads: list[str], sites: SiteTable) -> dict[
         sites: activations of the model that has the heads.
 
     Raises:
-        ConfigError: not of that form, or no such head.
+        ConfigError: a model without heads, not of that form, or no such head.
     """
+    if not sites.size("H"):
+        raise ConfigError(field_name, heads, "nothing: this model has no heads")
     found = parse_pairs(field_name, heads, sites.layers, sites.size("H"), "head")
     return {layer: tuple(indices) for layer, indices in found.items()}
 

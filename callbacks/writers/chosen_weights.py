@@ -9,7 +9,8 @@ from opsin.callbacks.writers.base import ScheduledWriter
 from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection, parse_pairs
-from opsin.interventions.weights import Fresh, Frozen, WeightChange, WeightTable
+from opsin.interventions.weights import Fresh, Frozen, WeightChange
+from opsin.model.parameters import ParameterTable
 
 
 class Component(NamedTuple):
@@ -19,20 +20,31 @@ class Component(NamedTuple):
         module: name of the part of a block that holds the weights.
         axis: letter of the weights' axis along which they lie.
         noun: what one of them is called in messages.
-        weights: names of the weights within the module.
+        usual: names of the weights within the module.
+        further: names of weights that some models have beside them.
     """
 
     module: str
     axis: str
     noun: str
-    weights: tuple[str, ...]
+    usual: tuple[str, ...]
+    further: tuple[str, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of all weights that a model may have within the module."""
+        return (*self.usual, *self.further)
 
 
 COMPONENTS = {
-    "heads": Component("attn", "H", "head", ("W_Q", "W_K", "W_V", "W_O")),
-    "neurons": Component("mlp", "N", "neuron", ("W_in", "b_in", "W_out")),
+    "heads": Component("attn", "H", "head", ("W_Q", "W_K", "W_V", "W_O"), ("b_Q", "b_K", "b_V")),
+    "neurons": Component("mlp", "N", "neuron", ("W_in", "b_in", "W_out"), ("W_gate",)),
 }
 """What weights can be chosen by, under the name of the setting that chooses it."""
+
+
+MISSING = {"H": "heads", "N": "MLP"}
+"""What a model without an axis lacks, in words."""
 
 
 class ChosenWeightsWriter(ScheduledWriter):
@@ -66,7 +78,7 @@ class ChosenWeightsWriter(ScheduledWriter):
         self.chosen = {setting: names for setting, names in chosen.items() if names}
         if not self.chosen:
             raise ConfigError(self.name, None, "heads, neurons or weights")
-        self.parts = self._checked_parts(parts)
+        self.all_parts, self.parts = parts is None, self._checked_parts(parts)
 
     def _checked_parts(self, parts: list[str] | None) -> dict[str, list[str]]:
         """Names of the weights that are changed, for heads and for neurons; whichever is chosen must have some."""
@@ -84,7 +96,7 @@ class ChosenWeightsWriter(ScheduledWriter):
                 raise ConfigError(f"{self.name}.parts", parts, expected)
         return kept
 
-    def weight_changes(self, weights: WeightTable) -> list[WeightChange]:
+    def weight_changes(self, weights: ParameterTable) -> list[WeightChange]:
         """What it changes in a model with these weights.
 
         Raises:
@@ -92,20 +104,27 @@ class ChosenWeightsWriter(ScheduledWriter):
         """
         changes = []
         for setting, parts in self.parts.items():
-            module, axis, noun, _ = COMPONENTS[setting]
+            module, axis, noun, *_ = COMPONENTS[setting]
             field_name = f"{self.name}.{setting}"
             if not weights.size(axis):
-                raise ConfigError(field_name, self.chosen[setting], "nothing: this model has no MLP")
+                raise ConfigError(field_name, self.chosen[setting], f"nothing: this model has no {MISSING[axis]}")
             layers = parse_pairs(field_name, self.chosen[setting], weights.layers, weights.size(axis), noun)
             changes += [
-                self._change(weights, f"blocks.{layer}.{module}.{part}", **{setting: tuple(indices)})
+                self._change(weights, name, **{setting: tuple(indices)})
                 for layer, indices in layers.items()
-                for part in parts
+                for name in self._names(weights, f"blocks.{layer}.{module}", parts)
             ]
         for prefix in self.chosen.get("weights") or ():
             changes += [self._change(weights, name) for name in weights.find(prefix, f"{self.name}.weights")]
         return changes
 
-    def _change(self, weights: WeightTable, name: str, **selected: tuple[int, ...]) -> WeightChange:
+    def _names(self, weights: ParameterTable, prefix: str, parts: list[str]) -> list[str]:
+        """Names of those weights of a module that are trained; a part that the user has named must be there."""
+        names = [f"{prefix}.{part}" for part in parts]
+        if self.all_parts and (found := [name for name in names if name in weights and weights[name].trained]):
+            return found
+        return [weights.one(name, f"{self.name}.parts").name for name in names]
+
+    def _change(self, weights: ParameterTable, name: str, **selected: tuple[int, ...]) -> WeightChange:
         selection = Selection(members=self.members, **selected)
         return WeightChange(self.name, name, weights[name].parameter, selection, self.kind, self.schedule, self.order)

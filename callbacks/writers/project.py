@@ -153,7 +153,9 @@ class Project(ActivationWriter):
             self._renew_if_due(steps_done, missing)
 
     def _check_weight(self, origin: WeightDirections) -> None:
-        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._basis.heads)
+        weight = weight_matrix(
+            self._module.parameters_by_name(), self._module.sites.weights, origin.name, origin.side, self._basis.heads
+        )
         size, width = weight.shape[-2 if origin.side == "input" else -1], self._basis.width
         if size != width:
             found = f"{origin.name} with {origin.side} {size}"
@@ -189,7 +191,9 @@ class Project(ActivationWriter):
             self._renew_from_probe(self.origin, step)
 
     def _renew_from_weight(self, origin: WeightDirections) -> None:
-        weight = weight_matrix(self._module.parameters_by_name(), origin.name, origin.side, self._basis.heads)
+        weight = weight_matrix(
+            self._module.parameters_by_name(), self._module.sites.weights, origin.name, origin.side, self._basis.heads
+        )
         # a run that has diverged is about to be stopped by the module, which says so
         if weight.isfinite().all():
             self._module.gates.supply(self._basis, singular_directions(weight, origin))

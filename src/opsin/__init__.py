@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from opsin.interventions.intervention import Intervention, Overwrite, Value
     from opsin.interventions.schedules import Schedule
     from opsin.interventions.selection import Selection
-    from opsin.model.sites import SiteTable
+    from opsin.model.associative_memory import AssociativeMemory
+    from opsin.model.birth import BirthTransformer
+    from opsin.model.clustering import ClusteringTransformer
+    from opsin.model.context_or_weights import ReddyNetwork
+    from opsin.model.mlp import MLP
+    from opsin.model.parameters import Initial, Parameter, ParameterTable
+    from opsin.model.protocol import Model
+    from opsin.model.sites import SiteTable, site_table
     from opsin.model.transformer import Transformer
     from opsin.objective import BinaryCrossEntropy, CrossEntropy, LogCrossEntropy, Measure, Objective, SquaredError
     from opsin.optimizers.base import Optimizer
@@ -32,23 +39,32 @@ if TYPE_CHECKING:
 
 LAZY_NAMES = {
     "ActivationWriter": "opsin.callbacks.writers.base",
+    "AssociativeMemory": "opsin.model.associative_memory",
     "Batch": "opsin.batch",
     "BinaryCrossEntropy": "opsin.objective",
+    "BirthTransformer": "opsin.model.birth",
+    "ClusteringTransformer": "opsin.model.clustering",
     "ConfigError": "opsin.errors",
     "CrossEntropy": "opsin.objective",
     "History": "opsin.records.history",
+    "Initial": "opsin.model.parameters",
     "Intervention": "opsin.interventions.intervention",
     "Layout": "opsin.batch",
     "LogCrossEntropy": "opsin.objective",
+    "MLP": "opsin.model.mlp",
     "Measure": "opsin.objective",
+    "Model": "opsin.model.protocol",
     "NextToken": "opsin.tasks.shared.next_token",
     "Objective": "opsin.objective",
     "Observation": "opsin.training.observers",
     "OpsinModule": "opsin.training.module",
     "Optimizer": "opsin.optimizers.base",
     "Overwrite": "opsin.interventions.intervention",
+    "Parameter": "opsin.model.parameters",
+    "ParameterTable": "opsin.model.parameters",
     "ProbeReader": "opsin.callbacks.readers.base",
     "Reader": "opsin.callbacks.readers.base",
+    "ReddyNetwork": "opsin.model.context_or_weights",
     "Reference": "opsin.task",
     "Schedule": "opsin.interventions.schedules",
     "Selection": "opsin.interventions.selection",
@@ -58,28 +74,38 @@ LAZY_NAMES = {
     "Transformer": "opsin.model.transformer",
     "Truth": "opsin.batch",
     "Value": "opsin.interventions.intervention",
+    "site_table": "opsin.model.sites",
 }
 """Where every name of ``from opsin import NAME`` is defined."""
 
 __all__ = [
+    "MLP",
     "ActivationWriter",
+    "AssociativeMemory",
     "Batch",
     "BinaryCrossEntropy",
+    "BirthTransformer",
+    "ClusteringTransformer",
     "ConfigError",
     "CrossEntropy",
     "History",
+    "Initial",
     "Intervention",
     "Layout",
     "LogCrossEntropy",
     "Measure",
+    "Model",
     "NextToken",
     "Objective",
     "Observation",
     "OpsinModule",
     "Optimizer",
     "Overwrite",
+    "Parameter",
+    "ParameterTable",
     "ProbeReader",
     "Reader",
+    "ReddyNetwork",
     "Reference",
     "Schedule",
     "Selection",
@@ -89,6 +115,7 @@ __all__ = [
     "Transformer",
     "Truth",
     "Value",
+    "site_table",
 ]
 
 

@@ -85,6 +85,7 @@ class Batch:
         truth: where induction should look.
         layout: which position holds what.
         weights: how much each scored entry counts in means over the batch, 0 or more; None where all count alike.
+        offset: position of a longer position code at which each sequence begins; None for the first.
     """
 
     features: Float[Tensor, "M B Nf F"] | None
@@ -94,6 +95,7 @@ class Batch:
     truth: Truth
     layout: Layout
     weights: Float[Tensor, "M B Q"] | None = None
+    offset: Int[Tensor, "M B"] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor that has a batch axis changed by one function.
@@ -109,6 +111,7 @@ class Batch:
             targets=change(self.targets),
             plausible=None if self.plausible is None else change(self.plausible),
             weights=None if self.weights is None else change(self.weights),
+            offset=None if self.offset is None else change(self.offset),
             truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
         )
 

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback
 from opsin import callbacks
 from opsin.interventions.build_plan import Writer
 from opsin.interventions.weights import WeightWriter
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot, GaussianClusters
 from tests.contracts.examples import Settings, built, rows, short
 

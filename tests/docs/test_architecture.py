@@ -19,7 +19,8 @@ from opsin.callbacks import Clamp, Graft
 from opsin.interventions.apply import run_passes
 from opsin.interventions.donors import donor_from
 from opsin.interventions.values.patterns import PreviousToken
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from tests.contracts.house import DEFINITIONS, Module, imports_of, modules, report, top_level_names
 from tests.contracts.test_imports import FRONT, LEVELS, wing_of
 from tests.helpers.paths import ROOT

@@ -9,8 +9,8 @@ import torch
 
 from opsin.interventions.apply import PassInputs, constants_of, run_passes
 from opsin.interventions.build_plan import build_plan
-from opsin.interventions.weights import weight_table
-from opsin.model.transformer import Transformer, forward, init_parameters, position_table
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.objective import cross_entropy
 from opsin.optimizers import AdamW
 from opsin.records.history import History
@@ -95,14 +95,13 @@ def run(model, parameters, batch, tap=None):
         seen[name] = tap(name, activation) if tap else activation
         return seen[name]
 
-    table = position_table(model, batch.layout.positions, next(iter(parameters.values())).dtype)
-    return forward(parameters, table, batch, model, recording), seen
+    table = model.position_table(batch.layout.positions, next(iter(parameters.values())).dtype)
+    return model.forward(parameters, table, batch, recording), seen
 
 
 def plan_of(model, task, *writers, members=2, steps=10):
     """The plan of these writers."""
-    table = weight_table(init_parameters(model, task, [0]), model.heads)
-    return build_plan(writers, model.sites(task), members, steps, task.batch_size, table)
+    return build_plan(writers, model.sites(task), members, steps, task.batch_size)
 
 
 def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float64):
@@ -114,7 +113,7 @@ def tap_of(model, task, batch, *writers, gate=1.0, members=2, dtype=torch.float6
 def inputs_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
     """The inputs of a pass on one batch, every intervention at the same strength, at step 0 of seeds 0, 1, ..."""
     members = len(batch.tokens)
-    constants = constants_of(plan, {}, position_table(model, batch.layout.positions, dtype), members, dtype)
+    constants = constants_of(plan, {}, model.position_table(batch.layout.positions, dtype), members, dtype)
     clock = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.int64)], 1)
     gates = torch.full((len(plan.rows), members), gate, dtype=dtype)
     return PassInputs(model, values, constants, batch, gates, clock)
@@ -123,6 +122,29 @@ def inputs_of(plan, model, values, batch, gate=1.0, dtype=torch.float64):
 def losses(model, parameters, batch, tap=None):
     """Mean loss of every member."""
     return cross_entropy(scored_logits(run(model, parameters, batch, tap)[0], batch), batch).mean((1, 2))
+
+
+class ToySums(ToyTokens):
+    """Four tokens of three; predicted, at the last alone, is the sum of the first two modulo three."""
+
+    n_tokens = n_outputs = 3
+    layout = Layout(features=(), tokens=tuple(range(4)), labels=(1, 2), scored=(3,))
+
+    def draw(self, seeds, first, count, split="train", batch_size=None):
+        def one(seed, step):
+            generator = torch.Generator().manual_seed(1000 * seed + step + (split != "train") * 10**9)
+            return torch.randint(3, (batch_size or self.batch_size, 4), generator=generator)
+
+        return {"tokens": torch.stack([torch.stack([one(seed, first + s) for seed in seeds]) for s in range(count)])}
+
+    def assemble(self, bank, draw):
+        tokens = draw["tokens"]
+        position = torch.arange(4)
+        labels = (position == 1) | (position == 2)
+        query = (position == 3).expand(*tokens.shape)
+        match = query[..., None] & (position == 1)
+        truth = Truth((position - 1).clamp(min=0), labels, query, match, query[..., None] & labels & ~match)
+        return Batch(None, tokens, tokens[..., :2].sum(-1, keepdim=True) % 3, None, truth, self.layout)
 
 
 class Training:
@@ -143,15 +165,16 @@ class Training:
     ):
         dtype = next(iter(values.values())).dtype
         self.task, self.seeds, self.dtype = task, list(seeds), dtype
-        leaves = [(name, value.detach().clone().requires_grad_()) for name, value in values.items()]
+        stay = {name: values[name] for name in model.parameters(task).untrained}
+        leaves = [(name, x.detach().clone().requires_grad_()) for name, x in values.items() if name not in stay]
         part = AdamW(rate, decay, BETAS, EPS) if optimizer is None else optimizer
         self.optimizer = member_optimizer(leaves, part, clip)
         plan = plan_of(model, task, *writers, members=len(seeds), steps=steps)
         self.step = self.call = Step(model, task, plan, part)
         bank = {name: tensor.to(dtype) for name, tensor in task.bank().items()}
-        table = position_table(model, task.layout.positions, dtype)
+        table = model.position_table(task.layout.positions, dtype)
         fresh = drawn_values(plan.changes, model, task, self.seeds)
-        self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh)
+        self.constants = constants_of(plan, bank, table, len(seeds), dtype, fresh, stay)
         gates = plan.gates(0, steps, len(seeds), History(task.batch_size))
         self.gates = torch.from_numpy(gates).to(dtype)
         skipped = {name: zeros.to(dtype) for name, zeros in no_skipped_updates(plan.changes, len(seeds)).items()}

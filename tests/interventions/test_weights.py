@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from opsin.callbacks import Ablate, Freeze, Reinitialise
 from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.weights import weight_table
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.training.compiling import compile_step, has_compiler
 from tests.helpers.toys import BETAS, EPS, SMALL, Training, batch_of, few_shot, losses, plan_of, run, weights
 
@@ -322,7 +322,7 @@ def test_gates_of_interventions_keep_their_rows_before_those_of_weights(tiny_tas
 
 
 def test_a_weight_is_found_by_the_names_it_has():
-    table = weight_table(init_parameters(WITH_MLP, few_shot(), [0]), WITH_MLP.heads)
+    table = WITH_MLP.parameters(few_shot())
     assert table.find("blocks.0.attn.W_Q", "f") == ["blocks.0.attn.W_Q"]
     assert table.find("ln_final", "f") == ["ln_final.w", "ln_final.b"]
     with pytest.raises(ConfigError, match=r"^f: got 'blocks.0.mlp.W_inn', .*; nearest: blocks.0.mlp.W_in, "):

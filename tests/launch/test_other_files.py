@@ -23,7 +23,8 @@ from opsin.callbacks import Graft
 from opsin.errors import ConfigError
 from opsin.interventions.donors import Start
 from opsin.launch.fit import check_fits
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.records.checkpoint import read_checkpoint
 from opsin.tasks import ArrayFile, Omniglot
 from opsin.training.module import OpsinModule

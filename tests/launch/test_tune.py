@@ -47,7 +47,7 @@ def test_a_wider_longer_or_deeper_model_takes_more_memory():
 
 def test_members_that_do_not_fit_are_left_to_another_process(monkeypatch):
     model = OpsinModule(few_shot(), Transformer(width=16, heads=2))
-    one = tune.member_bytes(model.transformer, model.task, model.optimizer)
+    one = tune.member_bytes(model.network, model.task, model.optimizer)
     monkeypatch.setattr(tune, "available_bytes", lambda: 2 * 3 * 5 * one)
     assert tune.members_that_fit(model, 3) == 5
     assert tune.default_chunking({}, 5).members_per_process == 5

@@ -10,7 +10,7 @@ from opsin.callbacks import Ablate
 from opsin.metrics.confidence import Compared, change, joint_ablation, strongest
 from opsin.metrics.mean_ablation import Effect
 from opsin.metrics.neuron_weights import random_outputs
-from opsin.model.transformer import NORM_EPS
+from opsin.model.layers import NORM_EPS
 from tests.helpers.planted_neurons import ENTROPY, ORDINARY, TASK, N, any_model, frozen, planted
 from tests.helpers.toys import tap_of
 

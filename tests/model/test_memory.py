@@ -5,7 +5,8 @@ import pytest
 from opsin.errors import ConfigError
 from opsin.model import memory
 from opsin.model.memory import available_bytes, check_memory, check_run_sizes, in_words, kept_numbers, parameter_count
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.optimizers import SGD, Adam, AdamW, Muon
 from tests.helpers.toys import few_shot
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from opsin.errors import ConfigError
-from opsin.model import transformer as model_file
-from opsin.model.transformer import Members, Transformer, init_parameters
+from opsin.model import layers as model_file
+from opsin.model.parameters import Members
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from tests.helpers.toys import SMALL, ToyTokens, Training, batch_of, few_shot, losses, run, weights
 
 VARIANTS = [

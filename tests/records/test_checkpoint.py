@@ -382,5 +382,5 @@ def test_a_damaged_checkpoint_stops_a_resume_in_python_too(run, tmp_path):
 def test_a_module_is_loaded_with_the_weights_shape_and_seeds_of_its_checkpoint(tmp_path):
     trained = train(module(seed=[3, 4]), 20, KeepRun(tmp_path))
     loaded = OpsinModule.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", task=few_shot())
-    assert loaded.seeds == [3, 4] and loaded.transformer == SMALL
+    assert loaded.seeds == [3, 4] and loaded.network == SMALL
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), loaded.parameters(), strict=True))

@@ -29,7 +29,8 @@ from opsin.interventions.donors import donor_from
 from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.directions import WeightDirections
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import train

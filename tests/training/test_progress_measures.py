@@ -27,7 +27,7 @@ from opsin.interventions.donors import donor_from
 from opsin.interventions.intervention import Clock, Intervention, Overwrite, Pass, Source, Supply, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
-from opsin.model.transformer import Transformer, position_table
+from opsin.model.transformer import Transformer
 from opsin.objective import CrossEntropy, accuracy, cross_entropy
 from opsin.training.objective import scored_logits
 from opsin.training.progress_measures import build_measures, measure, measure_constants
@@ -140,7 +140,7 @@ def build(sets, task=TASK):
 
 def measured(sets, batch=BATCH, values=VALUES, task=TASK):
     """What evaluating all sets at once gives, and what was planned for it."""
-    measures, table = build(sets, task=task), position_table(MODEL, task.layout.positions, torch.float64)
+    measures, table = build(sets, task=task), MODEL.position_table(task.layout.positions, torch.float64)
     constants = measure_constants(measures, constants_of(plan_of(MODEL, task), {}, table, len(SEEDS), table.dtype))
     return measures, measure(measures, MODEL, values, constants, batch, clock_of(SEEDS), CrossEntropy())
 

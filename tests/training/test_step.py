@@ -10,7 +10,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from opsin.callbacks.writers.clamp import Clamp
 from opsin.interventions.schedules import Schedule
-from opsin.model.transformer import Transformer, position_table
+from opsin.model.transformer import Transformer
 from opsin.objective import accuracy, cross_entropy, restrict
 from opsin.training.compiling import compile_step, has_compiler, keep_compiled
 from opsin.training.objective import scored_logits
@@ -128,7 +128,7 @@ def test_observing_shows_what_goes_on_after_the_tap_and_moves_nothing(tiny_task)
     def tap(site, activation):
         return activation * 0 + 2 if site == name else activation
 
-    table = position_table(SMALL, 5, torch.float64)
+    table = SMALL.position_table(5, torch.float64)
     kept = observe(SMALL, values, table, batch, tap, [name, "hook_logits"])
     logits = kept["hook_logits"]
     assert list(kept) == [name, "hook_logits"] and (kept[name] == 2).all()
@@ -144,7 +144,7 @@ def test_a_look_ends_at_the_last_site_that_is_asked_for(tiny_task):
         passed.append(site)
         return activation
 
-    observe(SMALL, values, position_table(SMALL, 5, torch.float64), batch, tap, ["blocks.0.attn.hook_v", "hook_embed"])
+    observe(SMALL, values, SMALL.position_table(5, torch.float64), batch, tap, ["blocks.0.attn.hook_v", "hook_embed"])
     assert passed[-1] == "blocks.0.attn.hook_v"
 
 

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.interventions.plan import InputAddress, Plan, PlannedIntervention
-from opsin.model.transformer import Parameters, Tap, Transformer, forward
+from opsin.model.parameters import Parameters
+from opsin.model.protocol import Model, Tap
 from opsin.task import Batch
 
 
@@ -49,6 +50,7 @@ class Constants:
         donor_tables: position tables of the plan's donors, in order.
         supplied: the plan's supplies, in order; their writers may change them in place between steps.
         fresh: what each of the plan's draws sets its parameter to, in order.
+        untrained: parameters ``[M, ...]`` that no optimizer moves, by name.
     """
 
     bank: Mapping[str, Tensor]
@@ -58,6 +60,7 @@ class Constants:
     donor_tables: Sequence[Tensor] = ()
     supplied: Sequence[Tensor] = ()
     fresh: Sequence[Tensor] = ()
+    untrained: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class PassInputs:
     """One batch on one set of weights, and how strongly every row of the plan acts on it.
 
     Args:
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         parameters: weights of that model, ``[M, ...]`` by name.
         constants: tensors of the run that no gradient moves.
         batch: sequences that the model sees.
@@ -73,7 +76,7 @@ class PassInputs:
         clock: seed of every member and the number of the optimizer step.
     """
 
-    model: Transformer
+    model: Model
     parameters: Parameters
     constants: Constants
     batch: Batch
@@ -88,6 +91,7 @@ def constants_of(
     members: int,
     dtype: torch.dtype,
     fresh: Sequence[Tensor] = (),
+    untrained: Mapping[str, Tensor] | None = None,
 ) -> Constants:
     """The constants of a run with this plan, on the device of its position table.
 
@@ -98,6 +102,7 @@ def constants_of(
         members: M, models of the run.
         dtype: precision of the weights, which all constants but the bank's get.
         fresh: what each of the plan's draws sets its parameter to, in order.
+        untrained: parameters ``[M, ...]`` that no optimizer moves, by name; none when None.
     """
     length, device = table.shape[1], table.device
     return Constants(
@@ -108,6 +113,7 @@ def constants_of(
         [donor.table(length).to(device, dtype) for donor in plan.donors],
         [supply.initial(members).to(device, dtype) for supply in plan.supplies],
         [value.to(device, dtype) for value in fresh],
+        {name: x.to(device, dtype) for name, x in (untrained or {}).items()},
     )
 
 
@@ -179,7 +185,7 @@ class _PassRunner:
             table = inputs.constants.donor_tables[planned.donor]
             model = self.plan.donors[planned.donor].model
         state = _PassState(parameters, asking_pass)
-        forward(parameters, table, inputs.batch, model, self.tap(number, state))
+        model.forward(parameters, table, inputs.batch, self.tap(number, state))
         return state.this_pass
 
     def tap(self, number: int, state: _PassState) -> Tap:
@@ -214,8 +220,8 @@ class _PassRunner:
                 found = state.this_pass[address.name]
             case "asking":
                 found = state.asking_pass[address.name]
-            case "weight":
-                found = state.parameters[address.name]
+            case "weight" if address.weight is not None:
+                found = address.weight.read(state.parameters)
             case "supply":
                 found = self.inputs.constants.supplied[address.index]
             case _:

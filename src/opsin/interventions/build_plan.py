@@ -19,7 +19,7 @@ from opsin.interventions.feedback import by_head
 from opsin.interventions.intervention import Clock, Intervention, Need, Pass, Relative, Supply, Value, Weight
 from opsin.interventions.plan import InputAddress, Plan, PlannedChange, PlannedIntervention, PlannedPass
 from opsin.interventions.schedules import Schedule
-from opsin.interventions.weights import NumberedChange, WeightTable, WeightWriter, order_changes
+from opsin.interventions.weights import NumberedChange, WeightWriter, order_changes
 from opsin.model.sites import SiteTable
 
 
@@ -65,17 +65,15 @@ def build_plan(
     members: int,
     steps: int,
     batch_size: int,
-    weights: WeightTable = WeightTable({}),  # noqa: B008 - frozen
 ) -> Plan:
     """Collect, check and order what all writers want.
 
     Args:
         writers: callbacks, in the order in which the recipe names them.
-        sites: activations of the model that is trained.
+        sites: activations and weights of the model that is trained.
         members: M, models of the run.
         steps: optimizer steps of the run, to refuse a schedule that never acts.
         batch_size: sequences a training step sees.
-        weights: parameters of the model that is trained.
 
     Raises:
         ConfigError: an unknown site, weight or selection, a schedule that never acts within the run, or two
@@ -83,14 +81,14 @@ def build_plan(
     """
     writers, run = list(writers), RunLength(members, steps, batch_size)
     names = _collect([writer for writer in writers if isinstance(writer, Writer)], sites)
-    changes = order_changes([writer for writer in writers if isinstance(writer, WeightWriter)], weights, members)
+    changes = order_changes([writer for writer in writers if isinstance(writer, WeightWriter)], sites.weights, members)
     for numbered in changes:
         run.refuse_never(numbered.change.writer, numbered.change.schedule)
     main = Pass(tuple(names))
     passes = [*_passes_before(main), main]
     tables = [sites if before.donor is None else before.donor.sites(sites.size("L")) for before in passes]
     masked = [_ordered(before, table, run) for before, table in zip(passes, tables, strict=True)]
-    return _Assembly(passes, masked, _kept_sites(passes, masked, tables), names).plan(changes)
+    return _Assembly(passes, masked, _kept_sites(passes, masked, tables), tables, names).plan(changes)
 
 
 Masked = tuple[Intervention, Tensor]
@@ -105,12 +103,14 @@ class _Assembly:
         passes: forward passes of a step, the run's own last.
         masked: interventions of every pass in order of application, with their masks.
         keeps: names of the sites that every pass keeps.
+        tables: sites and weights of the model that every pass runs.
         names: numbered name of the writer of each intervention of the run's own pass.
     """
 
     passes: Sequence[Pass]
     masked: Sequence[Sequence[Masked]]
     keeps: Sequence[Iterable[str]]
+    tables: Sequence[SiteTable]
     names: Mapping[Intervention, str]
 
     def plan(self, changes: Sequence[NumberedChange]) -> Plan:
@@ -137,18 +137,19 @@ class _Assembly:
                 self.names.get(item, item.writer),
                 item,
                 mask,
-                tuple(self._address(need, supplies) for need in item.value.needs),
+                tuple(self._address(need, supplies, number, item.writer) for need in item.value.needs),
                 always=not main and item.schedule == Schedule(),
             )
             for offset, (item, mask) in enumerate(self.masked[number])
         ]
 
-    def _address(self, need: Need, supplies: Sequence[Supply]) -> InputAddress:
-        """Where a need of a value is found."""
+    def _address(self, need: Need, supplies: Sequence[Supply], number: int, writer: str) -> InputAddress:
+        """Where a need of a value is found that acts in the pass of this number."""
         if isinstance(need, Supply):
             return InputAddress("supply", index=supplies.index(need))
         if isinstance(need, Weight):
-            return InputAddress("weight", name=need.name, detach=need.detach)
+            weight = self.tables[number].weights.one(need.name, writer)
+            return InputAddress("weight", name=need.name, detach=need.detach, weight=weight)
         if isinstance(need, Clock):
             return InputAddress("clock")
         if isinstance(need.of, Relative):

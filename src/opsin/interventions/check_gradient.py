@@ -69,8 +69,11 @@ class TinyCase:
 
     def shape(self, site: str, donor: Donor | None) -> tuple[int, ...]:
         """Shape of an activation of a pass that runs the weights of the donor, or of the trained model."""
-        sites = self.sites if donor is None else donor.sites(self.batch.layout.positions)
-        return sites[site].shape(*self.batch.tokens.shape[:2])
+        return self.table(donor)[site].shape(*self.batch.tokens.shape[:2])
+
+    def table(self, donor: Donor | None) -> SiteTable:
+        """Sites and weights of the donor, or of the trained model."""
+        return self.sites if donor is None else donor.sites(self.batch.layout.positions)
 
     def input(self, need: Need, donor: Donor | None, numbers: Numbers, real_supplies: bool) -> Tensor:
         """A tensor in place of what a value needs.
@@ -85,10 +88,7 @@ class TinyCase:
             origin = need.of.donor if isinstance(need.of, Pass) else donor if need.of is Relative.SAME_PASS else None
             tensor = numbers(self.shape(need.site, origin))
         elif isinstance(need, Weight):
-            parameters = self.parameters if donor is None else donor.parameters
-            if need.name not in parameters:
-                raise KeyError(f"no parameter {need.name}")
-            tensor = numbers((1, *parameters[need.name].shape[1:]))
+            tensor = numbers((1, *self.table(donor).weights[need.name].shape))
         elif isinstance(need, Supply):
             initial = need.initial(1)
             return initial.to(numbers((1,)).dtype) if real_supplies else numbers(tuple(initial.shape))

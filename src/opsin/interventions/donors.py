@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
+from opsin.model.protocol import Model, Sizes
+from opsin.model.saved import read_model, read_sizes, says_model, sizes_by_weights
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import Transformer, parameter_shapes, position_table
 from opsin.records.checkpoint import DamagedError, read_saved
 from opsin.records.schema import LAST_CHECKPOINT
 from opsin.records.user_files import UNREADABLE, reason
@@ -37,24 +38,31 @@ class Donor:
     Args:
         name: path of the file it was read from, for people.
         digest: hash of the weights, by which donors are compared.
-        model: shape of the trained transformer.
-        parameters: weights ``[1, ...]`` under the names of ``init_parameters``.
+        model: settings of the trained model.
+        parameters: weights ``[1, ...]`` under the names of the model's table.
         setting: name of the setting that asked for the donor, for messages.
+        task_sizes: what of its task shaped the model; None where the weights say it.
     """
 
     name: str = field(compare=False, repr=False, metadata=DERIVED)
     digest: str
-    model: Transformer
+    model: Model
     parameters: Mapping[str, Tensor] = field(compare=False, repr=False, metadata=DERIVED)
     setting: str = field(default="donor", compare=False, repr=False, metadata=DERIVED)
+    task_sizes: Sizes | None = field(default=None, compare=False, repr=False, metadata=DERIVED)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What of its task shaped the model."""
+        return self.task_sizes or sizes_by_weights(self.parameters)
 
     def sites(self, positions: int) -> SiteTable:
-        """Its activations on sequences of this length."""
-        return self.model.sites_of(positions, outputs=self.parameters["unembed.W_U"].shape[-1])
+        """Its activations and weights on sequences of this length."""
+        return self.model.sites(self.sizes.with_positions(positions))
 
-    def table(self, positions: int) -> Float[Tensor, "2 L half"]:
+    def table(self, positions: int) -> Float[Tensor, "2 L C"]:
         """Its position table, in the precision of its weights."""
-        return position_table(self.model, positions, self.parameters["unembed.W_U"].dtype)
+        return self.model.position_table(positions, next(iter(self.parameters.values())).dtype)
 
     def check(self, task: Task) -> None:
         """Refuse a donor of another task.
@@ -62,17 +70,28 @@ class Donor:
         Raises:
             ConfigError: it reads or predicts something else than this task, or has too few positions.
         """
-        features = self.parameters["embed.W_F"].shape[1] if "embed.W_F" in self.parameters else None
-        tokens = self.parameters["embed.W_E"].shape[1] if "embed.W_E" in self.parameters else 0
-        outputs = self.parameters["unembed.W_U"].shape[-1]
-        found = {"features": features, "tokens": tokens, "outputs": outputs}
-        needed = {"features": task.n_features, "tokens": task.n_tokens, "outputs": task.n_outputs}
+        found, needed = _counts(self.sizes), _counts(Sizes.of(task))
         if found != needed:
             expected = f"a model of this task: {_sizes_in_words(needed)}"
             raise ConfigError(self.setting, f"{self.name} with {_sizes_in_words(found)}", expected)
-        if self.model.positions == "learned" and self.model.max_positions < task.layout.positions:
-            expected = f"at least the task's {task.layout.positions}"
-            raise ConfigError(self.setting, f"{self.name} with {self.model.max_positions} learned positions", expected)
+        try:
+            shapes = self.model.sites(task).weights.shapes
+        except ConfigError as error:
+            found_setting = f"{self.name} with {error.value} {_LIMITS.get(error.field, error.field)}"
+            raise ConfigError(self.setting, found_setting, error.expected) from error
+        other = [name for name, x in self.parameters.items() if tuple(x.shape[1:]) != shapes.get(name)]
+        if other:
+            expected = f"a model of this task, whose {other[0]} is {list(shapes.get(other[0], ()))}"
+            found_shape = f"{self.name} with {other[0]} of {list(self.parameters[other[0]].shape[1:])}"
+            raise ConfigError(self.setting, found_shape, expected)
+
+
+_LIMITS = {"transformer.max_positions": "learned positions"}
+"""Settings of models that limit a task, in words."""
+
+
+def _counts(sizes: Sizes) -> dict[str, int | None]:
+    return {"features": sizes.n_features, "tokens": sizes.n_tokens, "outputs": sizes.n_outputs}
 
 
 def _sizes_in_words(sizes: Mapping[str, int | None]) -> str:
@@ -92,13 +111,28 @@ class Start:
     place: int = 0
 
 
-def donor_from(name: str, model: Transformer, parameters: Mapping[str, Tensor], setting: str = "donor") -> Donor:
-    """A donor with these weights (``[1, ...]``)."""
+def donor_from(
+    name: str,
+    model: Model,
+    parameters: Mapping[str, Tensor],
+    setting: str = "donor",
+    sizes: Sizes | None = None,
+) -> Donor:
+    """A donor with given weights.
+
+    Args:
+        name: path of the file it was read from, for people.
+        model: settings of the trained model.
+        parameters: weights ``[1, ...]`` under the names of the model's table.
+        setting: name of the setting that asked for the donor, for messages.
+        sizes: what of its task shaped the model; None for a transformer, whose weights say it.
+    """
     digest = hashlib.sha256()
     for key in sorted(parameters):
         digest.update(key.encode())
         digest.update(parameters[key].detach().cpu().contiguous().numpy().tobytes())
-    return Donor(name, digest.hexdigest()[:16], model, {k: v.detach() for k, v in parameters.items()}, setting)
+    weights = {k: v.detach() for k, v in parameters.items()}
+    return Donor(name, digest.hexdigest()[:16], model, weights, setting, sizes)
 
 
 def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
@@ -116,8 +150,8 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     file = path / LAST_CHECKPOINT if path.is_dir() else path
     saved = _read_saved(f"{writer}.donor", file)
     try:
-        model, parameters = _model_and_parameters(saved)
-        count = _check_parameters(model, parameters)
+        model, parameters, sizes = _model_and_parameters(saved)
+        count = _check_parameters(model, parameters, sizes)
     except UNREADABLE as error:
         raise ConfigError(f"{writer}.donor", str(file), f"{EXPECTED} ({reason(error)})") from error
     if not 0 <= member < count:
@@ -126,25 +160,36 @@ def read_donor(writer: str, path: str | Path, member: int = 0) -> Donor:
     for name, x in weights.items():
         if not bool(x.isfinite().all()):
             raise ConfigError(f"{writer}.donor", str(file), f"finite weights; {name} of member {member} has others")
-    return donor_from(str(path), model, weights, f"{writer}.donor")
+    return donor_from(str(path), model, weights, f"{writer}.donor", sizes)
 
 
-def _model_and_parameters(saved: Mapping[str, Any]) -> tuple[Transformer, dict[str, Tensor]]:
-    """What a file that some run may have written says of its model, and its weights."""
+def _model_and_parameters(saved: Mapping[str, Any]) -> tuple[Model, dict[str, Tensor], Sizes]:
+    """What a file that some run may have written says of its model, its weights, and the sizes of its task."""
     if "parameters" in saved:
-        shape, parameters = saved["transformer"], dict(saved["parameters"])
+        said, parameters = saved, dict(saved["parameters"])
     else:
-        shape, state = saved["opsin"]["transformer"], saved["state_dict"]
+        said, state = saved["opsin"], saved["state_dict"]
         parameters = {name.removeprefix("members."): x for name, x in state.items() if name.startswith("members.")}
-    for setting in fields(Transformer):
-        value, kind = shape.get(setting.name, setting.default), type(setting.default)
-        numbers = isinstance(value, (int, float)) or (value is None and setting.name == "mlp_ratio")
-        if not (numbers if setting.name == "mlp_ratio" or kind is float else isinstance(value, kind)):
-            raise ValueError(f"transformer.{setting.name} is {value!r}")
-    return Transformer(**shape), parameters
+    model = read_model(said)
+    _check_plain_numbers(parameters)
+    return model, parameters, read_sizes(said, parameters)
 
 
-def _check_parameters(model: Transformer, parameters: Mapping[str, Tensor]) -> int:
+def _check_plain_numbers(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse what are no plain tensors of numbers.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, x in parameters.items():
+        plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+        if not (plain and x.dtype in _PRECISIONS):
+            raise ValueError(f"{name} holds no floating-point numbers")
+        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
+            raise ValueError(f"{name} holds fewer numbers than it says")
+
+
+def _check_parameters(model: Model, parameters: Mapping[str, Tensor], sizes: Sizes) -> int:
     """Refuse weights that are not those of the model.
 
     Returns:
@@ -153,24 +198,12 @@ def _check_parameters(model: Transformer, parameters: Mapping[str, Tensor]) -> i
     Raises:
         ValueError: names the first parameter that is missing, unknown, or not as it should be.
     """
-    for name, x in parameters.items():
-        plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-        if not (plain and x.dtype in _PRECISIONS):
-            raise ValueError(f"{name} holds no floating-point numbers")
-        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
-            raise ValueError(f"{name} holds fewer numbers than it says")
-    # a model reads tokens, features, or both
-    embeddings = [name for name in ("embed.W_E", "embed.W_F") if name in parameters] or ["embed.W_E"]
-    for name in ("unembed.W_U", *embeddings):
-        if name not in parameters or parameters[name].dim() != 3:
-            raise ValueError(f"no {name} of three axes")
     # or else a file could name more blocks than any memory has room for
-    if model.layers > len(parameters):
-        raise ValueError(f"{model.layers} blocks and {len(parameters)} parameters")
-    features = parameters["embed.W_F"].shape[1] if "embed.W_F" in parameters else None
-    tokens = parameters["embed.W_E"].shape[1] if "embed.W_E" in parameters else 0
-    members = parameters["unembed.W_U"].shape[0]
-    shapes = parameter_shapes(model, features, tokens, parameters["unembed.W_U"].shape[-1])
+    layers = getattr(model, "layers", 0)
+    if layers > len(parameters):
+        raise ValueError(f"{layers} blocks and {len(parameters)} parameters")
+    members = len(next(iter(parameters.values())))
+    shapes = model.parameters(sizes).shapes
     for name in sorted(shapes.keys() | parameters.keys()):
         expected = (members, *shapes[name]) if name in shapes else None
         found = tuple(parameters[name].shape) if name in parameters else None
@@ -187,7 +220,7 @@ def _read_saved(field_name: str, path: Path) -> dict[str, Any]:
     except DamagedError as error:
         raise ConfigError(field_name, str(path), f"{EXPECTED} ({error.reason})") from error
     opsin = saved.get("opsin")
-    whole = {"transformer", "parameters"} <= saved.keys() or (isinstance(opsin, dict) and "transformer" in opsin)
+    whole = ("parameters" in saved and says_model(saved)) or (isinstance(opsin, dict) and says_model(opsin))
     if not whole:
         raise ConfigError(field_name, str(path), EXPECTED)
     return saved

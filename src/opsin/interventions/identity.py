@@ -12,8 +12,25 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
+from opsin.model.protocol import Model, changed_settings
+
 DERIVED: Mapping[str, bool] = {"derived": True}
 """Metadata of a dataclass field that is no part of the identity."""
+
+
+NORMALISED = ".hook_normalized"
+"""Name that the output of a norm had once, and by which checkpoints still know it."""
+
+
+def known_site(name: str) -> str:
+    """The name by which checkpoints know a site.
+
+    Args:
+        name: name of the site in the model's table.
+    """
+    if name.endswith(".hook_out"):
+        return name.removesuffix(".hook_out") + NORMALISED
+    return name + "_before_weight" if name.endswith(NORMALISED) else name
 
 
 def identity(part: object, members: bool = True) -> str:
@@ -33,9 +50,15 @@ def identity(part: object, members: bool = True) -> str:
     if not is_dataclass(part):
         return repr(part)
     name = getattr(part, "identity_name", type(part).__qualname__)
-    stated = [item.name for item in fields(part) if not item.metadata.get("derived")]
+    unstated = {item.name for item in fields(part) if item.metadata.get("derived")}
+    if isinstance(part, Model):
+        unstated = {item.name for item in fields(part)} - changed_settings(part).keys()
+    stated = [item.name for item in fields(part) if item.name not in unstated]
+    values = {item: getattr(part, item) for item in stated}
+    if isinstance(values.get("site"), str):
+        values["site"] = known_site(values["site"])
     texts = [
-        item if item == "members" and not members else f"{item}={identity(getattr(part, item), members)}"
-        for item in stated
+        item if item == "members" and not members else f"{item}={identity(value, members)}"
+        for item, value in values.items()
     ]
     return f"{name}({', '.join(texts)})"

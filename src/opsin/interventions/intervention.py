@@ -161,10 +161,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter ``[M, ...]`` of the model that the pass runs.
+    """A weight ``[M, ...]`` of the model that the pass runs, in TransformerLens' shape: ``W_Q`` is ``[M, H, D, E]``.
 
     Args:
-        name: parameter as ``init_parameters`` names it.
+        name: weight as the model's table of parameters names it.
         detach: whether gradient stops at the parameter.
     """
 

@@ -25,6 +25,7 @@ from opsin.interventions.identity import identity
 from opsin.interventions.intervention import Intervention, Source, Supply, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.weights import WeightChange
+from opsin.model.parameters import NamedWeight
 from opsin.records.history import History
 from opsin.task import Task
 
@@ -39,12 +40,14 @@ class InputAddress:
         index: number of the pass or the supply in the plan.
         name: name of the site or the weight.
         detach: whether gradient stops at it.
+        weight: how the weight is stored; None for what is no weight.
     """
 
     kind: Literal["pass", "nested", "this", "asking", "weight", "supply", "clock"]
     index: int = 0
     name: str = ""
     detach: bool = False
+    weight: NamedWeight | None = None
 
     def describe(self, supplies: Sequence[Supply]) -> str:
         """The need as ``opsin sites`` prints it; nothing for weights and the clock, which the value implies."""

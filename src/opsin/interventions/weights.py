@@ -9,9 +9,8 @@ Legend: M members, D width, H heads, E head width, N neurons.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Protocol, runtime_checkable
@@ -24,9 +23,8 @@ from opsin.errors import ConfigError
 from opsin.interventions.feedback import by_head
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
+from opsin.model.parameters import NamedWeight, ParameterTable
 from opsin.model.sites import Site
-
-QKV = ("W_Q", "W_K", "W_V")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class WeightChange:
 
     Args:
         writer: name of the callback that asks for it, for messages.
-        weight: name of the weight in the ``WeightTable``.
+        weight: name of the weight in the ``ParameterTable``.
         parameter: name of the parameter that the weight is, or is columns of.
         selection: which heads, neurons and members of the weight.
         kind: what becomes of the selected entries.
@@ -99,94 +97,28 @@ class WeightChange:
 class WeightWriter(Protocol):
     """A callback that may change weights."""
 
-    def weight_changes(self, weights: WeightTable) -> list[WeightChange]:
+    def weight_changes(self, weights: ParameterTable) -> list[WeightChange]:
         """What it wants changed in a model with these weights."""
 
 
-@dataclass(frozen=True)
-class NamedWeight:
-    """A parameter, or the columns of one that have a name of their own.
+def weight_mask(named: NamedWeight, selection: Selection, members: int, writer: str) -> Float[Tensor, "..."]:
+    """1 at selected entries and 0 elsewhere, broadcastable to the parameter that holds the weight.
 
     Args:
-        parameter: name of the parameter, as ``init_parameters`` has it.
-        entries: axes of the weight and their lengths; H and E, two axes, are one in the parameter.
-        before: number of columns of the parameter that precede the weight.
-        after: number of columns of the parameter that follow the weight.
+        named: weight whose entries are selected.
+        selection: heads, neurons and members of the weight.
+        members: M, models of the run.
+        writer: callback that selects, for messages.
+
+    Raises:
+        ConfigError: no such head, neuron or member.
     """
-
-    parameter: str
-    entries: Site
-    before: int = 0
-    after: int = 0
-
-    def mask(self, selection: Selection, members: int, writer: str) -> Float[Tensor, "..."]:
-        """1 at selected entries and 0 elsewhere, broadcastable to the parameter.
-
-        Raises:
-            ConfigError: no such head, neuron or member.
-        """
-        mask = selection.mask(self.entries, members, writer)
-        if "H" in self.entries.axes:
-            at, sizes = self.entries.axes.index("H"), self.entries.sizes
-            split = [sizes[axis] if axis in "HE" else -1 for axis in self.entries.axes]
-            mask = mask.expand(split).flatten(at, at + 1)
-        return torch.nn.functional.pad(mask, (self.before, self.after))
-
-
-@dataclass(frozen=True)
-class WeightTable:
-    """All weights of one model by name, in the order in which they are used."""
-
-    weights: Mapping[str, NamedWeight]
-
-    def __getitem__(self, name: str) -> NamedWeight:
-        return self.weights[name]
-
-    @property
-    def layers(self) -> int:
-        """Number of blocks."""
-        return 1 + max(named.entries.layer for named in self.weights.values() if named.entries.layer is not None)
-
-    def size(self, axis: str) -> int:
-        """Number of heads (``"H"``) or neurons (``"N"``) of a block; 0 if it has none."""
-        return next((w.entries.sizes[axis] for w in self.weights.values() if axis in w.entries.sizes), 0)
-
-    def find(self, name: str, field_name: str) -> list[str]:
-        """The weight of that name; for ``blocks.0`` or ``embed``, all parameters whose names begin so.
-
-        Raises:
-            ConfigError: no such weight; names the field and the nearest names that exist.
-        """
-        if name in self.weights:
-            return [name]
-        whole = [known for known, named in self.weights.items() if known == named.parameter]
-        if found := [known for known in whole if known.startswith(f"{name}.")]:
-            return found
-        near = difflib.get_close_matches(name, self.weights, n=3, cutoff=0.4)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ConfigError(field_name, name, f"a weight of this model, or a block such as blocks.0{hint}")
-
-
-def weight_table(parameters: Mapping[str, Tensor], heads: int) -> WeightTable:
-    """The weights of a model.
-
-    Args:
-        parameters: tensors ``[M, ...]`` under the names of ``init_parameters``.
-        heads: H, number of heads of a block.
-    """
-    found: dict[str, NamedWeight] = {}
-    for name, tensor in parameters.items():
-        shape, end = tensor.shape[1:], name.rpartition(".")[2]
-        axes = {"W_O": "MHED", "W_in": "MDN", "b_in": "MN", "W_out": "MND"}.get(end, "M" + "1" * len(shape))
-        sizes = {"H": heads, "E": shape[0] // heads} if end == "W_O" else dict(zip(axes[1:], shape, strict=True))
-        found[name] = NamedWeight(name, Site(name, axes, sizes, "a weight"))
-        if end == "W_QKV":
-            width = shape[0]
-            for index, part in enumerate(QKV):
-                third = name.removesuffix(end) + part
-                entries = Site(third, "MDHE", {"H": heads, "E": width // heads}, "a weight")
-                found[third] = NamedWeight(name, entries, index * width, (2 - index) * width)
-    return WeightTable(found)
+    mask = selection.mask(Site(named.name, "M" + named.stored, named.sizes, "a weight"), members, writer)
+    if named.heads_are_one_axis:
+        at, sizes = 1 + named.stored.index("H"), named.sizes
+        split = [sizes[axis] if axis in "HE" else -1 for axis in named.stored]
+        mask = mask.expand([-1, *split]).flatten(at, at + 1)
+    return torch.nn.functional.pad(mask, (named.before, named.after)) if named.before or named.after else mask
 
 
 @dataclass(frozen=True)
@@ -204,7 +136,7 @@ class NumberedChange:
     mask: Float[Tensor, "..."]
 
 
-def order_changes(writers: Iterable[WeightWriter], weights: WeightTable, members: int) -> list[NumberedChange]:
+def order_changes(writers: Iterable[WeightWriter], weights: ParameterTable, members: int) -> list[NumberedChange]:
     """Collect, check and order what all writers want changed: draws in order of application, then what is frozen.
 
     Args:
@@ -218,14 +150,17 @@ def order_changes(writers: Iterable[WeightWriter], weights: WeightTable, members
     found: list[tuple[WeightChange, int]] = []
     writers_seen: Counter[str] = Counter()
     for writer in writers:
-        changes = by_head(writer.weight_changes(weights), lambda change: weights[change.weight].entries.layer)
+        changes = by_head(writer.weight_changes(weights), lambda change: weights[change.weight].layer)
         writers_seen.update({change.writer for change in changes})
         found += [(change, writers_seen[change.writer]) for change in changes]
     found.sort(key=lambda item: (item[0].kind == Frozen(), item[0].order or 0))
     ordered = []
     for change, number in found:
         _check_seeds(change, members)
-        mask = weights[change.weight].mask(change.selection, members, change.writer)
+        named = weights[change.weight]
+        if not named.trained:
+            raise ConfigError(f"{change.writer}.weights", named.name, "a weight that is trained; this one never moves")
+        mask = weight_mask(named, change.selection, members, change.writer)
         name = change.writer if writers_seen[change.writer] == 1 else f"{change.writer} {number}"
         ordered.append(NumberedChange(change, name, mask))
     for a, b in combinations(ordered, 2):

@@ -29,9 +29,9 @@ from opsin.interventions.weights import WeightWriter
 from opsin.launch.advice import hide_advice
 from opsin.launch.recipe import OpsinCLI
 from opsin.launch.workers import end_with_parent, start_worker
-from opsin.model.memory import available_bytes, kept_numbers
+from opsin.model.memory import available_bytes, kept_numbers, parameter_count
+from opsin.model.protocol import Model
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import Transformer
 from opsin.optimizers.base import Optimizer
 from opsin.population.chunks import Chunking, UntrainedPopulation, chunk_recipe
 from opsin.records.folder import write_yaml
@@ -77,23 +77,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def member_bytes(model: Transformer, task: Task, optimizer: Optimizer) -> int:
+def member_bytes(model: Model, task: Task, optimizer: Optimizer) -> int:
     """Memory in bytes that one more member takes while a step runs, roughly.
 
     Counted are activations with their gradients, weights with their gradients and clipped gradients, and what the
     optimizer keeps of them.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: the task, which has the size of a batch and of the vocabularies.
         optimizer: the optimizer, which says what it keeps of every weight.
     """
-    sites = model.sites(task)
-    activations = sum(math.prod(site.shape(1, task.batch_size)) for site in sites)
-    width = model.width
-    weights = model.layers * width * (4 * width + 2 * (model.neurons or 0)) + width * (task.n_tokens + task.n_outputs)
-    weights += width * (task.n_features or 0)
-    return 4 * (COPIES * activations + 3 * weights + kept_numbers(model, task, optimizer))
+    activations = sum(math.prod(site.shape(1, task.batch_size)) for site in model.sites(task))
+    return 4 * (COPIES * activations + 3 * parameter_count(model, task) + kept_numbers(model, task, optimizer))
 
 
 def members_that_fit(module: OpsinModule, processes: int) -> int:
@@ -103,9 +99,7 @@ def members_that_fit(module: OpsinModule, processes: int) -> int:
         module: module of a run of the population.
         processes: number of processes that train at once.
     """
-    return max(
-        1, available_bytes() // 2 // processes // member_bytes(module.transformer, module.task, module.optimizer)
-    )
+    return max(1, available_bytes() // 2 // processes // member_bytes(module.network, module.task, module.optimizer))
 
 
 # ---- trying ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsin.metrics.mean_ablation import Effect
 from opsin.metrics.neuron_weights import ReadOut, centred, random_outputs
-from opsin.model.transformer import NORM_EPS
+from opsin.model.layers import NORM_EPS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opsin.metrics.neuron_weights import ReadOut, centred
-from opsin.model.transformer import NORM_EPS
+from opsin.model.layers import NORM_EPS
 
 Mediator = Literal["scale", "frequency"]
 """What a direct effect holds: LayerNorm's scale, or the logits' projection on the log-unigram direction."""

@@ -45,10 +45,12 @@ class ReadOut:
         """The read-out of a model with LayerNorm.
 
         Args:
-            parameters: parameters of every member by name; ``ln_final`` and ``unembed`` are read, and detached.
+            parameters: weights of every member by name; ``ln_final`` and ``unembed`` are read, and detached. A
+                LayerNorm without weight or bias multiplies by ones and adds zeros.
         """
-        names = ("ln_final.w", "ln_final.b", "unembed.W_U")
-        weight, bias, unembed = (parameters[name].detach() for name in names)
+        unembed = parameters["unembed.W_U"].detach()
+        weight = parameters.get("ln_final.w", torch.ones_like(unembed[..., 0])).detach()
+        bias = parameters.get("ln_final.b", torch.zeros_like(unembed[..., 0])).detach()
         unembed_bias = parameters.get("unembed.b_U")
         return cls(weight, bias, unembed, None if unembed_bias is None else unembed_bias.detach())
 

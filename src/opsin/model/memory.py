@@ -7,12 +7,13 @@ Legend: M members, B batch, L positions, D width, H heads, N neurons, V outputs,
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from pathlib import Path
 
 from opsin.errors import ConfigError
-from opsin.model.transformer import Transformer, parameter_shapes
+from opsin.model.protocol import Model, TaskSizes
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
 
@@ -64,48 +65,45 @@ def in_words(size: float) -> str:
     return f"{size:,.3g} {units[power]}" if size < 1e6 else f"{size:,.0f} {units[power]}"
 
 
-def parameter_count(model: Transformer, task: Task) -> int:
+def parameter_count(model: Model, task: TaskSizes) -> int:
     """Weights of one member.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: task that gives the sizes of input and output.
     """
-    width, neurons = model.width, model.neurons or 0
-    block = 4 * width * width + 2 * width * neurons
-    table = model.max_positions if model.positions == "learned" else 0
-    return model.layers * block + width * (task.n_tokens + task.n_outputs + (task.n_features or 0) + table)
+    return sum(math.prod(parameter.shape) for parameter in model.parameters(task))
 
 
-def kept_numbers(model: Transformer, task: Task, optimizer: Optimizer) -> int:
+def kept_numbers(model: Model, task: TaskSizes, optimizer: Optimizer) -> int:
     """Numbers that the optimizer keeps of the weights of one member.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: task that gives the sizes of input and output.
         optimizer: the optimizer, which says what it keeps of every weight.
     """
-    shapes = parameter_shapes(model, task.n_features, task.n_tokens, task.n_outputs)
-    return optimizer.state_numbers(shapes)
+    table = model.parameters(task)
+    return optimizer.state_numbers({name: shape for name, shape in table.shapes.items() if name not in table.untrained})
 
 
-def sequence_numbers(model: Transformer, task: Task) -> int:
+def sequence_numbers(model: Model, task: TaskSizes) -> int:
     """Numbers that one sequence of one member leaves for the backward pass, at least.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: task that gives the length of a sequence and the number of outputs.
     """
-    length = task.layout.positions
-    block = model.heads * length * length + 4 * length * model.width + length * (model.neurons or 0)
-    return model.layers * block + len(task.layout.scored) * task.n_outputs + length * (task.n_features or 0) // 2
+    kept = sum(math.prod(site.shape(1, 1)) for site in model.sites(task) if site.kept)
+    features = task.layout.positions * (task.n_features or 0) // 2
+    return kept + len(task.layout.scored) * task.n_outputs + features
 
 
-def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str, int], optimizer: Optimizer) -> None:
+def check_run_sizes(model: Model, task: Task, members: int, sets: dict[str, int], optimizer: Optimizer) -> None:
     """Refuse a run that cannot fit into memory.
 
     Args:
-        model: shape of the transformer.
+        model: settings of the model.
         task: task that the model learns.
         members: M, models that are trained at once.
         sets: sequences of the probe and of an evaluation set, by the name of the setting.
@@ -117,13 +115,12 @@ def check_run_sizes(model: Transformer, task: Task, members: int, sets: dict[str
     weights = (
         SINGLE * members * (COPIES_OF_WEIGHTS * parameter_count(model, task) + kept_numbers(model, task, optimizer))
     )
-    shown = f"{model.layers} layers of width {model.width} with {model.neurons or 0} neurons, {members} members"
-    check_memory("model.transformer", shown, weights)
+    check_memory(model.setting, f"{model.in_words()}, {members} members", weights)
     batch = SINGLE * members * task.batch_size * sequence_numbers(model, task)
     check_memory(f"{type(task).__name__}.batch_size", task.batch_size, batch)
     length = task.layout.positions
     for name, count in sets.items():
         # all members see the same sequences; a site after the other is computed
-        widest = max(length * model.width, model.heads * length * length, length * task.n_outputs)
+        widest = max(math.prod(site.shape(1, 1)) for site in model.sites(task))
         data = length * (task.n_features or 2) // 2
         check_memory(f"model.{name}", count, SINGLE * count * (members * widest + data))

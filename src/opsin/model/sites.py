@@ -7,10 +7,12 @@ H heads, E head width, N neurons of an MLP, V outputs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from opsin.errors import ConfigError
+from opsin.model.layers import Norm
+from opsin.model.parameters import ParameterTable, layer_of
 
 AXES = {
     "M": "members",
@@ -35,17 +37,19 @@ class Site:
         axes: letters of the legend, in order, for example ``"MBHLK"``.
         sizes: length of every axis but M and B, which belong to the run and not to the model.
         meaning: what the activation is, in a few words.
+        kept: whether the backward pass needs it, whatever a compiler fuses.
     """
 
     name: str
     axes: str
     sizes: Mapping[str, int]
     meaning: str
+    kept: bool = False
 
     @property
     def layer(self) -> int | None:
         """The block the site belongs to; None outside the blocks."""
-        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+        return layer_of(self.name)
 
     def shape(self, members: int, batch: int) -> tuple[int, ...]:
         """The activation's shape for a run of ``members`` and a batch of ``batch``."""
@@ -59,14 +63,19 @@ class SiteTable:
 
     Args:
         sites: every activation by its name, in order of computation.
-        unembed_bias: whether the logits have a bias, which is no site.
+        weights: parameters of the model.
+        norms: what each normalisation of the model does, by its name, for example ``blocks.0.ln1`` or ``ln_final``.
     """
 
     sites: Mapping[str, Site]
-    unembed_bias: bool = True
+    weights: ParameterTable = field(default=ParameterTable(), repr=False)
+    norms: Mapping[str, Norm] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Site:
         return self.find(name, "site")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sites
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
@@ -90,72 +99,29 @@ class SiteTable:
     @property
     def layers(self) -> int:
         """Number of blocks."""
-        return 1 + max(site.layer for site in self if site.layer is not None)
+        return 1 + max((site.layer for site in self if site.layer is not None), default=-1)
 
 
-def build_sites(
-    *,
-    layers: int,
-    positions: int,
-    width: int,
-    heads: int,
-    neurons: int | None,
-    outputs: int,
-    additive: bool,
-    norm: bool,
-    unembed_bias: bool = True,
+SiteRow = tuple[str, str, str]
+"""Name, axes and meaning of a site."""
+
+KEPT = ("hook_pattern", "hook_q", "hook_k", "hook_v", "hook_z", "hook_pre")
+"""Endings of the names of activations that a backward pass needs, whatever a compiler fuses."""
+
+
+def site_table(
+    rows: Sequence[SiteRow], sizes: Mapping[str, int], weights: ParameterTable, norms: Mapping[str, Norm] | None = None
 ) -> SiteTable:
-    """The site table of a decoder with these sizes.
+    """The sites of a model whose axes of one letter are all equally long.
 
     Args:
-        neurons: N, None for an attention-only model.
-        additive: whether a position vector is added to the tokens (not so with rotary positions).
-        norm: whether there are LayerNorms.
-        unembed_bias: whether the logits have a bias.
+        rows: name, axes and meaning of every activation, in order of computation.
+        sizes: length of every axis but M and B.
+        weights: parameters of the model.
+        norms: what each normalisation does, by its name; none in a model without.
     """
-    sizes = {"L": positions, "K": positions, "D": width, "H": heads, "E": width // heads, "V": outputs}
-    if neurons is not None:
-        sizes["N"] = neurons
-    rows: list[tuple[str, str, str]] = [("hook_embed", "MBLD", "token embeddings, before positions")]
-    if additive:
-        rows.append(("hook_pos_embed", "MLD", "position vectors"))
-    for layer in range(layers):
-        rows += [
-            (f"blocks.{layer}.{name}", axes, meaning) for name, axes, meaning in _block_sites(neurons is not None, norm)
-        ]
-    if norm:
-        rows.append(("ln_final.hook_scale", "MBL1", "standard deviation the last LayerNorm divides by"))
-    rows.append(("ln_final.hook_normalized", "MBLD", "output of the last LayerNorm"))
-    rows.append(("hook_logits", "MBLV", "logits at every position"))
-    table = {name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning) for name, axes, meaning in rows}
-    return SiteTable(table, unembed_bias)
-
-
-def _block_sites(mlp: bool, norm: bool) -> list[tuple[str, str, str]]:
-    rows = [("hook_resid_pre", "MBLD", "residual stream entering the block")]
-    if norm:
-        rows.append(("ln1.hook_scale", "MBL1", "standard deviation the LayerNorm divides by"))
-    rows += [
-        ("ln1.hook_normalized", "MBLD", "input of attention"),
-        ("attn.hook_q", "MBLHE", "queries, before rotation"),
-        ("attn.hook_k", "MBLHE", "keys, before rotation"),
-        ("attn.hook_v", "MBLHE", "values"),
-        ("attn.hook_rot_q", "MBLHE", "queries as they meet the keys"),
-        ("attn.hook_rot_k", "MBLHE", "keys as they meet the queries"),
-        ("attn.hook_attn_scores", "MBHLK", "scaled, masked scores"),
-        ("attn.hook_pattern", "MBHLK", "attention after the softmax"),
-        ("attn.hook_z", "MBLHE", "what each head read"),
-        ("hook_attn_out", "MBLD", "what attention writes"),
-    ]
-    if mlp:
-        rows.append(("hook_resid_mid", "MBLD", "residual stream between attention and MLP"))
-        if norm:
-            rows.append(("ln2.hook_scale", "MBL1", "standard deviation the LayerNorm divides by"))
-        rows += [
-            ("ln2.hook_normalized", "MBLD", "input of the MLP"),
-            ("mlp.hook_pre", "MBLN", "neurons before the nonlinearity"),
-            ("mlp.hook_post", "MBLN", "neurons after the nonlinearity"),
-            ("hook_mlp_out", "MBLD", "what the MLP writes"),
-        ]
-    rows.append(("hook_resid_post", "MBLD", "residual stream leaving the block"))
-    return rows
+    table = {
+        name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning, name.endswith(KEPT))
+        for name, axes, meaning in rows
+    }
+    return SiteTable(table, weights, norms or {})

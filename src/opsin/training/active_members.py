@@ -121,7 +121,8 @@ class ActiveMembers:
             kept = [{name: x[at] for name, x in tensors.items()} for tensors in state.kept]
             cut_state = OptimizerState(state.names, parameters, kept)
             masks, supplied, fresh = (cut(x) for x in (constants.masks, constants.supplied, constants.fresh))
-            cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh)
+            untrained = {name: x[at] for name, x in constants.untrained.items()}
+            cut_constants = replace(constants, masks=masks, supplied=supplied, fresh=fresh, untrained=untrained)
             skipped = {name: x[at] for name, x in counts.skipped.items()}
             cut_counts = StepCounts(counts.fired[:, at], counts.alive[at], skipped)
         return _Copies(at, (state, counts), cut_state, cut_constants, cut_counts)

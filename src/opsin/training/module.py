@@ -6,7 +6,6 @@ Legend: M members, S optimizer steps of one Lightning batch, R numbers that a st
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,9 +33,12 @@ from opsin.interventions.check_gradient import check_gradients
 from opsin.interventions.donors import Start, read_donor
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan
-from opsin.interventions.weights import WeightWriter, weight_table
+from opsin.interventions.weights import WeightWriter
 from opsin.model.memory import check_run_sizes
-from opsin.model.transformer import Members, Transformer, init_parameters, position_table
+from opsin.model.parameters import Members
+from opsin.model.protocol import Model, init_parameters
+from opsin.model.saved import read_model, saved_model
+from opsin.model.transformer import Transformer
 from opsin.optimizers.adam import AdamW
 from opsin.optimizers.base import Optimizer
 from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
@@ -70,7 +72,7 @@ class OpsinModule(pl.LightningModule):
 
     Args:
         task: what the members learn, with its data.
-        transformer: shape of the model that every member has.
+        transformer: shape of the model that every member has, where ``network`` names no other.
         seed: seeds initialisation and data; a list trains one member per seed.
         optimizer: what moves the weights, one of ``opsin.optimizers`` or of one's own, with all its settings; AdamW
             with the four settings below where it is None.
@@ -90,6 +92,7 @@ class OpsinModule(pl.LightningModule):
             present and the run has at least 5,000 optimizer steps.
         threads: threads of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
+        network: model that every member has, in place of ``transformer``: any subclass of ``Model``.
         initial: for each member, whose weights it starts from; its own initialisation where None.
     """
 
@@ -113,10 +116,11 @@ class OpsinModule(pl.LightningModule):
         idle: Literal["stop", "warn"] = "stop",
         initial: list[Start | None] | None = None,
         optimizer: Optimizer | None = None,
+        network: Model | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.task, self.transformer = task, transformer
+        self.task, self.network = task, chosen_model(transformer, network)
         self.seeds = [seed] if isinstance(seed, int) else list(seed)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.gradient_clip, self.betas, self.eps = gradient_clip, betas, eps
@@ -130,10 +134,10 @@ class OpsinModule(pl.LightningModule):
         self.optimizer = AdamW(learning_rate, weight_decay, betas, eps) if optimizer is None else optimizer
         check_optimizer(self.optimizer, len(self.seeds))
         sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
-        check_run_sizes(transformer, task, len(self.seeds), sets, self.optimizer)
-        self.sites = transformer.sites(task)
+        check_run_sizes(self.network, task, len(self.seeds), sets, self.optimizer)
+        self.sites = self.network.sites(task)
         self.initial_weights: list[str | None] = []
-        self.members = Members(self._first_weights(initial))
+        self.members = Members(self._first_weights(initial), self.sites.weights.untrained)
         self._begin_without_records()
 
     def _begin_without_records(self) -> None:
@@ -150,9 +154,10 @@ class OpsinModule(pl.LightningModule):
         self.allowed: list[dict[str, Any]] = []
         self._compiled = False
         self._surroundings_before: tuple[Mapping[str, Any], int] | None = None
-        self._without_listeners()
+        self._drop_handlers()
 
-    def _without_listeners(self) -> None:
+    def _drop_handlers(self) -> None:
+        """Begin with nobody to call, and without results of a batch."""
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
@@ -161,14 +166,14 @@ class OpsinModule(pl.LightningModule):
         self._end_wanted = False
 
     def _first_weights(self, initial: list[Start | None] | None) -> dict[str, Tensor]:
-        values = init_parameters(self.transformer, self.task, self.seeds)
+        values = init_parameters(self.network, self.task, self.seeds)
         for member, start in enumerate(initial or ()):
             if start is None:
                 self.initial_weights.append(None)
             else:
                 donor = read_donor("model.initial", start.path, start.place)
-                if donor.model != self.transformer:
-                    raise ConfigError("model.initial", f"{start.path} of {donor.model}", f"a {self.transformer}")
+                if donor.model != self.network:
+                    raise ConfigError("model.initial", f"{start.path} of {donor.model}", f"a {self.network}")
                 donor.check(self.task)
                 self.initial_weights.append(donor.digest)
                 for name, value in values.items():
@@ -265,6 +270,10 @@ class OpsinModule(pl.LightningModule):
         """Parameters ``[M, ...]`` under their names."""
         return dict(self.members.named_parameters())
 
+    def trained_parameters(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors ``[M, ...]`` of the parameters that the optimizer moves."""
+        return [(name, parameter) for name, parameter in self.members.named_parameters() if parameter.requires_grad]
+
     # ---- set-up -------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -290,8 +299,8 @@ class OpsinModule(pl.LightningModule):
             raise ConfigError("model.compile", True, f"false, or a C++ compiler on the path that works ({problem})")
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
-        self._listeners, self._event_handlers, self._saved_gates = [], [], None
-        self._batch_handlers, self._end_requests, self._results, self._end_wanted = [], [], [], False
+        self._saved_gates = None
+        self._drop_handlers()
         self._drop_passes()
         if trainer.global_step == 0:
             self._forget_earlier_run()
@@ -300,7 +309,7 @@ class OpsinModule(pl.LightningModule):
         self._check_followers()
         self.settings, self.allowed = run_settings(self, self.plan, trainer), []
         self._surroundings_before = None
-        self.step = Step(self.transformer, self.task, self.plan, self.optimizer)
+        self.step = Step(self.network, self.task, self.plan, self.optimizer)
 
     def _check_followers(self) -> None:
         """Refuse schedules and callbacks that follow what the run does not record, and limits of nothing."""
@@ -338,14 +347,13 @@ class OpsinModule(pl.LightningModule):
     def plan_for(self, callbacks: Sequence[pl.Callback], steps: int) -> Plan:
         """What those among the callbacks that are writers do in a run of so many steps."""
         writers = [callback for callback in callbacks if isinstance(callback, (Writer, WeightWriter))]
-        weights = weight_table(self.parameters_by_name(), self.transformer.heads)
-        plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size, weights)
+        plan = build_plan(writers, self.sites, self.n_members, steps, self.task.batch_size)
         plan.check_task(self.task)
         check_gradients(plan, self.sites, self.parameters_by_name(), self.task)
         return plan
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = member_optimizer(self.members.named_parameters(), self.optimizer, self.gradient_clip)
+        optimizer = member_optimizer(self.trained_parameters(), self.optimizer, self.gradient_clip)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -375,16 +383,17 @@ class OpsinModule(pl.LightningModule):
     def _build_passes(self) -> None:
         """Build what forward passes need, in the type and on the device that the parameters have now."""
         dtype = next(self.members.parameters()).dtype
-        table = position_table(self.transformer, self.task.layout.positions, dtype).to(self.device)
-        drawn = drawn_values(self.plan.changes, self.transformer, self.task, self.seeds)
-        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, drawn)
+        table = self.network.position_table(self.task.layout.positions, dtype).to(self.device)
+        drawn = drawn_values(self.plan.changes, self.network, self.task, self.seeds)
+        untrained = {name: self.parameters_by_name()[name].detach() for name in self.sites.weights.untrained}
+        self.constants = constants_of(self.plan, self.task.bank(), table, self.n_members, dtype, drawn, untrained)
         self.gates = GateController(
             self.plan, self.constants, self.seeds, self.history, self.idle, self.announce, self.ended
         )
         if self._saved_gates is not None:
             self.gates.load_state_dict(self._saved_gates)
         self.forward_passes = ForwardPasses(
-            self.transformer,
+            self.network,
             self.task,
             self.plan,
             self.constants,
@@ -566,7 +575,7 @@ class OpsinModule(pl.LightningModule):
             "plan": self.plan.digest(),
             "control": self.gates.state_dict(),
             "seeds": self.seeds,
-            "transformer": asdict(self.transformer),
+            **saved_model(self.network, self.task),
             "run": self.run_identity(),
         }
         if self._results:
@@ -627,9 +636,28 @@ class OpsinModule(pl.LightningModule):
             ConfigError: a file that is damaged, or no checkpoint of a run.
         """
         saved = read_checkpoint(Path(checkpoint_path), "checkpoint_path")["opsin"]
-        known = {"seed": saved["seeds"], "transformer": Transformer(**saved["transformer"]), "weights_only": True}
+        known = {"seed": saved["seeds"], "weights_only": True}
+        if "transformer" not in settings:
+            known["network"] = read_model(saved)
         load = super().load_from_checkpoint
         return load(checkpoint_path, *arguments, **{**known, **settings})
+
+
+def chosen_model(transformer: Transformer, network: Model | None) -> Model:
+    """The model of a run, of the two settings that name one.
+
+    Args:
+        transformer: short form, which has a default.
+        network: any model; None for the short form.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if network is None:
+        return transformer
+    if transformer != Transformer():
+        raise ConfigError("model.transformer", transformer.in_words(), "nothing beside model.network, which is used")
+    return network
 
 
 def _numbers(count: int) -> DataLoader:

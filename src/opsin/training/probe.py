@@ -15,7 +15,8 @@ from torch import Tensor
 from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.intervention import Intervention
 from opsin.interventions.plan import Plan
-from opsin.model.transformer import Parameters, Tap, Transformer, forward
+from opsin.model.parameters import Parameters
+from opsin.model.protocol import Model, Tap
 from opsin.task import Batch, Task
 from opsin.training.gates import GateController
 from opsin.training.objective import scored_logits
@@ -30,7 +31,7 @@ class ForwardPasses:
     No gradient reaches the weights, and nothing that a run counts or draws is touched.
 
     Args:
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         task: task that the evaluation sets belong to.
         plan: interventions of the run.
         constants: tensors of the run that no gradient moves.
@@ -41,7 +42,7 @@ class ForwardPasses:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         task: Task,
         plan: Plan,
         constants: Constants,
@@ -109,7 +110,7 @@ class ForwardPasses:
             tap: what every activation passes; that of the interventions in force when None.
         """
         tap = self.tap(batch) if tap is None else tap
-        return scored_logits(forward(self._weights(), self.constants.table, batch, self.model, tap), batch)
+        return scored_logits(self.model.forward(self._weights(), self.constants.table, batch, tap), batch)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters().items()}
@@ -120,7 +121,7 @@ class _AllSeen(Exception):
 
 
 def observe(
-    model: Transformer,
+    model: Model,
     parameters: Mapping[str, Tensor],
     table: Float[Tensor, "2 L half"],
     batch: Batch,
@@ -150,5 +151,5 @@ def observe(
         return activation
 
     with torch.no_grad(), suppress(_AllSeen):
-        forward(parameters, table, batch, model, keeping)
+        model.forward(parameters, table, batch, keeping)
     return kept

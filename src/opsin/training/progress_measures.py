@@ -24,8 +24,9 @@ from opsin.interventions.intervention import Intervention, Pass, Source, Supply
 from opsin.interventions.plan import Plan
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
+from opsin.model.parameters import Parameters
+from opsin.model.protocol import Model
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import Parameters, Transformer, forward
 from opsin.objective import Objective
 from opsin.records.schema import BASE_LINE
 from opsin.task import Batch
@@ -183,7 +184,7 @@ class MeasuredSets:
 
 def measure(
     measures: Measures,
-    model: Transformer,
+    model: Model,
     parameters: Parameters,
     constants: Constants,
     batch: Batch,
@@ -196,7 +197,7 @@ def measure(
 
     Args:
         measures: sets of interventions, planned.
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         parameters: weights ``[M, ...]`` of the members, by name.
         constants: what ``measure_constants`` has made.
         batch: sequences that every member sees.
@@ -210,7 +211,7 @@ def measure(
     fired: dict[int, Tensor] = {}
     with torch.no_grad():
         tap = run_passes(plan, inputs, fired)
-        logits = scored_logits(forward(weights, constants.table, inputs.batch, model, tap), inputs.batch)
+        logits = scored_logits(model.forward(weights, constants.table, inputs.batch, tap), inputs.batch)
         loss = objective.member_loss(logits, inputs.batch)
         chosen = objective.measures_of(inputs.batch, while_training=True)
         measured = {item.name: item(logits, inputs.batch) for item in chosen}

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from opsin.interventions.plan import Plan
+from opsin.model.protocol import Model, changed_settings
 from opsin.optimizers.adam import SHORT_FORM
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
@@ -54,7 +55,7 @@ class TrainedModule(Protocol):
     """The settings of an ``OpsinModule`` that determine its numbers."""
 
     task: Task
-    transformer: Any
+    network: Any
     seeds: list[int]
     optimizer: Optimizer
     has_short_form: bool
@@ -79,7 +80,7 @@ def run_settings(module: TrainedModule, plan: Plan, trainer: Any) -> dict[str, A
     found: dict[str, Any] = {"version": NUMBERS_VERSION, "trainer.precision": str(trainer.precision)}
     _add("task", module.task, found)
     found["task.draws"] = _draws(module.task, module.seeds)
-    _add("model.transformer", module.transformer, found)
+    _add(module.network.setting, module.network, found)
     found["model.seed"] = list(module.seeds)
     found["model.initial"] = list(module.initial_weights)
     found |= _optimizer_settings(module)
@@ -210,6 +211,8 @@ def _add_parts(name: str, value: Any, found: dict[str, Any], depth: int) -> None
 def _settings_of(value: Any) -> dict[str, Any]:
     if isinstance(value, Task) and value.settings:
         return dict(value.settings)
+    if isinstance(value, Model):
+        return changed_settings(value)
     if is_dataclass(value):
         return {item.name: getattr(value, item.name) for item in fields(value)}
     return {key: part for key, part in getattr(value, "__dict__", {}).items() if not key.startswith("_")}

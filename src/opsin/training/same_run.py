@@ -17,7 +17,7 @@ from opsin.optimizers.base import HyperValue
 from opsin.training.optimizers import GROUP_KEYS, member_groups
 from opsin.training.run_settings import TrainedModule, digest
 
-FIXED = ("model.transformer", "model.steps_per_batch", "version")
+FIXED = ("model.transformer", "model.network", "model.steps_per_batch", "version")
 """Settings that cannot change within a run, whoever allows it: weights or counts would not fit."""
 
 OPTIMIZER = "model.optimizer"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
-from opsin.model.transformer import Transformer, forward
+from opsin.model.protocol import Model
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
 from opsin.training.objective import scored_logits
@@ -29,13 +29,13 @@ class Step:
     """The step of one run: everything that is fixed before training and shapes the graph.
 
     Args:
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         task: what the members learn, with its data.
         plan: interventions and changes of weights of the run.
         optimizer: the optimizer whose arithmetic moves the weights; its hyper-parameters are given to each step.
     """
 
-    model: Transformer
+    model: Model
     task: Task
     plan: Plan
     optimizer: Optimizer
@@ -65,13 +65,13 @@ class Step:
         """
         objective = self.task.objective
         batch = self.task.assemble(constants.bank, draw)
-        parameters = dict(zip(state.names, state.parameters, strict=True))
+        parameters = {**constants.untrained, **dict(zip(state.names, state.parameters, strict=True))}
         update = WeightUpdate(self.plan.changes, state, constants, gates, counts, self.optimizer)
         fired: dict[int, Tensor] = {}
         tap = run_passes(
             self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
         )
-        outputs = scored_logits(forward(parameters, constants.table, batch, self.model, tap), batch)
+        outputs = scored_logits(self.model.forward(parameters, constants.table, batch, tap), batch)
         loss = objective.member_loss(outputs, batch)
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))

@@ -17,7 +17,7 @@ from torch import Tensor
 from opsin.interventions.apply import Constants, overwrite
 from opsin.interventions.plan import PlannedChange
 from opsin.interventions.weights import Fresh, Frozen
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import Model, init_parameters
 from opsin.optimizers.base import Optimizer, Tensors
 from opsin.task import Task
 from opsin.training.optimizer_state import Hyper, OptimizerState, member_norm, update_members, with_trailing_axes
@@ -141,13 +141,13 @@ class WeightUpdate:
 
 
 def drawn_values(
-    changes: Sequence[PlannedChange], model: Transformer, task: Task, seeds: Sequence[int]
+    changes: Sequence[PlannedChange], model: Model, task: Task, seeds: Sequence[int]
 ) -> list[Float[Tensor, "..."]]:
     """What each draw sets its parameter to, ``[M, ...]`` or ``[1, ...]``: a pure function of the configuration.
 
     Args:
         changes: rows of the plan that change weights; those that freeze have no such value.
-        model: shape of the model that is trained.
+        model: settings of the model that is trained.
         task: what is learned, which decides on the sizes of input and output.
         seeds: seeds of the run, one per member.
     """

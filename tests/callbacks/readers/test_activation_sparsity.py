@@ -10,7 +10,7 @@ from opsin.callbacks import Ablate, ActivationSparsity, AttentionSinks, Inductio
 from opsin.errors import ConfigError
 from opsin.metrics.activity import by_tokens
 from opsin.metrics.heads import attention_sink
-from opsin.model.transformer import Transformer, forward
+from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from opsin.training.observers import recorded_metrics
 from tests.helpers.killers import SaveAt
@@ -38,7 +38,7 @@ def activations(model, change=lambda name, x: x):
         return seen[name]
 
     with torch.no_grad():
-        forward(model.parameters_by_name(), model.constants.table, model.probe, model.transformer, tap)
+        model.network.forward(model.parameters_by_name(), model.constants.table, model.probe, tap)
     return seen
 
 

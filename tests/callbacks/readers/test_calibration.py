@@ -21,7 +21,7 @@ from opsin.metrics.calibration import (
     mean_entropy,
     mean_loss,
 )
-from opsin.model.transformer import Transformer, forward
+from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from tests.helpers.toys import ToyTokens, few_shot, train
@@ -83,7 +83,7 @@ def test_fits_are_made_on_one_half_of_the_probe_and_measured_on_the_other(task):
 
         if half.features is not None:
             half = replace(half, features=half.features + delta)
-        return scored_logits(forward(parameters, model.constants.table, half, model.transformer, tap), half)
+        return scored_logits(model.network.forward(parameters, model.constants.table, half, tap), half)
 
     (fitted, held), targets = halves, halves[0].targets
     with torch.no_grad():

@@ -14,7 +14,7 @@ from opsin.callbacks.readers.confidence_study import _halves
 from opsin.callbacks.wandb import callback as wandb
 from opsin.errors import ConfigError
 from opsin.figures.confidence import confidence_figure
-from opsin.model.transformer import Transformer, forward
+from opsin.model.transformer import Transformer
 from opsin.tasks import Characters, Repeats
 from opsin.training.module import OpsinModule
 from tests.callbacks.readers.test_neurons import Sent
@@ -70,7 +70,7 @@ def plain(model, change=lambda name, x: x):
 
     with torch.no_grad():
         values = model.parameters_by_name()
-        logits = forward(values, model.constants.table, model.evaluation_set("repeated"), model.transformer, tap)
+        logits = model.network.forward(values, model.constants.table, model.evaluation_set("repeated"), tap)
     return logits, seen
 
 

@@ -23,10 +23,9 @@ from opsin.errors import ConfigError
 from opsin.interventions.apply import PassInputs, constants_of, run_passes
 from opsin.interventions.build_plan import build_plan
 from opsin.interventions.schedules import Schedule
-from opsin.model.transformer import Transformer, forward
+from opsin.model.transformer import Transformer
 from opsin.objective import accuracy, cross_entropy
 from opsin.tasks import FewShot, GaussianClusters
-from opsin.training import progress_measures as progress
 from opsin.training.module import OpsinModule, opsin_module
 from opsin.training.objective import scored_logits
 from opsin.training.observers import recorded_metrics
@@ -74,8 +73,8 @@ class OneByOne(pl.Callback):
             table = own.constants.table
             constants = constants_of(plan, own.constants.bank, table, members, table.dtype)
             gates = torch.ones(len(plan.interventions), members, dtype=table.dtype)
-            tap = run_passes(plan, PassInputs(own.transformer, values, constants, seen.batch, gates, clock))
-            logits = scored_logits(forward(values, table, seen.batch, own.transformer, tap), seen.batch)
+            tap = run_passes(plan, PassInputs(own.network, values, constants, seen.batch, gates, clock))
+            logits = scored_logits(own.network.forward(values, table, seen.batch, tap), seen.batch)
             self.found.setdefault(f"progress/{name}/loss", []).append(cross_entropy(logits, seen.batch).mean((1, 2)))
             self.found.setdefault(f"progress/{name}/accuracy", []).append(accuracy(logits, seen.batch).mean((1, 2)))
 
@@ -132,9 +131,8 @@ QUIET = {
 
 
 def test_single_pass_sets_share_one_pass_and_others_add_one_for_each_pass_they_take_from(monkeypatch):
-    seen = []
-    for place in (progress, __import__("opsin.interventions.apply", fromlist=["apply"])):
-        monkeypatch.setattr(place, "forward", lambda *a: (seen.append(len(a[2].tokens)), forward(*a))[1])
+    seen, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda *a: (seen.append(len(a[3].tokens)), forward(*a))[1])
     for names, passes in ((["ablation", "pattern", "two"], [8]), (["ablation", "preserve", "copy"], [8, 8])):
         model = module([1, 2])
         train(model, 1, measures(*names))

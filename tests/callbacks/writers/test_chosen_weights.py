@@ -11,7 +11,8 @@ from opsin.callbacks import Clamp, Freeze, Graft, InductionHeads, KeepRun, Reini
 from opsin.errors import ConfigError, IdleError
 from opsin.interventions.donors import Donor
 from opsin.interventions.schedules import Schedule
-from opsin.model.transformer import Transformer, init_parameters
+from opsin.model.protocol import init_parameters
+from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
@@ -43,7 +44,7 @@ def queries_of_head_1(model):
 
 def test_a_frozen_head_keeps_its_first_queries_while_the_others_learn():
     model = fit(module(seed=[1, 2]), 20, Freeze(heads=["1:1"], parts=["W_Q", "W_K"]))
-    first = init_parameters(model.transformer, model.task, [1, 2])[QKV]
+    first = init_parameters(model.network, model.task, [1, 2])[QKV]
     assert torch.equal(queries_of_head_1(model), first[:, :, 8:16])
     head_0 = model.parameters_by_name()[QKV][:, :, :8]
     assert (head_0 != first[:, :, :8]).all()
@@ -52,7 +53,7 @@ def test_a_frozen_head_keeps_its_first_queries_while_the_others_learn():
 def test_weights_are_rewound_in_double_precision_too():
     rewind = Reinitialise(Schedule(start=19, stop=20), heads=["1:1"], parts=["W_Q"])
     model = fit(module(learning_rate=1e-9), 20, rewind, precision="64-true")
-    first = init_parameters(model.transformer, model.task, [1])[QKV].double()[:, :, 8:16]
+    first = init_parameters(model.network, model.task, [1])[QKV].double()[:, :, 8:16]
     assert queries_of_head_1(model).dtype == torch.float64
     # one update lies between, and nineteen would move them further
     assert (queries_of_head_1(model) - first).abs().max() < 1.5e-9
@@ -152,7 +153,7 @@ def test_both_heads_and_neurons_need_parts_of_their_own():
 
 def test_weights_of_a_donor_are_out_of_reach():
     model = module()
-    donor = Donor("file", "digest", model.transformer, init_parameters(model.transformer, model.task, [3]))
+    donor = Donor("file", "digest", model.network, init_parameters(model.network, model.task, [3]))
     graft = Graft(donor, 0, donor_callbacks=[Freeze(weights=["embed"])])
     with pytest.raises(ConfigError, match=r"^Graft.donor_callbacks: got 'Freeze'"):
         graft.interventions(model.sites)

@@ -13,7 +13,8 @@ from opsin.interventions.intervention import Intervention, Overwrite, Relative, 
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.interventions.values.passes import FromPass
-from opsin.model.transformer import Transformer, forward, layer_norm, linear, position_table
+from opsin.model.layers import Norm, linear, scaled_and_shifted
+from opsin.model.transformer import Transformer
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import SMALL, batch_of, few_shot, inputs_of, plan_of, run, train, weights
@@ -208,7 +209,7 @@ def test_what_a_donor_takes_from_its_own_pass_lets_no_gradient_out():
 def test_a_path_into_the_read_out_of_a_donor_without_an_unembedding_bias_is_patched_without_one():
     model = replace(SMALL, unembed_bias=False)
     giver, case = donor(model), Case()
-    assert giver.sites(TASK.layout.positions).unembed_bias is False
+    assert "unembed.b_U" not in giver.sites(TASK.layout.positions).weights
     patched = case.run(Graft(giver, 0, part="upper", donor_callbacks=[PathPatch(["1:0"], ["logits"])]))[0]
     handed = case.run()[1][CUT]
 
@@ -220,7 +221,9 @@ def test_a_path_into_the_read_out_of_a_donor_without_an_unembedding_bias_is_patc
     resid = seen["blocks.1.hook_resid_post"] - written
     names = ("ln_final.w", "ln_final.b", "unembed.W_U")
     weight, bias, unembed = (giver.parameters[name].expand(2, *giver.parameters[name].shape[1:]) for name in names)
-    torch.testing.assert_close(patched, linear(layer_norm(resid, weight, bias), unembed), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        patched, linear(scaled_and_shifted(Norm().normalise(resid), weight, bias), unembed), rtol=1e-12, atol=1e-12
+    )
     assert not torch.allclose(patched, plain)
 
 
@@ -275,8 +278,8 @@ def test_a_donor_is_read_from_a_run_folder_a_checkpoint_and_a_snapshot(finished,
     assert found.model == SHAPE and found.parameters.keys() == final.keys()
     assert all(torch.equal(x, final[key][member : member + 1]) for key, x in found.parameters.items())
     batch = batch_of(module().task)
-    table = position_table(SHAPE, batch.layout.positions)
-    alone = forward({key: x.expand(2, *x.shape[1:]) for key, x in found.parameters.items()}, table, batch, SHAPE)
+    table = SHAPE.position_table(batch.layout.positions)
+    alone = SHAPE.forward({key: x.expand(2, *x.shape[1:]) for key, x in found.parameters.items()}, table, batch)
     model = train(module([5, 6]), 10, Graft(folder / name, 1, part="upper", member=member))
     # the whole of the donor but its read-out is cut off, so its own answer differs
     assert not torch.allclose(model.observe(batch, ["hook_logits"])["hook_logits"], alone)

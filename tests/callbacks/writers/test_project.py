@@ -267,7 +267,7 @@ def test_every_head_has_the_directions_of_its_own_part_of_the_weight():
 def probe_of(model, parameters, site):
     """The activation of the probe that no intervention touches."""
     tap = lambda name, activation: activation  # noqa: E731
-    return observe(model.transformer, parameters, model.constants.table, model.probe, tap, [site])[site]
+    return observe(model.network, parameters, model.constants.table, model.probe, tap, [site])[site]
 
 
 @pytest.mark.parametrize(("site", "heads"), [("hook_embed", None), ("blocks.0.attn.hook_v", ["0:1"])])

@@ -23,6 +23,8 @@ from opsin.interventions.values.directions import (
 from tests.helpers.toys import SMALL, few_shot, weights
 from tests.interventions.values.test_subspaces import random
 
+TABLE = SMALL.parameters(few_shot())
+
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), scale=st.sampled_from([1e-12, 1.0, 1e12]))
 def test_given_rows_become_an_orthonormal_basis_of_their_span(seed, rank, scale):
@@ -95,13 +97,13 @@ def test_singular_directions_span_what_numpy_finds(side, part):
 def test_the_parts_of_a_block_are_those_that_the_model_multiplies_by():
     values = weights(SMALL, few_shot())
     whole, out = values["blocks.1.attn.W_QKV"], values["blocks.1.attn.W_O"]
-    v = weight_matrix(values, "blocks.1.attn.W_V", "output", None)
+    v = weight_matrix(values, TABLE, "blocks.1.attn.W_V", "output", None)
     assert torch.equal(v, whole[:, :, 16:])
     for head in range(2):
         columns = slice(4 * head, 4 * head + 4)
-        per_head = weight_matrix(values, "blocks.1.attn.W_V", "output", 2)[:, head]
+        per_head = weight_matrix(values, TABLE, "blocks.1.attn.W_V", "output", 2)[:, head]
         assert torch.equal(per_head, whole[:, :, 16:][:, :, columns])
-        assert torch.equal(weight_matrix(values, "blocks.1.attn.W_O", "input", 2)[:, head], out[:, columns])
+        assert torch.equal(weight_matrix(values, TABLE, "blocks.1.attn.W_O", "input", 2)[:, head], out[:, columns])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_the_parts_of_a_block_are_those_that_the_model_multiplies_by():
 )
 def test_a_weight_that_is_not_there_is_refused(name, side, heads):
     with pytest.raises(ConfigError, match=rf"^Project.weight.name: got '{name}"):
-        weight_matrix(weights(SMALL, few_shot()), name, side, heads)
+        weight_matrix(weights(SMALL, few_shot()), TABLE, name, side, heads)
 
 
 # ---- when -----------------------------------------------------------------------------------------

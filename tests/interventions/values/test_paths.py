@@ -231,7 +231,7 @@ def test_heads_that_are_not_replaced_write_what_they_wrote():
     generator = torch.Generator().manual_seed(0)
     z, new = torch.randn(2, 2, 3, 5, 4, 2, generator=generator).unbind()
     weight = torch.randn(2, 8, 8, generator=generator)
-    found = written(z, new, weight, (1, 3), constant=True)
+    found = written(z, new, weight.unflatten(1, (4, 2)), (1, 3), constant=True)
     expected = sum(
         torch.einsum("mble,med->mbld", (new if h in (1, 3) else z)[:, :, :, h], weight[:, 2 * h : 2 * h + 2])
         for h in range(4)

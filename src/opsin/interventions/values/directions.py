@@ -23,6 +23,7 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.values.nullspace import Label
+from opsin.model.parameters import ParameterTable
 from opsin.records.user_files import UNREADABLE, check_regular, read_npy_header, read_npy_numbers, reason
 
 LEAST_INDEPENDENT = 1e-6
@@ -51,7 +52,7 @@ class WeightDirections:
 
     Args:
         name: name of a matrix of the model, stored input x output, for example ``unembed.W_U``; ``W_Q``, ``W_K`` and
-            ``W_V`` of a block name the thirds of its ``W_QKV``. At a site with heads: the ``W_Q``, ``W_K`` or
+            ``W_V`` of a block have all heads side by side. At a site with heads: the ``W_Q``, ``W_K`` or
             ``W_V`` (side output) or the ``W_O`` (side input) of a block, head by head.
         side: whether the site is what the weight reads (input) or writes (output).
         part: which singular vectors: those of the largest (top) or the smallest (bottom) singular values, of which
@@ -208,12 +209,13 @@ def _read_rows(path: str) -> np.ndarray:
 
 
 def weight_matrix(
-    parameters: Mapping[str, Tensor], name: str, side: str, heads: int | None
+    parameters: Mapping[str, Tensor], table: ParameterTable, name: str, side: str, heads: int | None
 ) -> Float[Tensor, "M ... I O"]:
     """A matrix of the model; with ``heads``, its part of every head, ``[M, H, I, O]``.
 
     Args:
-        parameters: all weights of the model, ``[M, ...]``.
+        parameters: all parameters of the model, ``[M, ...]``.
+        table: names of the weights that they hold.
         name: name of the matrix, as ``WeightDirections`` takes it.
         side: whether a site is what the weight reads (input) or writes (output).
         heads: H where the site has heads; None where it has none.
@@ -221,21 +223,15 @@ def weight_matrix(
     Raises:
         ConfigError: no such matrix, or none that has a part for every head on that side.
     """
-    block, _, last = name.rpartition(".")
-    whole = f"{block}.W_QKV"
-    if last in ("W_Q", "W_K", "W_V") and whole in parameters:
-        weight = parameters[whole].detach().chunk(3, -1)["QKV".index(last[-1])]
-    elif name in parameters and parameters[name].dim() == 3:
-        weight = parameters[name].detach()
-    else:
-        matrices = ", ".join(known for known, tensor in parameters.items() if tensor.dim() == 3)
-        raise ConfigError("Project.weight.name", name, f"one of {matrices}, or W_Q, W_K, W_V of a block")
-    if heads is None:
-        return weight
-    if (last, side) == ("W_O", "input"):
-        return weight.unflatten(1, (heads, -1))
-    if last in ("W_Q", "W_K", "W_V") and side == "output":
-        return weight.unflatten(2, (heads, -1)).movedim(2, 1)
+    matrices = [named for named in table.weights.values() if len(named.axes) == (3 if "H" in named.axes else 2)]
+    found = next((named for named in matrices if named.name == name), None)
+    if found is None:
+        whole = ", ".join(named.name for named in matrices if named.name == named.parameter)
+        raise ConfigError("Project.weight.name", name, f"one of {whole}, or W_Q, W_K, W_V of a block")
+    if heads is None and ("H" not in found.axes or found.heads_are_one_axis):
+        return (found.flat(parameters) if "H" in found.axes else found.read(parameters)).detach()
+    if found.axes[:1] == "H" and (found.axes[1:] == "ED") == (side == "input"):
+        return found.read(parameters).detach()
     expected = "W_Q, W_K or W_V (side output) or W_O (side input) of a block, since the site has heads"
     raise ConfigError("Project.weight.name", f"{name}, side {side}", expected)
 

@@ -24,8 +24,8 @@ from opsin.errors import ConfigError
 from opsin.interventions.identity import DERIVED
 from opsin.interventions.intervention import Clock, Need, Overwrite, Relative, Source, Value, Weight
 from opsin.interventions.values.plain import BatchMean, Resample
+from opsin.model.layers import Norm, linear, scaled_and_shifted
 from opsin.model.sites import SiteTable
-from opsin.model.transformer import layer_norm, linear
 from opsin.task import Batch
 
 Replacement = Literal["zero", "mean", "resample", "plain"]
@@ -76,11 +76,13 @@ class Term:
         site: name of the site that is added, or ``attn.hook_z`` of a block some of whose heads are replaced.
         replaced: whether the term is replaced, all of it or those heads.
         heads: heads that are replaced; none where the term is no attention.
+        bias: name of the bias that the block's attention adds to what its heads write; None where it has none.
     """
 
     site: str
     replaced: bool = False
     heads: tuple[int, ...] = ()
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,27 +92,24 @@ class ReceiverInput:
     Args:
         site: name of the site that holds what is read.
         width: D, the width of the sum.
-        norm: name of the LayerNorm ahead of the receiver; None in a model without.
-        weight: name of the parameter that the sum is multiplied by.
-        bias: name of the parameter that is added; None where there is none, as for heads.
-        part: index of queries, keys or values in ``W_QKV``; None for an MLP or the read-out.
-        heads: numbers of the heads that read, in rising order; only their input is computed.
+        norm: what the norm ahead of the receiver does; None in a model without.
+        weights: names of the weights that the sum is read with, in the order in which they are used: those of the
+            norm, the one that the sum is multiplied by, and a bias where there is one.
+        biased: whether the last of them is a bias.
+        heads: numbers of the heads that read, in rising order; only their input is computed. None of an MLP.
     """
 
     site: str
     width: int
-    norm: str | None
-    weight: str
-    bias: str | None = None
-    part: int | None = None
+    norm: Norm | None
+    weights: tuple[str, ...]
+    biased: bool = False
     heads: tuple[int, ...] = ()
 
     @property
     def needs(self) -> tuple[Weight, ...]:
-        """The parameters that the sum is read with, in the order in which they are used."""
-        norm = () if self.norm is None else (f"{self.norm}.w", f"{self.norm}.b")
-        bias = () if self.bias is None else (self.bias,)
-        return tuple(Weight(name) for name in (*norm, self.weight, *bias))
+        """The weights that the sum is read with, in the order in which they are used."""
+        return tuple(Weight(name) for name in self.weights)
 
     def __call__(
         self, resid: Float[Tensor, "M B L D"], x: Float[Tensor, "M B L ..."], parameters: Iterator[Tensor]
@@ -120,17 +119,22 @@ class ReceiverInput:
         Args:
             resid: the sum that is read.
             x: the site as it is without patching.
-            parameters: the parameters of ``needs``, in order.
+            parameters: the weights of ``needs``, in order.
         """
         if self.norm is not None:
-            resid = layer_norm(resid, next(parameters), next(parameters))
+            weight = next(parameters) if self.norm.weight else None
+            bias = next(parameters) if self.norm.bias else None
+            resid = scaled_and_shifted(self.norm.normalise(resid), weight, bias)
         weight = next(parameters)
-        if self.part is None:
-            return linear(resid, weight, next(parameters) if self.bias is not None else None)
-        parts = weight.unflatten(-1, (3, *x.shape[3:]))  # M D 3 H E
+        bias = next(parameters) if self.biased else None
+        if not self.heads:
+            return linear(resid, weight, bias)
+        by_head = weight.movedim(1, 2)  # M D H E
         # slices, since the gradient of an indexed weight is a scatter, which the compiler does not fuse
-        chosen = torch.cat([parts[:, :, self.part, head : head + 1] for head in self.heads], 2)  # M D G E
-        read = linear(resid, chosen.flatten(2)).unflatten(-1, chosen.shape[2:]).split(1, 3)
+        chosen = torch.cat([by_head[:, :, head : head + 1] for head in self.heads], 2)  # M D G E
+        if bias is not None:
+            bias = torch.cat([bias[:, head : head + 1] for head in self.heads], 1).flatten(1)  # M GE
+        read = linear(resid, chosen.flatten(2), bias).unflatten(-1, chosen.shape[2:]).split(1, 3)
         heads = list(x.detach().split(1, 3))
         for head, head_input in zip(self.heads, read, strict=True):
             heads[head] = head_input
@@ -176,6 +180,8 @@ class PathPatched(Value):
                 found.append(Source(term.site, detach=self.detach))
             if term.heads:
                 found.append(Weight(term.site.replace("hook_z", "W_O")))
+            if term.bias is not None:
+                found.append(Weight(term.bias))
         clock = (Clock(),) if self.by == "resample" else ()
         return (*found, *self.receiver_input.needs, *clock)
 
@@ -209,13 +215,14 @@ class PathPatched(Value):
         if not term.heads:
             return new
         constant = self.detach or self.by != "plain"
-        return written(x, new, next(needed), term.heads, constant)
+        added = written(x, new, next(needed), term.heads, constant)
+        return added if term.bias is None else added + next(needed)[:, None, None]
 
 
 def written(
     z: Float[Tensor, "M B L H E"],
     new: Float[Tensor, "M B L H E"],
-    weight: Float[Tensor, "M D D"],
+    weight: Float[Tensor, "M H E D"],
     heads: Sequence[int],
     constant: bool,
 ) -> Float[Tensor, "M B L D"]:
@@ -231,8 +238,8 @@ def written(
     chosen = torch.zeros(z.shape[3:], dtype=torch.bool, device=z.device)
     chosen[list(heads)] = True
     if constant:
-        weight = torch.where(chosen.flatten()[:, None], weight.detach(), weight)
-    return linear(torch.where(chosen, new, z).flatten(3), weight)
+        weight = torch.where(chosen[..., None], weight.detach(), weight)
+    return linear(torch.where(chosen, new, z).flatten(3), weight.flatten(1, 2))
 
 
 def path_patched(
@@ -258,16 +265,17 @@ def _receiver_input(receivers: Sequence[Receiver], sites: SiteTable) -> Receiver
     first, width = receivers[0], sites.size("D")
     block = f"blocks.{first.depth // 2}"
     if first.depth == 2 * sites.layers:
-        site, norm, weight = "hook_logits", "ln_final", "unembed.W_U"
-        bias = "unembed.b_U" if sites.unembed_bias else None
+        site, norm, weight, bias = "hook_logits", "ln_final", "unembed.W_U", "unembed.b_U"
     elif first.part is None:
         site, norm, weight, bias = f"{block}.mlp.hook_pre", f"{block}.ln2", f"{block}.mlp.W_in", f"{block}.mlp.b_in"
     else:
-        site, norm, weight, bias = f"{block}.attn.hook_{first.part}", f"{block}.ln1", f"{block}.attn.W_QKV", None
-    has_norm = "ln_final.hook_scale" in sites.sites
+        letter = first.part.upper()
+        weight, bias = f"{block}.attn.W_{letter}", f"{block}.attn.b_{letter}"
+        site, norm = f"{block}.attn.hook_{first.part}", f"{block}.ln1"
+    optional = [f"{norm}.w", f"{norm}.b", weight, bias]
+    weights = tuple(name for name in optional if name == weight or name in sites.weights)
     heads = tuple(sorted({receiver.head for receiver in receivers if receiver.head is not None}))
-    part = None if first.part is None else "qkv".index(first.part)
-    return ReceiverInput(site, width, norm if has_norm else None, weight, bias, part, heads)
+    return ReceiverInput(site, width, sites.norms.get(norm), weights, bias in weights, heads)
 
 
 def _terms(senders: Sequence[Sender], depth: int, sites: SiteTable) -> list[Term]:
@@ -283,10 +291,11 @@ def _terms(senders: Sequence[Sender], depth: int, sites: SiteTable) -> list[Term
         block, replaced = f"blocks.{level // 2}", [sender for sender in senders if sender.depth == level]
         heads = tuple(sorted({sender.head for sender in replaced if sender.head is not None}))
         if heads:
-            terms.append(Term(f"{block}.attn.hook_z", True, heads))
+            bias = f"{block}.attn.b_O"
+            terms.append(Term(f"{block}.attn.hook_z", True, heads, bias if bias in sites.weights else None))
         elif level % 2 == 0:
             terms.append(Term(f"{block}.hook_attn_out"))
-        elif sites.size("N"):
+        elif f"{block}.hook_mlp_out" in sites:
             terms.append(Term(f"{block}.hook_mlp_out", bool(replaced)))
     return terms
 
@@ -315,6 +324,8 @@ def read_receiver(name: str, field_name: str, sites: SiteTable) -> Receiver:
     if name == "logits":
         return Receiver(name, 2 * sites.layers)
     layer, head, part = _address(name, field_name, "logits, layer:head.q, .k or .v, or layer:mlp", sites)
+    if head is None and f"blocks.{layer}.mlp.hook_pre_linear" in sites:
+        raise ConfigError(field_name, name, "a head or the logits: a gated MLP reads its input twice")
     if head is not None and part is None:
         raise ConfigError(field_name, name, f"which input of the head: {name}.q, {name}.k or {name}.v")
     return Receiver(str(name), 2 * layer + (head is None), head, part)
@@ -324,7 +335,9 @@ def _address(name: str, field_name: str, forms: str, sites: SiteTable) -> tuple[
     """Layer, head (None for the MLP), and the part of the head if one is named."""
     layers, heads = sites.layers, sites.size("H")
     found = ADDRESS.fullmatch(str(name))
-    if found and int(found[1]) < layers and int(found[2] or 0) < heads and (found[2] or sites.size("N")):
+    mlp = found is not None and f"blocks.{int(found[1])}.hook_mlp_out" in sites
+    if found and int(found[1]) < layers and int(found[2] or 0) < heads and (found[2] or mlp):
         return int(found[1]), None if found[2] is None else int(found[2]), found[3]
     expected = f"{forms}, with layer 0 to {layers - 1} and head 0 to {heads - 1}"
-    raise ConfigError(field_name, name, expected + ("" if sites.size("N") else "; this model has no MLP"))
+    lacking = f"; layer {found[1]} has no MLP" if found and int(found[1]) < layers and not found[2] else ""
+    raise ConfigError(field_name, name, expected + (lacking if sites.size("N") else "; this model has no MLP"))
