@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import lightning.pytorch as pl
 
 from opsin.errors import ConfigError, check_number
+from opsin.task import Task
+from opsin.training.objective import check_objective
 
 MOST_STEPS_PER_BATCH = 1_000_000
 """Optimizer steps of one Lightning batch, whose results wait in memory."""
@@ -18,8 +20,9 @@ LARGEST_SEED = 2**63 - 1
 
 
 class Settings(Protocol):
-    """The settings of an ``OpsinModule`` whose range is checked."""
+    """The settings of an ``OpsinModule`` that are checked."""
 
+    task: Task
     seeds: list[int]
     learning_rate: float | list[float]
     weight_decay: float | list[float]
@@ -35,7 +38,7 @@ class Settings(Protocol):
 
 
 def check_settings(module: Settings) -> None:
-    """Refuse settings of a module that are out of their range.
+    """Refuse settings of a module that are out of their range, and an objective that could not be trained.
 
     Args:
         module: the module, its settings assigned.
@@ -43,6 +46,7 @@ def check_settings(module: Settings) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    check_objective(module.task)
     for name in ("learning_rate", "weight_decay"):
         value = getattr(module, name)
         if isinstance(value, list) and len(value) != len(module.seeds):
