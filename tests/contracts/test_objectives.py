@@ -13,6 +13,7 @@ import torch
 
 from opsin import objective as objectives
 from opsin.callbacks import Clamp, ReferenceDistance
+from opsin.errors import ConfigError
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer
 from opsin.objective import Objective
@@ -93,6 +94,17 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_left_alone(n
     again = train(module(name, [1], [0.01]), 150, resume=str(tmp_path / "last.ckpt"))
     for parameter, values in whole.parameters_by_name().items():
         assert torch.equal(values, again.parameters_by_name()[parameter]), parameter
+
+
+def test_a_run_under_another_objective_is_another_run(tmp_path):
+    def keeping():
+        return pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=50, save_top_k=0)
+
+    train(module("squared error", [1], [0.01]), 50, keeping())
+    changed = module("squared error", [1], [0.01])
+    changed.task.objective = OBJECTIVES["summed squared error"]
+    with pytest.raises(ConfigError, match=r"task.objective.over_outputs: got 'sum', expected 'mean'"):
+        train(changed, 100, resume=str(tmp_path / "last.ckpt"))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -16,6 +16,7 @@ from opsin.tasks.shared import references
 from opsin.training.module import OpsinModule
 from tests.helpers.killers import StopAfter
 from tests.helpers.paths import ROOT
+from tests.helpers.toys import train
 from tests.helpers.wandb_files import history, offline_runs, read
 
 PAGE = (ROOT / "docs" / "tasks.md").read_text()
@@ -114,7 +115,7 @@ def test_a_plateau_that_no_task_names_and_a_reader_of_classes_are_refused_in_one
     from robust_regression import RobustRegression
 
     with pytest.raises(ConfigError, match=r"PhaseChange.plateau: got None, expected a loss: RobustRegression names no"):
-        PhaseChange().setup(None, OpsinModule(RobustRegression(), compile=False), "fit")
+        train(OpsinModule(RobustRegression(), compile=False), 1, PhaseChange())
     assert LinearRegression().plateau == pytest.approx(3.01)
     attached = ["--trainer.callbacks+=opsin.callbacks.Calibration"]
     ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", *attached)

@@ -169,6 +169,18 @@ def test_a_metric_without_one_recorded_number_a_member_cannot_be_compared(metric
     assert "; the nearest is 'train/" in line or "; the nearest is 'val/" in line
 
 
+def test_a_condition_whose_task_lacks_the_compared_metric_is_refused_by_its_name(tmp_path):
+    wrong = yaml.safe_load(yaml.safe_dump(RECIPE))
+    wrong["trainer"] |= {"limit_val_batches": 1.0}
+    wrong["population"] |= {"compare": ["val/classes/loss"], "conditions": {"none": {}}}
+    wrong["population"]["conditions"]["all"] = {"task": {"heldout_classes": 0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wrong))
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "run", folder=tmp_path, check=False)
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    expected = "opsin: population.conditions.all: population.compare: got 'val/classes/loss', expected a metric that"
+    assert ended.err.splitlines()[-1].startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -51,7 +51,7 @@ from opsin.training.batch_counts import as_before_batch, validation_follows
 from opsin.training.compiling import COMPILE_FROM_STEPS, choose_step, compiler_problem
 from opsin.training.gates import GateController
 from opsin.training.monitors import ValidationTimes, monitored_numbers, monitors, show_to_monitors
-from opsin.training.objective import check_objective, scored_logits, step_metrics
+from opsin.training.objective import scored_logits, step_metrics
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
 from opsin.training.optimizers import MemberOptimizer, check_optimizer, check_scheduler, member_optimizer
 from opsin.training.probe import ForwardPasses
@@ -130,7 +130,6 @@ class OpsinModule(pl.LightningModule):
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
-        check_objective(task)
         self.optimizer = AdamW(learning_rate, weight_decay, betas, eps) if optimizer is None else optimizer
         check_optimizer(self.optimizer, len(self.seeds))
         sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}

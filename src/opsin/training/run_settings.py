@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from opsin.interventions.plan import Plan
 from opsin.model.protocol import Model, changed_settings
+from opsin.objective import CrossEntropy
 from opsin.optimizers.adam import SHORT_FORM
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
@@ -80,6 +81,9 @@ def run_settings(module: TrainedModule, plan: Plan, trainer: Any) -> dict[str, A
     found: dict[str, Any] = {"version": NUMBERS_VERSION, "trainer.precision": str(trainer.precision)}
     _add("task", module.task, found)
     found["task.draws"] = _draws(module.task, module.seeds)
+    # what no setting may say; runs of earlier versions have none but this one
+    if module.task.objective != CrossEntropy():
+        _add("task.objective", module.task.objective, found)
     _add(module.network.setting, module.network, found)
     found["model.seed"] = list(module.seeds)
     found["model.initial"] = list(module.initial_weights)

@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 
 from opsin.errors import ConfigError, check_number
 from opsin.optimizers.adam import SHORT_FORM
+from opsin.task import Task
+from opsin.training.objective import check_objective
 
 MOST_STEPS_PER_BATCH = 1_000_000
 """Optimizer steps of one Lightning batch, whose results wait in memory."""
@@ -20,8 +22,9 @@ LARGEST_SEED = 2**63 - 1
 
 
 class Settings(Protocol):
-    """The settings of an ``OpsinModule`` whose range is checked."""
+    """The settings of an ``OpsinModule`` that are checked."""
 
+    task: Task
     seeds: list[int]
     learning_rate: float | list[float]
     weight_decay: float | list[float]
@@ -38,7 +41,7 @@ class Settings(Protocol):
 
 
 def check_settings(module: Settings) -> None:
-    """Refuse settings of a module that are out of their range.
+    """Refuse settings of a module that are out of their range, and an objective that could not be trained.
 
     Args:
         module: the module, its settings assigned.
@@ -46,6 +49,7 @@ def check_settings(module: Settings) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    check_objective(module.task)
     if not module.has_short_form:
         refuse_short_form({name: getattr(module, name) for name in SHORT_FORM if not _is_default(module, name)})
     for name in ("learning_rate", "weight_decay"):

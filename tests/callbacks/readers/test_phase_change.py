@@ -181,16 +181,16 @@ def test_a_loss_without_a_lower_bound_needs_a_predictor_that_is_better_than_the_
         return OpsinModule(task, Transformer(layers=2, width=16, heads=2), compile=False)
 
     with pytest.raises(ConfigError, match="PhaseChange: got 'FewShot with LogCrossEntropy', expected a task with a"):
-        PhaseChange(plateau=0.1).setup(None, module(tiny().task), "fit")
+        train(module(tiny().task), 1, PhaseChange(plateau=0.1))
     task = Repeats(positions=24, longest=8, batch_size=BATCH)
-    PhaseChange(plateau=1.5).setup(None, module(task), "fit")
+    train(module(task), 1, PhaseChange(plateau=1.5))
     exact = np.log(CrossEntropy().member_loss(task.exact(batch := task.batch(0, 0, "eval/train", 128)), batch))
     assert best_loss(task, "train/loss", 1.5) == pytest.approx(exact.item())
 
 
 def test_a_plateau_that_no_loss_lies_below_is_refused_before_training():
     with pytest.raises(ConfigError, match=r"PhaseChange.plateau: got 0.0, expected a loss above 0, or null"):
-        PhaseChange(plateau=0.0).setup(None, tiny(), "fit")
+        train(tiny(), 1, PhaseChange(plateau=0.0))
 
 
 def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path):
