@@ -143,6 +143,25 @@ def member_groups(optimizer: Optimizer, members: int) -> tuple[list[dict[str, Hy
     return kinds, [kinds.index(column) for column in columns]
 
 
+def build_scheduler(build: Callable[..., Any], optimizer: MemberOptimizer) -> Any:
+    """The scheduler of an optimizer.
+
+    Args:
+        build: function that builds a scheduler from an optimizer.
+        optimizer: the optimizer whose groups of members it moves.
+
+    Raises:
+        ConfigError: the schedule moves what this optimizer does not have, or has settings that cannot be.
+    """
+    try:
+        return build(optimizer)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        expected = f"a schedule of what {type(optimizer.rule).__name__} has"
+        raise ConfigError("model.lr_scheduler", str(error), expected) from error
+
+
 def check_scheduler(scheduler: object, members: int) -> None:
     """Refuse a schedule that members cannot share.
 
