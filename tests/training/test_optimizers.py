@@ -7,7 +7,7 @@ import torch
 
 from opsin.errors import ConfigError
 from opsin.optimizers import SGD, AdamW, Optimizer
-from opsin.training.optimizers import check_optimizer, member_optimizer
+from opsin.training.optimizers import build_scheduler, check_optimizer, member_optimizer
 from tests.helpers.toys import SMALL, Training, weights
 
 
@@ -112,6 +112,22 @@ def test_a_value_for_each_member_is_one_for_each():
     ]
     with pytest.raises(ConfigError, match=r"^SGD.momentum: got \[0.5, 0.9\], expected one value, or one for each of 3"):
         made(SGD(momentum=[0.5, 0.9]), 3)
+
+
+class Plain(Optimizer):
+    """Gradient descent, with nothing that could be cycled."""
+
+    learning_rate = 0.1
+
+    def update(self, parameter, gradient, state, hyper, clock):
+        return parameter - hyper["learning_rate"] * gradient, {}
+
+
+def test_a_schedule_of_a_momentum_that_an_optimizer_does_not_have_is_refused_in_one_line():
+    with pytest.raises(
+        ConfigError, match=r"^model.lr_scheduler: got '.*momentum.*', expected a schedule of what Plain"
+    ):
+        build_scheduler(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), made(Plain()))
 
 
 class Broken(Optimizer):

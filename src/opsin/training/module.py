@@ -53,7 +53,13 @@ from opsin.training.gates import GateController
 from opsin.training.monitors import ValidationTimes, monitored_numbers, monitors, show_to_monitors
 from opsin.training.objective import scored_logits, step_metrics
 from opsin.training.observers import Event, Listener, Observation, recorded_metrics
-from opsin.training.optimizers import MemberOptimizer, check_optimizer, check_scheduler, member_optimizer
+from opsin.training.optimizers import (
+    MemberOptimizer,
+    build_scheduler,
+    check_optimizer,
+    check_scheduler,
+    member_optimizer,
+)
 from opsin.training.probe import ForwardPasses
 from opsin.training.run_settings import run_settings, surroundings
 from opsin.training.same_run import apply_changes, check_same_run, identity_of_run, warn_of_surroundings
@@ -355,7 +361,7 @@ class OpsinModule(pl.LightningModule):
         optimizer = member_optimizer(self.trained_parameters(), self.optimizer, self.gradient_clip)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler = build_scheduler(self.lr_scheduler, optimizer)
         check_scheduler(scheduler, self.n_members)
         return [optimizer], [scheduler]
 

@@ -75,11 +75,11 @@ class MemberOptimizer(torch.optim.Optimizer):
         columns = {name: tuple(group[key] for group in self.param_groups) for name, key in self._keys.items()}
         pairs = {name: _per_member(column, *kind) for name, column in columns.items()}
         # a schedule moves the rate at every step, and nothing is derived from it
-        others = ({name: column for name, column in columns.items() if name != "learning_rate"}, kind)
-        if self._derived is None or self._derived[0] != others:
+        situation = ({name: column for name, column in columns.items() if name != "learning_rate"}, kind)
+        if self._derived is None or self._derived[0] != situation:
             exact = {name: pair[0] for name, pair in pairs.items() if name != "learning_rate"}
             found = {name: (x, x.to(like.dtype)) for name, x in self.rule.derived(exact).items()}
-            self._derived = (others, found)
+            self._derived = (situation, found)
         pairs |= self._derived[1]
         exact = {name: pair[0] for name, pair in pairs.items()}
         updates = torch.full((len(self._group_of),), self.steps + 1, dtype=torch.float64, device=like.device)
@@ -141,6 +141,25 @@ def member_groups(optimizer: Optimizer, members: int) -> tuple[list[dict[str, Hy
     columns = optimizer.per_member(members)
     kinds = [column for index, column in enumerate(columns) if column not in columns[:index]]
     return kinds, [kinds.index(column) for column in columns]
+
+
+def build_scheduler(build: Callable[..., Any], optimizer: MemberOptimizer) -> Any:
+    """The scheduler of an optimizer.
+
+    Args:
+        build: function that builds a scheduler from an optimizer.
+        optimizer: the optimizer whose groups of members it moves.
+
+    Raises:
+        ConfigError: the schedule moves what this optimizer does not have, or has settings that cannot be.
+    """
+    try:
+        return build(optimizer)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        expected = f"a schedule of what {type(optimizer.rule).__name__} has"
+        raise ConfigError("model.lr_scheduler", str(error), expected) from error
 
 
 def check_scheduler(scheduler: object, members: int) -> None:

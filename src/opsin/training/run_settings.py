@@ -29,7 +29,7 @@ from opsin.objective import CrossEntropy
 from opsin.optimizers.adam import SHORT_FORM
 from opsin.optimizers.base import Optimizer
 from opsin.task import Task
-from opsin.training.optimizers import member_optimizer
+from opsin.training.optimizers import build_scheduler, member_optimizer
 
 NUMBERS_VERSION = 1
 """Version of the code that makes numbers: raised whenever a run would come to other numbers than before."""
@@ -142,6 +142,8 @@ def _optimizer_settings(module: TrainedModule) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not module.has_short_form:
         _add("model.optimizer", module.optimizer, found)
+        for name in module.optimizer.hyper_names:
+            _add(f"model.optimizer.{name}", getattr(module.optimizer, name), found)
         return found
     for name in SHORT_FORM:
         _add(f"model.{name}", getattr(module.optimizer, name), found)
@@ -249,7 +251,8 @@ def _scheduler(module: TrainedModule) -> Any:
     """The scheduler of a run, built on an optimizer of its own."""
     assert module.lr_scheduler is not None
     parameter = torch.nn.Parameter(torch.zeros(len(module.seeds), 1))
-    return module.lr_scheduler(member_optimizer([("w", parameter)], module.optimizer, module.gradient_clip))
+    optimizer = member_optimizer([("w", parameter)], module.optimizer, module.gradient_clip)
+    return build_scheduler(module.lr_scheduler, optimizer)
 
 
 def _add_scheduler(name: str, scheduler: LRScheduler | ReduceLROnPlateau, found: dict[str, Any]) -> None:
