@@ -51,7 +51,11 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
             raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({kind.__name__})")
     built = module.state_dict()
     _check_tensors(path, saved["state_dict"], built, "")
-    states, parameters = saved["optimizer_states"], dict(module.named_parameters())
+    states, trained = (
+        saved["optimizer_states"],
+        [named for named in module.named_parameters() if named[1].requires_grad],
+    )
+    parameters = dict(trained)
     if not (len(states) == 1 and _is_optimizer(states[0], len(parameters))):
         expected = f"a checkpoint of a run, with one optimizer of {len(parameters)} parameters"
         raise ConfigError("ckpt_path", path, expected)
