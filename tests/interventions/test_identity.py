@@ -11,6 +11,7 @@ from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.interventions.values.passes import FromPass
 from opsin.interventions.values.patterns import Disallowed, PreviousToken
+from opsin.model.transformer import Transformer
 
 SITE = "blocks.0.attn.hook_pattern"
 CLAMP = Intervention("Clamp", SITE, Selection(heads=(2,), members=(0, 3)), PreviousToken(0.5))
@@ -64,3 +65,18 @@ def test_a_pass_inside_a_value_counts_and_so_does_the_way_it_is_named():
         Source(SITE, Relative.ASKING_PASS),
     ]
     assert len({FromPass(source).identity for source in sources}) == 4
+
+
+def test_checkpoints_know_the_output_of_a_norm_by_the_name_that_it_had():
+    found = [identity(replace(CLAMP, site=f"ln_final.hook_{end}")) for end in ("out", "normalized", "scale")]
+    names = ("ln_final.hook_normalized", "ln_final.hook_normalized_before_weight", "ln_final.hook_scale")
+    assert all(f"site='{name}'," in text for name, text in zip(names, found, strict=True))
+
+
+def test_a_setting_of_a_model_that_was_added_counts_where_it_is_not_at_its_default():
+    model = Transformer(layers=1, width=8, heads=2)
+    assert identity(model) == (
+        "Transformer(layers=1, width=8, heads=2, mlp_ratio=None, norm=True, causal=True, positions='rope', "
+        "position_base=10000.0, max_positions=32, init_scale=1.0, unembed_bias=True)"
+    )
+    assert identity(replace(model, activation="relu")) == identity(model)[:-1] + ", activation='relu')"

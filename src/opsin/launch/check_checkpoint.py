@@ -51,7 +51,8 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
             raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({names})")
     built = module.state_dict()
     _check_tensors(path, saved["state_dict"], built)
-    states, parameters = saved["optimizer_states"], dict(module.named_parameters())
+    states = saved["optimizer_states"]
+    parameters = {name: x for name, x in module.named_parameters() if x.requires_grad}
     if not (len(states) == 1 and _is_optimizer(states[0], len(parameters))):
         expected = f"a checkpoint of a run, with one optimizer of {len(parameters)} parameters"
         raise ConfigError("ckpt_path", path, expected)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from opsin import callbacks
 from opsin.callbacks.readers.base import ProbeReader, Reader, Requirement, check_count, log_spaced
 from opsin.errors import ConfigError
+from opsin.model.associative_memory import AssociativeMemory
 from opsin.model.transformer import Transformer
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import SMALL, ToyTokens, few_shot, train
@@ -81,3 +84,45 @@ def test_a_count_is_at_least_one():
 def test_log_spaced_steps_of_a_known_case():
     assert log_spaced(100, 4) == {0, 1, 2, 3, 6, 10, 18, 32, 56, 100}
     assert log_spaced(9, 1) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("reader", "settings", "line"),
+    [
+        (
+            "EntropyNeurons",
+            {"mlp_ratio": 1, "norm": "RMSNorm"},
+            "got 'a model whose last norm is an RMSNorm'",
+        ),
+        (
+            "EntropyNeurons",
+            {"mlp_ratio": 1, "final_norm": False},
+            "got 'a model without LayerNorm'",
+        ),
+        (
+            "EntropyNeurons",
+            {"mlp_ratio": 1, "mlp_layers": (0,)},
+            "got 'a model without blocks.1.mlp.hook_post'",
+        ),
+        ("ActivationSparsity", {}, "got 'a model without MLPs', expected"),
+    ],
+)
+def test_a_choice_that_a_reader_cannot_measure_is_refused_in_one_line(reader, settings, line):
+    with pytest.raises(ConfigError, match=f"^{reader}: {line}"):
+        train(module(ToyTokens(), replace(SMALL, **settings)), 5, getattr(callbacks, reader)())
+
+
+@pytest.mark.parametrize(
+    ("reader", "settings"),
+    [("InductionHeads", {}), ("PreviousTokenHeads", {}), ("AttentionSinks", {"effect_every": None})],
+)
+def test_a_tracker_of_attention_refuses_a_model_without_any(reader, settings):
+    run = OpsinModule(ToyTokens(), network=AssociativeMemory(8), compile=False)
+    with pytest.raises(ConfigError, match=f"^{reader}: got 'a model without blocks.0.attn.hook_pattern"):
+        train(run, 5, getattr(callbacks, reader)(**settings))
+
+
+def test_entropy_neurons_are_measured_through_a_tied_read_out_and_a_norm_without_parameters():
+    model = replace(SMALL, mlp_ratio=1, tied=True, norm_weight=False, norm_bias=False)
+    trained = train(module(ToyTokens(), model), 5, callbacks.EntropyNeurons(every=5, tables=0))
+    assert any(name.startswith("entropy_neurons") for name in trained.history.names())

@@ -15,7 +15,7 @@ from opsin.model.transformer import Transformer
 from opsin.reports.sites import sites_report
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
-from tests.helpers.toys import SMALL, Training, batch_of, few_shot, inputs_of, plan_of, run, weights
+from tests.helpers.toys import SMALL, ToyTokens, Training, batch_of, few_shot, inputs_of, plan_of, run, weights
 
 TASK = few_shot()
 BATCH = batch_of(TASK, dtype=torch.float64)
@@ -176,3 +176,39 @@ def test_a_path_that_does_not_exist_is_refused(model, settings, field, value):
 @pytest.mark.parametrize(("sender", "receiver"), [("1:0", "1:mlp"), ("0:mlp", "1:0.q"), ("1:mlp", "logits")])
 def test_a_head_may_send_to_the_mlp_of_its_block_and_an_mlp_to_the_next(sender, receiver):
     assert len(plan_of(WITH_MLP, TASK, PathPatch([sender], [receiver])).interventions) == 1
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"norm": "RMSNorm", "attention_biases": "qkvo"},
+        {"tied": True, "final_norm": False, "attention_biases": "o"},
+        {"norm_weight": False, "norm_bias": False, "mlp_layers": (0,), "attention_biases": "k"},
+        {
+            "positions": "relative",
+            "attention": "linear",
+            "unembed_bias": False,
+            "mlp_bias": False,
+            "activation": "relu",
+        },
+        {"norm": False, "positions": "none", "scale_scores": False},
+    ],
+)
+def test_paths_of_every_choice_that_change_nothing_change_nothing(choices):
+    """What is made anew from its terms, as they are in a pass without interventions, is what it was."""
+    model = replace(SMALL, mlp_ratio=1, **choices)
+    task = ToyTokens()
+    values, batch = weights(model, task), batch_of(task)
+    receivers = ["1:0.q", "1:1.k", "1:0.v", "logits"]
+    plan = plan_of(model, task, PathPatch(["embed", "0:1", "0:mlp"], receivers, value="plain"))
+    tap = run_passes(plan, inputs_of(plan, model, values, batch))
+    torch.testing.assert_close(run(model, values, batch, tap)[0], run(model, values, batch)[0], rtol=1e-10, atol=1e-10)
+    cut = plan_of(model, task, PathPatch(["0:1"], receivers))
+    tap = run_passes(cut, inputs_of(cut, model, values, batch))
+    assert not torch.allclose(run(model, values, batch, tap)[0], run(model, values, batch)[0])
+
+
+def test_a_gated_mlp_receives_no_path():
+    model = replace(SMALL, mlp_ratio=1, gated=True)
+    with pytest.raises(ConfigError, match=r"PathPatch.receivers: got '1:mlp', .* a gated MLP reads its input twice"):
+        plan_of(model, few_shot(), PathPatch(["0:1"], ["1:mlp"]))
