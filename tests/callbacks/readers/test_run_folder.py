@@ -112,7 +112,7 @@ def test_a_second_run_of_a_module_has_records_of_its_own_and_says_that_weights_a
     fit(model, tmp_path / "two")
     assert [record for record in caplog.records if "trained before" in record.message]
     tables = [pd.read_csv(tmp_path / name / "metrics.csv").query("metric == 'train/loss'") for name in ("one", "two")]
-    assert tables[0].step.tolist() == tables[1].step.tolist() == model.history["train/loss"].steps
+    assert tables[0].step.tolist() == tables[1].step.tolist() == list(model.history["train/loss"].steps)
 
 
 @pytest.mark.parametrize("step", [5, 10, 20])
