@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
-from opsin.training.module import OpsinModule, opsin_module
+from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import Observation
 
 
@@ -77,6 +78,7 @@ class Reader(Callback):
         super().setup(trainer, pl_module, stage)
         self._module = opsin_module(pl_module)
         if stage == "fit":
+            refuse_repeated(callbacks_of(trainer))
             for requirement in (*self.requirements(), _activations(type(self).__name__, self.sites)):
                 requirement.check(self._module)
             self.check(self._module)
@@ -105,6 +107,25 @@ class ProbeReader(Reader, ABC):
         Args:
             seen: step, probe, and the activations that ``sites`` names.
         """
+
+
+def refuse_repeated(callbacks: Sequence[Callback]) -> None:
+    """Refuse a callback that stands twice among others, where the two would keep or record the same.
+
+    Args:
+        callbacks: all callbacks of the run.
+
+    Raises:
+        ConfigError: names their class.
+    """
+    seen: dict[str, Callback] = {}
+    for callback in callbacks:
+        keeps = is_overridden("state_dict", callback, Callback) or isinstance(callback, Reader)
+        if keeps and callback.state_key in seen:
+            expected = "one of them, or two with different settings: both would write the same"
+            raise ConfigError("trainer.callbacks", f"{type(callback).__name__} twice", expected)
+        if keeps:
+            seen[callback.state_key] = callback
 
 
 # ---- requirements of several readers ----------------------------------------------------------------

@@ -18,6 +18,7 @@ from opsin.figures.run import summary_figure
 from opsin.figures.style import save_figure
 from opsin.records.checkpoint import write_last
 from opsin.records.claim import Claim, claim_unless_held
+from opsin.records.events import EventTable
 from opsin.records.folder import FolderContent, RunFolder, content_of, write_atomically
 from opsin.records.schema import CONFIG_FILE, LAST_CHECKPOINT, SUMMARY_FILE, SUMMARY_PICTURE
 from opsin.records.user_files import real_path
@@ -112,6 +113,7 @@ class KeepRun(Reader):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module.history.keep_in(self.files)
+        self._module.event_table = EventTable(self.files, [vars(event) for event in self._module.events])
         self._last_saved, self._begun = trainer.global_step, True
         # after all else of the batch: on resuming, Lightning would skip a validation that its checkpoint precedes
         self._module.after_batch(lambda: self._save_if_due(trainer))

@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -204,6 +205,8 @@ def has_key() -> bool:
     """Whether wandb would log in without asking."""
     import wandb
 
+    _find_room_for_cache()
+
     settings = wandb.setup().settings
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
         return True
@@ -215,6 +218,23 @@ def has_key() -> bool:
         return False
     host = urlsplit(settings.base_url).netloc
     return logins is not None and any(logins.authenticators(name) for name in (host, UPSTREAM_HOST))
+
+
+def _find_room_for_cache() -> None:
+    """Let wandb's service keep its log and cache with temporary files where there is no home that can be written.
+
+    Else the service prints what it does on the terminal, line by line.
+    """
+    home = os.environ.get("HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home else "")
+    try:
+        if cache:
+            Path(cache, "wandb").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=Path(cache, "wandb")):
+                return
+    except OSError:
+        pass
+    os.environ["XDG_CACHE_HOME"] = tempfile.gettempdir()
 
 
 def start(mode: WandbMode, folder: Path, settings: Sequence[Mapping[str, Any]]) -> list[wandb.Run]:
@@ -260,6 +280,7 @@ def _attempt(mode: WandbMode, folder: Path, settings: Sequence[Mapping[str, Any]
 def _init(mode: WandbMode, folder: Path, arguments: Mapping[str, Any]) -> wandb.Run:
     import wandb
 
+    _find_room_for_cache()
     folder.mkdir(parents=True, exist_ok=True)
     # settings that this version of wandb does not know are no reason to fail
     known = {name: value for name, value in WANDB_SETTINGS.items() if name in wandb.Settings.model_fields}

@@ -117,7 +117,8 @@ class Campaign:
         (folder / "branches.yaml").write_text(BRANCHES)
         self.temporary = [folder / "tmp"]
         if OTHER_FILE_SYSTEM.is_dir():
-            self.temporary.append(Path(tempfile.mkdtemp(dir=OTHER_FILE_SYSTEM)))
+            self._elsewhere = tempfile.TemporaryDirectory(dir=OTHER_FILE_SYSTEM)
+            self.temporary.append(Path(self._elsewhere.name))
         self.temporary[0].mkdir()
 
     def runs(self, kills: int) -> Result:
@@ -150,6 +151,8 @@ class Campaign:
         line: Callable[[str], Sequence[object]],
         kill: Callable[[Started], None],
     ) -> Result:
+        # the first process starts the one that all are forked from
+        opsin("--help", folder=self.folder)
         result, began = Result(kind), time.monotonic()
         opsin(*line(f"{name}-whole"), folder=self.folder)
         seconds = time.monotonic() - began
@@ -159,7 +162,9 @@ class Campaign:
             killed = f"{name}-{number}"
             environment = {"TMPDIR": str(self.temporary[number % len(self.temporary)])}
             for _ in range(min(PER_FOLDER, kills - result.kills)):
-                self._one_kill(result, self._line(killed, line), kill, seconds, environment)
+                late = self._one_kill(result, self._line(killed, line), kill, seconds, environment)
+                # what is resumed has less to do, and the machine may be busier or less busy by now
+                seconds *= 0.7 if late else 1.1
             ended = opsin(*self._line(killed, line), folder=self.folder, check=False, **environment)
             if ended.code:
                 result.faults.append(f"{killed}: ended with code {ended.code}: {ended.err.strip()[-300:]}")
@@ -191,7 +196,8 @@ class Campaign:
         kill: Callable[[Started], None],
         seconds: float,
         environment: dict[str, str],
-    ) -> None:
+    ) -> bool:
+        """Whether the process had ended before it was killed."""
         process = Started(*line, folder=self.folder, **environment)
         time.sleep(self.chance.uniform(0.05, seconds))
         late = process.poll() is not None
@@ -209,6 +215,7 @@ class Campaign:
             time.sleep(0.01)
         if not all_have_ended(self.folder):
             result.faults.append(f"{' '.join(map(str, line))}: left a process behind")
+        return late
 
 
 def _in(name: str) -> list[str]:

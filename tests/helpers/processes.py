@@ -63,9 +63,10 @@ class Started:
         """Wait for the end."""
         self.process.join()
         assert self.process.exitcode is not None
-        out, err = (path.read_text() for path in self.texts)
+        # a process that was killed at once has written nothing
+        out, err = (path.read_text() if path.exists() else "" for path in self.texts)
         for path in self.texts:
-            path.unlink()
+            path.unlink(missing_ok=True)
         return Ended(self.process.exitcode, out, err)
 
 

@@ -15,19 +15,33 @@ LAUNCHERS = {
     "a task of an allocation": JOB,
     "a task of many on one machine": {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "bash"},
     "torchrun": {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "2", "PMI_SIZE": "4"},
+    "a pod of Kubeflow": {
+        "KUBERNETES_PORT": "x",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+    },
     "jsrun": {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "x"},
 }
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """metrics.csv of a run that nothing started but this process."""
+def alone(tmp_path_factory):
+    """Folder of a run that nothing started but this process."""
     from opsin.cli import main
 
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "recipe.yaml").write_text(RECIPE)
     assert main(["fit", "--config", str(folder / "recipe.yaml"), "--run_folder", str(folder / "run")]) == 0
-    return (folder / "run" / "metrics.csv").read_bytes()
+    return folder / "run"
+
+
+@pytest.fixture
+def whole(alone):
+    """metrics.csv of that run."""
+    return (alone / "metrics.csv").read_bytes()
 
 
 @pytest.fixture
@@ -71,6 +85,24 @@ def test_a_checkpoint_of_lightnings_requeue_is_never_begun_from(fit, opsin, tmp_
         monkeypatch.setenv(name, value)
     assert fit().code == 0
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_saved_configuration_trains_the_same_run_in_a_job_elsewhere_beside_a_foreign_checkpoint(
+    opsin, tmp_path, monkeypatch, alone, whole, launcher
+):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert opsin("fit", "--config", "recipe.yaml", "--run_folder", "other", "--model.seed", "[7, 8]").code == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "other/checkpoints/last.ckpt").rename(elsewhere / "hpc_ckpt_1.ckpt")
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(elsewhere)
+    ended = opsin("fit", "--config", str(alone / "config.yaml"), "--run_folder", "run")
+    assert ended.code == 0 and ended.err == ""
+    assert (elsewhere / "run/metrics.csv").read_bytes() == whole
+    assert [path.name for path in files_of_lightning(tmp_path)] == ["hpc_ckpt_1.ckpt"]
 
 
 def test_a_signal_of_a_scheduler_saves_no_file_of_lightning_and_requeues_nothing(

@@ -25,6 +25,7 @@ from opsin.interventions.donors import Start
 from opsin.launch.fit import check_fits
 from opsin.model.protocol import init_parameters
 from opsin.model.transformer import Transformer
+from opsin.records.checkpoint import read_checkpoint
 from opsin.tasks import ArrayFile, Omniglot
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import SMALL, few_shot
@@ -345,7 +346,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "tiny.yaml").write_text(RECIPE)
     assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_folder", str(folder / "run")]) == 0
-    return torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
+    return read_checkpoint(folder / "run/checkpoints/last.ckpt", history=True)
 
 
 def at(content, way):

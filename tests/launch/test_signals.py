@@ -313,6 +313,17 @@ def _handles(pid, number):
     return all(int(caught, 16) >> other - 1 & 1 for other in (number, signal.SIGTERM))
 
 
+@pytest.mark.parametrize("moment", ["run_jobs", "finish_population", "send_population"])
+def test_a_signal_to_a_population_at_any_moment_says_how_to_go_on(opsin, tmp_path, monkeypatch, moment):
+    for name in ("run_jobs", "finish_population", "send_population"):
+        monkeypatch.setattr(f"opsin.launch.population.{name}", lambda *_: [])
+    monkeypatch.setattr(f"opsin.launch.population.{moment}", lambda *_: signal.raise_signal(signal.SIGHUP))
+    (tmp_path / "recipe.yaml").write_text(POPULATION)
+    ended = opsin("fit", "--config", "recipe.yaml", "--run_folder", "ended")
+    assert ended.code == 129 and ended.err.endswith("opsin: ended by SIGHUP; `opsin resume ended` continues\n")
+    assert not list(tmp_path.rglob(".claim"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_while_libraries_are_imported_is_one_line_and_a_code(tmp_path, number):
     process = subprocess.Popen(

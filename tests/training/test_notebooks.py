@@ -29,6 +29,11 @@ def trainer_with(*callbacks, **settings):
     return pl.Trainer(callbacks=list(callbacks), accelerator="cpu", **{**QUIET, **often, **settings})
 
 
+def test_a_reader_that_stands_twice_among_the_callbacks_is_refused_in_python_too(tmp_path):
+    with pytest.raises(ConfigError, match="InductionHeads twice"):
+        trainer_with(InductionHeads(every=5), InductionHeads(every=5), max_steps=10).fit(module())
+
+
 # ---- twice ------------------------------------------------------------------------------------------
 
 
@@ -38,7 +43,7 @@ def test_a_module_that_is_fitted_twice_keeps_the_records_of_the_second_run_alone
         trainer_with(InductionHeads(every=5), PhaseChange(), KeepRun(tmp_path / name), max_steps=40).fit(model)
         with (tmp_path / name / "metrics.csv").open() as file:
             steps = [int(row["step"]) for row in csv.DictReader(file) if row["metric"] == "train/loss"]
-        assert steps == model.history["train/loss"].steps == [5, 10, 15, 20, 25, 30, 35, 40]
+        assert steps == list(model.history["train/loss"].steps) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert "the module was trained before" in caplog.text
 
 
@@ -58,7 +63,7 @@ def test_a_reader_follows_a_second_run_as_a_new_one_does(name, tmp_path, monkeyp
     assert second.history.names() == fresh.history.names()
     for metric in fresh.history.names():
         assert second.history[metric].steps == fresh.history[metric].steps
-        assert repr(second.history[metric].values) == repr(fresh.history[metric].values)
+        assert repr([*second.history[metric].values]) == repr([*fresh.history[metric].values])
     assert repr(second.summary) == repr(fresh.summary)
 
 
@@ -72,7 +77,7 @@ def test_a_fresh_module_validates_as_its_first_validation_of_a_run_would():
     # and what was validated trains as what was not
     for each in (model, other):
         trainer_with(max_steps=20).fit(each)
-    assert repr(model.history["train/loss"].values) == repr(other.history["train/loss"].values)
+    assert repr([*model.history["train/loss"].values]) == repr([*other.history["train/loss"].values])
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

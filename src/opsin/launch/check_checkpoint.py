@@ -10,7 +10,7 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.training.module import OpsinModule
 
-_ENTRIES: Mapping[str, type] = {
+_ENTRIES: Mapping[str, type | tuple[type, ...]] = {
     "epoch": int,
     "global_step": int,
     "state_dict": dict,
@@ -22,7 +22,7 @@ _ENTRIES: Mapping[str, type] = {
     "optimizer_states": list,
     "lr_schedulers": list,
     "opsin": dict,
-    "opsin.events": list,
+    "opsin.events": (int, list),
     "opsin.plan": str,
     "opsin.control": dict,
     "opsin.control.fired": Tensor,
@@ -48,7 +48,8 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
     """
     for way, kind in _ENTRIES.items():
         if not isinstance(_entry(saved, way), kind):
-            raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({kind.__name__})")
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({names})")
     built = module.state_dict()
     _check_tensors(path, saved["state_dict"], built, "")
     states, trained = (

@@ -205,7 +205,16 @@ def train_population(folder: Path) -> None:
 
     Raises:
         PopulationError: the process of a chunk failed; the other chunks were trained to their end.
+        Interruption: a signal ended it; every chunk that was running is saved.
     """
+    try:
+        _train_chunks(folder)
+    except Interruption as stopped:
+        message = f"{ended_by(stopped.signal)}; `opsin resume {folder}` continues"
+        raise Interruption(stopped.signal, message) from None
+
+
+def _train_chunks(folder: Path) -> None:
     content = read_document(folder)
     count = 1 + max(row["chunk"] for row in content["members"])
     jobs = [job for number in range(count) if (job := _job(chunk_folder(folder, number))) is not None]
@@ -217,11 +226,7 @@ def train_population(folder: Path) -> None:
         + (f"; {count - len(jobs)} chunks are finished" if len(jobs) < count else "")
     )
     reporter = ProgressReporter(count, count - len(jobs))
-    try:
-        failed = run_jobs(jobs, chunking.processes, reporter.report_end, reporter.report_steps)
-    except Interruption as stopped:
-        message = f"{ended_by(stopped.signal)}; `opsin resume {folder}` continues"
-        raise Interruption(stopped.signal, message) from None
+    failed = run_jobs(jobs, chunking.processes, reporter.report_end, reporter.report_steps)
     left = [job for job in jobs if _job(job.folder) is not None]
     # one whose members have all diverged ends with an error, and is whole
     failed = [job for job in failed if job in left]

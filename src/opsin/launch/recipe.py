@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.callbacks import KeepRun, Progress
-from opsin.callbacks.readers.base import Reader
+from opsin.callbacks.readers.base import refuse_repeated
 from opsin.errors import ConfigError, config_error_behind, log
 from opsin.interventions.plan import Plan
 from opsin.launch.cluster import one_process
@@ -179,25 +178,6 @@ class OpsinCLI(LightningCLI):
                 # a resumed run says what it began from, not where it was killed
                 config.ckpt_path = read_recipe(saved).get("ckpt_path")
         return self.parser.dump(config, skip_unset=False)
-
-
-def refuse_repeated(callbacks: Sequence[Callback]) -> None:
-    """Refuse a callback that stands twice among others, where the two would keep or record the same.
-
-    Args:
-        callbacks: all callbacks of the run.
-
-    Raises:
-        ConfigError: names their class.
-    """
-    seen: dict[str, Callback] = {}
-    for callback in callbacks:
-        keeps = is_overridden("state_dict", callback, Callback) or isinstance(callback, Reader)
-        if keeps and callback.state_key in seen:
-            expected = "one of them, or two with different settings: both would write the same"
-            raise ConfigError("trainer.callbacks", f"{type(callback).__name__} twice", expected)
-        if keeps:
-            seen[callback.state_key] = callback
 
 
 # ---- the run ----------------------------------------------------------------------------------------

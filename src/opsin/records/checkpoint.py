@@ -24,9 +24,17 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from opsin.errors import ConfigError, log
+from opsin.records.events import read_events
 from opsin.records.folder import write_atomically
 from opsin.records.history import history_from_table
-from opsin.records.schema import LAST_CHECKPOINT, METRICS_FILE, PREVIOUS_CHECKPOINT, SPARE_BYTES, SPARE_ROOM
+from opsin.records.schema import (
+    EVENTS_FILE,
+    LAST_CHECKPOINT,
+    METRICS_FILE,
+    PREVIOUS_CHECKPOINT,
+    SPARE_BYTES,
+    SPARE_ROOM,
+)
 from opsin.records.user_files import check_regular, reason
 
 SEAL = b"opsin sha256 "
@@ -288,7 +296,15 @@ def with_history(saved: dict[str, Any], path: Path, field: str = "ckpt_path") ->
     if history is None:
         found = "differs from what it counts on" if table.exists() else "is missing"
         raise DamagedError(field, path, f"its table {os.path.relpath(table)} {found}", changed=True)
-    return {**saved, "opsin": {**opsin, "history": history, "metrics": {**mark, "path": str(table)}}}
+    events = opsin.get("events", [])
+    if isinstance(events, int):
+        events = read_events(table.with_name(EVENTS_FILE), events)
+        if events is None:
+            where = os.path.relpath(table.with_name(EVENTS_FILE))
+            raise DamagedError(
+                field, path, f"{where} lacks some of the {opsin['events']} events that it counts on", changed=True
+            )
+    return {**saved, "opsin": {**opsin, "history": history, "events": events, "metrics": {**mark, "path": str(table)}}}
 
 
 def last_checkpoints(folder: Path) -> list[Path]:

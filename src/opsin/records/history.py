@@ -4,6 +4,7 @@ A run's folder holds
 
     config.yaml     the resolved configuration
     metrics.csv     step, sequences, metric, member, layer, head, value: one row per number
+    events.csv      step, member, kind, message: one row per event, such as a phase change
     snapshots/      weights at chosen steps
     checkpoints/    what a resume needs
     summary.json    onset, final strengths, wall time

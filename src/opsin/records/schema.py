@@ -14,6 +14,12 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 """One row a number, with ``METRICS_COLUMNS``."""
 
+EVENTS_FILE = "events.csv"
+"""One row an event, with ``EVENTS_COLUMNS``; absent until the first."""
+
+EVENTS_COLUMNS = ("step", "member", "kind", "message")
+"""The header of ``events.csv``."""
+
 SUMMARY_FILE = "summary.json"
 """What a run or a population found; written at its end."""
 

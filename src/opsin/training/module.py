@@ -40,6 +40,7 @@ from opsin.model.protocol import Model, init_parameters
 from opsin.model.saved import read_model, saved_model
 from opsin.model.transformer import Transformer
 from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
+from opsin.records.events import EventTable
 from opsin.records.history import History
 from opsin.records.schema import STEP_METRICS, number_name
 from opsin.task import Batch, Task, drawn_steps
@@ -131,6 +132,7 @@ class OpsinModule(pl.LightningModule):
         self.members = Members(self._first_weights(initial), self.sites.weights.untrained)
         self.history = History(task.batch_size)
         self.events: list[Event] = []
+        self.event_table: EventTable | None = None
         self.ended: dict[int, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self._saved_gates: dict[str, Any] | None = None
@@ -141,10 +143,9 @@ class OpsinModule(pl.LightningModule):
         self.allowed: list[dict[str, Any]] = []
         self._compiled = False
         self._surroundings_before: tuple[Mapping[str, Any], int] | None = None
-        self._drop_handlers()
+        self._without_listeners()
 
-    def _drop_handlers(self) -> None:
-        """Begin with nobody to call, and without results of a batch."""
+    def _without_listeners(self) -> None:
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
@@ -243,6 +244,8 @@ class OpsinModule(pl.LightningModule):
     def announce(self, event: Event) -> None:
         """Add an event to the run, and call every handler with it."""
         self.events.append(event)
+        if self.event_table is not None:
+            self.event_table.append(vars(event))
         for handler in self._event_handlers:
             handler(event)
 
@@ -280,7 +283,7 @@ class OpsinModule(pl.LightningModule):
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._saved_gates = None
-        self._drop_handlers()
+        self._without_listeners()
         self._drop_passes()
         if trainer.global_step == 0:
             self._forget_earlier_run()
@@ -309,7 +312,7 @@ class OpsinModule(pl.LightningModule):
         """Begin without the records of another run of this module; one that resumes loads its own afterwards."""
         if self.history.names():
             log.warning("opsin: the module was trained before; the run begins from its weights as they are")
-        self.history, self.events = History(self.task.batch_size), []
+        self.history, self.events, self.event_table = History(self.task.batch_size), [], None
         self.summary.clear()
 
     def _set_up_validation(self) -> None:
@@ -554,7 +557,7 @@ class OpsinModule(pl.LightningModule):
             self._build_passes()
         checkpoint["opsin"] = {
             **self.history.for_checkpoint(),
-            "events": [vars(event) for event in self.events],
+            "events": self._events_for_checkpoint(),
             "plan": self.plan.digest(),
             "control": self.gates.state_dict(),
             "seeds": self.seeds,
@@ -563,6 +566,13 @@ class OpsinModule(pl.LightningModule):
         }
         if self._results:
             checkpoint["opsin"]["batch"] = torch.stack(self._results).cpu()
+
+    def _events_for_checkpoint(self) -> int | list[dict[str, Any]]:
+        """The events, or their number where a file has them."""
+        if self.event_table is None:
+            return [vars(event) for event in self.events]
+        self.event_table.sync()
+        return len(self.events)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # without a Trainer the weights alone are wanted

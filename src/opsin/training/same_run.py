@@ -82,11 +82,11 @@ def check_same_run(
         ConfigError: names the setting that differs.
     """
     for name in allowed:
-        if not any(_names(name, setting) for setting in (*before, *now)):
+        if not any(_permits(name, setting) for setting in (*before, *now)):
             near = difflib.get_close_matches(name, [*now], n=1) or sorted(now)[:1]
             raise ConfigError("--allow", name, f"a setting that determines numbers, for example {near[0]}")
     found = differences(before, now)
-    refused = [name for name in found if not any(_names(allow, name) for allow in allowed) or _is_fixed(name)]
+    refused = [name for name in found if not any(_permits(allow, name) for allow in allowed) or _is_fixed(name)]
     if refused:
         old, new = found[refused[0]]
         further = f"; {', '.join(refused[1:4])} differ as well" if refused[1:] else ""
@@ -100,12 +100,12 @@ def check_same_run(
     return changes
 
 
-def _names(allowed: str, setting: str) -> bool:
+def _permits(allowed: str, setting: str) -> bool:
     return setting == allowed or setting.startswith((allowed + ".", allowed + "["))
 
 
 def _is_fixed(name: str) -> bool:
-    return any(_names(fixed, name) for fixed in FIXED) or name == SCHEDULER or _is_writer(name)
+    return any(_permits(fixed, name) for fixed in FIXED) or name == SCHEDULER or _is_writer(name)
 
 
 def _is_writer(name: str) -> bool:

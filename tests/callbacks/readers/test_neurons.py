@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_a_member_s_state_is_that_of_its_single_run(tmp_path):
 def replay(counts, every=10, members=1, last=None):
     """A run in which the measurements found so many candidates ``[n][members]``."""
     model, callback = module(list(range(members))), EntropyNeurons(every=every)
-    callback.setup(None, model, "fit")
+    callback.setup(SimpleNamespace(callbacks=[]), model, "fit")
     callback._module, callback._layer = model, 1
     for index, each in enumerate(counts):
         model.history.record("entropy_neurons/candidates", index * every, np.array(each))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def drop(at: float, steps: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def replay(module: OpsinModule, losses: np.ndarray, callback: PhaseChange, batch: int = 5) -> OpsinModule:
     """Feed losses ``[n, M]``, one every LOG steps, as a training run would; ``batch`` records at a time."""
-    callback.setup(None, module, "fit")
+    callback.setup(SimpleNamespace(callbacks=[]), module, "fit")
     for index, loss in enumerate(losses, 1):
         module.history.record("train/loss", index * LOG, loss)
         if index % batch == 0:
@@ -164,7 +165,7 @@ def test_different_settings_have_different_state_keys():
 
 def test_a_metric_that_is_no_loss_of_the_run_is_refused_before_training():
     with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'train/los', expected one of train/loss, val/"):
-        PhaseChange(metric="train/los").setup(None, tiny(), "fit")
+        PhaseChange(metric="train/los").setup(SimpleNamespace(callbacks=[]), tiny(), "fit")
 
 
 @pytest.mark.parametrize("setting", [{"plateau": 0.0}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
@@ -187,4 +188,4 @@ def test_a_task_whose_loss_has_no_plateau_is_refused_before_it_trains():
     task = FewShot(exemplars=GaussianClusters(classes=20, features=16), kinds=[Kind(matches=2)], train_classes=12)
     module = OpsinModule(task, Transformer(width=16, heads=2), compile=False)
     with pytest.raises(ConfigError, match=r"PhaseChange\.plateau"):
-        PhaseChange().setup(None, module, "fit")
+        PhaseChange().setup(SimpleNamespace(callbacks=[]), module, "fit")

@@ -83,18 +83,21 @@ NOBODY = """
 import os, pwd, sys
 def nobody(*_): raise KeyError("uid not found")
 pwd.getpwuid = pwd.getpwnam = nobody
-for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"): os.environ.pop(name, None)
+for name in ("USER", "LOGNAME", "LNAME", "USERNAME"): os.environ.pop(name, None)
 sys.argv = ["opsin", *sys.argv[1:]]
 from opsin.__main__ import main
 sys.exit(main())
 """
 
 
-def test_a_user_without_a_name_and_a_home_trains(tmp_path):
+@pytest.mark.parametrize("home", [None, "/proc", "/proc/none", ""])
+def test_a_user_without_a_name_and_without_a_home_that_can_be_written_trains(tmp_path, home):
     text = RECIPE.replace("tests.helpers.killers.EndAt", "opsin.callbacks.WeightsAndBiases")
     (tmp_path / "recipe.yaml").write_text(text)
     command = [sys.executable, "-c", NOBODY, "fit", "--config", "recipe.yaml", "--run_folder", "run"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    surroundings = {name: value for name, value in os.environ.items() if name != "HOME"}
+    surroundings |= {} if home is None else {"HOME": home}
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=surroundings)
     assert ended.returncode == 0 and (tmp_path / "run" / "summary.json").exists(), ended.stderr
     assert all(line.startswith("opsin: ") for line in ended.stderr.splitlines()), ended.stderr
 
