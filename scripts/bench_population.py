@@ -132,7 +132,7 @@ def operations(model: Transformer, task: FewShot) -> int:
     """Floating-point operations of one member's step: its matrix products, forward and backward, as they are run."""
     values = Members(init_parameters(model, task, [0]))
     optimizer = member_optimizer(values.named_parameters(), AdamW())
-    plan = build_plan([], model.sites(task), 1, 1, task.batch_size, {})
+    plan = build_plan([], model.sites(task), 1, 1, task.batch_size)
     constants = constants_of(plan, task.bank(), model.position_table(task.layout.positions), 1, torch.float32)
     draw = {name: tensor[0] for name, tensor in task.draw([0], 0, 1).items()}
     empty = torch.zeros(0, 1)

@@ -113,7 +113,7 @@ def check_branch(branch: BuiltRun, trunk: BuiltRun, at: int, steps: int) -> None
 
 def _kept_by(module: OpsinModule) -> dict[str, list[str]]:
     """Names of what the optimizer keeps of every parameter."""
-    parameters = module.parameters_by_name().items()
+    parameters = module.trained_parameters()
     return {name: [*module.optimizer.start(name, torch.empty_like(x, device="meta"))] for name, x in parameters}
 
 

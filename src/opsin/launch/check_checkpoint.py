@@ -51,13 +51,12 @@ def check_contents(path: str, saved: Mapping[str, Any], module: OpsinModule) -> 
             raise ConfigError("ckpt_path", path, f"a checkpoint of a run, which has {way} ({names})")
     built = module.state_dict()
     _check_tensors(path, saved["state_dict"], built)
-    states = saved["optimizer_states"]
-    parameters = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    states, parameters = saved["optimizer_states"], module.trained_parameters()
     if not (len(states) == 1 and _is_optimizer(states[0], len(parameters))):
         expected = f"a checkpoint of a run, with one optimizer of {len(parameters)} parameters"
         raise ConfigError("ckpt_path", path, expected)
     kept = states[0]["state"]
-    for number, (name, parameter) in enumerate(module.parameters_by_name().items()):
+    for number, (name, parameter) in enumerate(parameters):
         begun = module.optimizer.start(name, torch.empty_like(parameter, device="meta"))
         _check_tensors(path, {key: kept[number].get(key) for key in begun}, begun, f" of {name}")
 
