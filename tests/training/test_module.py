@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlatea
 
 from opsin.callbacks import (
     Ablate,
+    AttentionSinks,
     Clamp,
     InductionHeads,
     KeepRun,
@@ -72,7 +73,7 @@ def test_trackers_of_one_step_share_one_pass(monkeypatch):
     model, passes = module(), []
     seen = OpsinModule.observe
     monkeypatch.setattr(OpsinModule, "observe", lambda *a: (passes.append(1), seen(*a))[1])
-    fit(model, steps=20, callbacks=[InductionHeads(every=5), PreviousTokenHeads(every=5), AttentionSinks(every=10)])
+    fit(model, steps=20, callbacks=[InductionHeads(every=5), PreviousTokenHeads(every=5), AttentionSinks(10, None)])
     assert len(passes) == 5  # before the first step, and after 5, 10, 15 and 20
 
 

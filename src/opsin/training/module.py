@@ -305,7 +305,7 @@ class OpsinModule(pl.LightningModule):
         refuse_uneven_checkpoints(trainer, self.steps_per_batch)
         torch.set_num_threads(self.threads)
         self._saved_gates = None
-        self._without_listeners()
+        self._drop_handlers()
         self._drop_passes()
         if trainer.global_step == 0:
             self._forget_earlier_run()
