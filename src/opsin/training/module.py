@@ -120,8 +120,7 @@ class OpsinModule(pl.LightningModule):
         self.seeds = [seed] if isinstance(seed, int) else list(seed)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.gradient_clip, self.betas, self.eps = gradient_clip, betas, eps
-        self.lr_scheduler = lr_scheduler
-        self.steps_per_batch, self.log_every = steps_per_batch, log_every
+        self.lr_scheduler, self.steps_per_batch, self.log_every = lr_scheduler, steps_per_batch, log_every
         self.probe_size, self.evaluation_size = probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
