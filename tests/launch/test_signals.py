@@ -1,5 +1,6 @@
 """Claims about runs that a signal or the Trainer ends before they are trained: saved, one line, resumed to the bit."""
 
+import json
 import os
 import re
 import signal
@@ -240,6 +241,17 @@ def test_continue_refuses_another_recipe_by_the_name_of_its_setting(fit, tmp_pat
     assert ended.code == 2 and re.fullmatch(r"opsin: [^\n]+\n", ended.err), ended.err
     assert all(part in ended.err for part in named), ended.err
     assert checkpoint(tmp_path / "run")["global_step"] == before
+
+
+def test_continue_goes_on_with_another_rate_where_it_is_allowed_and_records_it(fit, tmp_path):
+    SignalAfter.planned[23] = 15
+    assert fit("--continue").code == 143
+    rate = ["--model.learning_rate", "0.02"]
+    refused = fit("--continue", *rate)
+    assert refused.code == 2 and "model.learning_rate" in refused.err
+    assert fit("--continue", *rate, "--allow", "model.learning_rate").code == 0
+    (change,) = json.loads((tmp_path / "run" / "summary.json").read_text())["allowed"]
+    assert change["setting"] == "model.learning_rate" and change["step"] == 23
 
 
 def test_continue_may_have_another_limit_of_time_and_other_checkpoints(fit, tmp_path, whole):
