@@ -19,7 +19,6 @@ from opsin.metrics.onset import find_transition
 from opsin.model.sites import SiteTable
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 from opsin.task import Task
-from opsin.training.module import callbacks_of
 from opsin.training.objective import step_metrics
 from opsin.training.observers import Observation
 from opsin.training.progress_measures import MeasuredSets, build_measures, measure, measure_constants
@@ -77,8 +76,6 @@ class ProgressMeasures(ProbeReader):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if sum(isinstance(callback, ProgressMeasures) for callback in callbacks_of(trainer)) > 1:
-            raise ConfigError("ProgressMeasures", "two of them", "one a run, with every set in its measures")
         module = self._module
         self._planned = build_measures(
             self.measures, module.sites, module.n_members, module.task.batch_size, SETS_FIELD

@@ -16,6 +16,8 @@ import yaml
 from jaxtyping import Bool
 
 from opsin.callbacks.readers.run_folder import KeepRun
+from opsin.model.saved import class_path
+from opsin.model.transformer import Transformer
 from opsin.population.chunks import recipe_of_member
 from opsin.population.folder import rows_of_chunk
 from opsin.training.module import OpsinModule
@@ -67,12 +69,25 @@ def resolved_config(module: OpsinModule, text: str | None) -> dict[str, Any]:
     config = yaml.safe_load(text) if text else None
     if not isinstance(config, dict):
         settings = {name: getattr(module, name, None) for name in signature(type(module)).parameters}
+        short = isinstance(module.network, Transformer)
+        settings["transformer"], settings["network"] = module.network if short else None, as_part(module.network, short)
+        settings["optimizer"] = as_part(module.optimizer, module.has_short_form)
         config = {
             "task": {"class_path": type(module.task).__name__, "init_args": plain(vars(module.task))},
             "model": plain(settings | {"seed": module.seeds, "compile": module.compile_setting}),
             "trainer": {"max_steps": module.trainer.max_steps},
         }
     return {**config, "plan_digest": module.plan.digest()}
+
+
+def as_part(part: object, short: bool) -> dict[str, Any] | None:
+    """A model or an optimizer as a recipe names it; None where the recipe has it in its short form.
+
+    Args:
+        part: the model or the optimizer of a run.
+        short: whether the recipe gives its settings without a class.
+    """
+    return None if short else {"class_path": class_path(type(part)), "init_args": plain(vars(part))}
 
 
 def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path):
     for name in whole.history.names():
         for one, other in zip(whole.history[name].arrays(), resumed.history[name].arrays(), strict=True):
             assert np.array_equal(one, other)
-    steps = {name: whole.history[name].steps for name in ("attention_sink", "attention_sink_effect")}
+    steps = {name: list(whole.history[name].steps) for name in ("attention_sink", "attention_sink_effect")}
     assert steps == {"attention_sink": [0, 3, 6, 9, 12, 15, 18, 20], "attention_sink_effect": [0, 10, 20]}
 
 

@@ -231,7 +231,7 @@ def test_what_cannot_be_measured_is_refused_at_once(make, message):
             [ProgressMeasures({"a": [Ablate(heads=["0:0"], schedule=Schedule(start=5))]})],
             r"ProgressMeasures.measures.a.Ablate.schedule: got 'steps 5 to end', expected none",
         ),
-        ([measures("copy"), measures("two")], r"ProgressMeasures: got 'two of them', expected one a run"),
+        ([measures("copy"), measures("two")], r"trainer.callbacks: got 'ProgressMeasures twice', expected one of them"),
     ],
 )
 def test_what_cannot_be_measured_on_this_run_is_refused_before_it_starts(callbacks, message):

@@ -18,12 +18,14 @@ import opsin.callbacks.wandb.start as opsin_wandb
 from opsin.callbacks import InductionHeads, KeepRun
 from opsin.callbacks.wandb.callback import WeightsAndBiases, scalars
 from opsin.callbacks.wandb.member_run import flat
+from opsin.callbacks.wandb.members import resolved_config
 from opsin.callbacks.wandb.start import default_mode, start, written_until
 from opsin.cli import main
 from opsin.errors import ConfigError
 from opsin.figures.attention import attention_figure, position_names
 from opsin.figures.style import as_image
 from opsin.model.transformer import Transformer
+from opsin.optimizers import SGD
 from opsin.task import Layout
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
@@ -368,3 +370,14 @@ def test_positions_are_named_by_what_they_hold():
     assert position_names(few_shot.layout) == ["x1", "y1", "x2", "y2", "x3"]
     tokens_only = Layout(features=(), tokens=(0, 1, 2), labels=(), scored=(2,))
     assert position_names(tokens_only) == ["t1", "t2", "t3"]
+
+
+def test_a_model_and_an_optimizer_with_a_class_are_in_the_configuration_as_a_recipe_names_them():
+    task = FewShot(GaussianClusters(**CLUSTERS), batch_size=BATCH_SIZE, train_classes=12)
+    model = OpsinModule(task, Transformer(width=8, heads=2), optimizer=SGD(learning_rate=0.5), compile=False)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(model)
+    found = resolved_config(model, None)["model"]
+    assert found["optimizer"]["class_path"] == "opsin.optimizers.sgd.SGD"
+    assert found["optimizer"]["init_args"]["learning_rate"] == 0.5
+    assert found["transformer"]["width"] == 8 and found["network"] is None
