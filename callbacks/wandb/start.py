@@ -282,11 +282,23 @@ def _init(mode: WandbMode, folder: Path, arguments: Mapping[str, Any]) -> wandb.
 
     _find_room_for_cache()
     folder.mkdir(parents=True, exist_ok=True)
+    wait_for_free_second(folder, arguments.get("id"))
     # settings that this version of wandb does not know are no reason to fail
     known = {name: value for name, value in WANDB_SETTINGS.items() if name in wandb.Settings.model_fields}
     settings = wandb.Settings(init_timeout=CONNECT_SECONDS, **known)
     resuming: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "allow_val_change": True}
     return wandb.init(**arguments, **resuming, mode=mode, dir=folder, settings=settings)
+
+
+def wait_for_free_second(folder: Path, run_id: str | None) -> None:
+    """Wait until wandb, which names the folder of a run by id and second, would not take that of a killed process.
+
+    Args:
+        folder: folder that receives the files of W&B.
+        run_id: id of the run that is about to start; None for one that wandb makes up.
+    """
+    while run_id and any(folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}")):
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -235,6 +235,17 @@ def test_a_killed_run_without_an_account_asks_nothing_and_resumes_without_a_step
     assert config["task"]["class_path"] == "opsin.tasks.FewShot" and config["trainer"]["max_steps"] == steps
 
 
+def test_a_process_that_starts_in_the_second_of_a_killed_one_does_not_write_over_its_file(tmp_path):
+    now = time.time()
+    names = [time.strftime("%Y%m%d_%H%M%S", time.localtime(now + ahead)) for ahead in (0, 1)]
+    for name in names:
+        (tmp_path / "wandb" / f"offline-run-{name}-abc").mkdir(parents=True)
+    opsin_wandb.wait_for_free_second(tmp_path, "other")
+    assert time.time() - now < 1
+    opsin_wandb.wait_for_free_second(tmp_path, "abc")
+    assert time.strftime("%Y%m%d_%H%M%S") not in names
+
+
 def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
     path = tmp_path / "wandb" / "offline-run-1-abc" / "run-abc.wandb"
     path.parent.mkdir(parents=True)
