@@ -5,8 +5,9 @@ The mathematics is that of the two-layer in-context model of "What needs to go r
 induction head?" (Singh et al. 2024, section 2), generalised in depth, positions, MLPs and input;
 each choice is one line where it acts. ``docs/models.md`` says what each is and which paper uses it.
 
-Legend: M members, B batch, L positions (query side), K positions (key side), D width, H heads,
-E head width, N neurons, V outputs, T tokens, F features, P position rows.
+Legend: M members, B batch, L positions (query side), R those of them that go on (all, or the
+scored ones), K positions (key side), D width, H heads, E head width, N neurons, V outputs, T tokens, F features,
+P position rows.
 """
 
 from __future__ import annotations
@@ -380,7 +381,7 @@ class Transformer(Model):
 
     def forward(
         self, parameters: Parameters, table: Float[Tensor, "2 L half"], batch: Batch, tap: Tap = identity_tap
-    ) -> Float[Tensor, "M B L V"]:
+    ) -> Float[Tensor, "M B R V"]:
         """Logits at every position, or at those of ``batch.rows``; every activation by way of the tap."""
         scope = _Scope(parameters, table, tap, "", batch.rows)
         resid = scope.tap("hook_embed", _embed(parameters, batch))  # M B L D
@@ -477,7 +478,7 @@ def _position_vectors(scope: _Scope, model: Transformer, like: Float[Tensor, "M 
     return torch.stack([sin, cos], dim=-1).reshape(length, width).expand(members, -1, -1)
 
 
-def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer, mlp: bool) -> Float[Tensor, "M B L D"]:
+def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer, mlp: bool) -> Float[Tensor, "M B R D"]:
     resid = scope.tap("hook_resid_pre", resid)
     written = _attention(scope, _norm(scope.whole(), "ln1", resid, model), model)
     resid = scope.as_many(written.shape[2], resid) + written
@@ -488,7 +489,7 @@ def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer, m
     return scope.tap("hook_resid_post", resid)
 
 
-def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
+def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     norm = model.norm_at(name)
     if norm is not None:
         scale_site = f"{name}.hook_scale"
@@ -499,7 +500,7 @@ def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transfor
     return scope.tap(f"{name}.hook_out", x)
 
 
-def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
+def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     parts = zip("qkv", _queries_keys_values(scope, x, model), strict=True)
     q, k, v = (scope.tap(f"attn.hook_{name}", part.unflatten(3, (model.heads, -1))) for name, part in parts)
     if model.positions == "rope":
@@ -516,7 +517,7 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
 
 def _queries_keys_values(
     scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer
-) -> tuple[Float[Tensor, "M B L D"], ...]:
+) -> tuple[Float[Tensor, "M B _ D"], ...]:
     """Queries, keys and values, heads side by side; where few queries are needed they are computed by themselves."""
     width, weight = model.width, scope["attn.W_QKV"]
     if scope.rows is None:
@@ -534,7 +535,7 @@ def _biases(scope: _Scope, parts: str) -> Float[Tensor, "M O"] | None:
 
 def _pattern(
     scope: _Scope, q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"], model: Transformer
-) -> Float[Tensor, "M B H L K"]:
+) -> Float[Tensor, "M B H R K"]:
     by_head = q.transpose(2, 3)
     if model.positions == "relative":
         relative = _relative_scores(scope, by_head, scope["attn.W_rel"])
@@ -552,7 +553,7 @@ def _pattern(
 
 def _relative_scores(
     scope: _Scope, q: Float[Tensor, "M B H L E"], rows: Float[Tensor, "M P E"]
-) -> Float[Tensor, "M B H L K"]:
+) -> Float[Tensor, "M B H R K"]:
     """Inner product of every query with the row of its distance to every key (Shaw et al. 2018, equation 4)."""
     length, most = scope.table.shape[1], rows.shape[1] // 2
     position = torch.arange(length, device=q.device)
@@ -572,7 +573,7 @@ def _rotate(x: Float[Tensor, "M B L H E"], table: Float[Tensor, "2 L half"]) -> 
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
-def _mlp(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
+def _mlp(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     act, bias = ACTIVATIONS[model.activation], scope.get("mlp.b_in")
     if model.gated:
         pre = scope.tap("mlp.hook_pre", scope.linear(x, scope["mlp.W_gate"]))
