@@ -502,7 +502,7 @@ def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transfor
 
 def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     parts = zip("qkv", _queries_keys_values(scope, x, model), strict=True)
-    q, k, v = (scope.tap(f"attn.hook_{name}", part.unflatten(3, (model.heads, -1))) for name, part in parts)
+    q, k, v = (scope.tap(f"attn.hook_{name}", part) for name, part in parts)
     if model.positions == "rope":
         q, k = _rotate(q, scope.as_many(q.shape[2], scope.table, axis=1)), _rotate(k, scope.table)
     q, k = scope.tap("attn.hook_rot_q", q), scope.tap("attn.hook_rot_k", k)  # M B L H E
@@ -517,13 +517,17 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
 
 def _queries_keys_values(
     scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer
-) -> tuple[Float[Tensor, "M B _ D"], ...]:
-    """Queries, keys and values, heads side by side; where few queries are needed they are computed by themselves."""
+) -> tuple[Float[Tensor, "M B _ H E"], ...]:
+    """Queries, keys and values; where not all queries are needed they are computed by themselves."""
     width, weight = model.width, scope["attn.W_QKV"]
+
+    def by_head(packed: Float[Tensor, "M B R O"]) -> tuple[Float[Tensor, "M B R H E"], ...]:
+        return packed.unflatten(3, (-1, model.heads, model.head_width)).unbind(3)
+
     if scope.rows is None:
-        return linear(x, weight, _biases(scope, "qkv")).split(width, 3)
+        return by_head(linear(x, weight, _biases(scope, "qkv")))
     q = scope.linear(scope.kept(None, x), weight[..., :width], _biases(scope, "q"))
-    return q, *linear(x, weight[..., width:], _biases(scope, "kv")).split(width, 3)
+    return *by_head(q), *by_head(linear(x, weight[..., width:], _biases(scope, "kv")))
 
 
 def _biases(scope: _Scope, parts: str) -> Float[Tensor, "M O"] | None:
