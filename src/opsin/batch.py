@@ -81,12 +81,12 @@ class NeededRows:
 
     Args:
         scored: rows whose outputs are needed.
-        others: the other rows.
+        unscored: all rows of the sequence that are not scored.
         until: name of the last site that is needed everywhere; None where none is.
     """
 
     scored: tuple[int, ...]
-    others: tuple[int, ...]
+    unscored: tuple[int, ...]
     until: str | None = None
 
     def kept(self, site: str | None, x: Shaped[Tensor, "..."], axis: int = 2) -> Shaped[Tensor, "..."]:
@@ -120,10 +120,10 @@ class NeededRows:
         made = function(*(self._at(self.scored, x, axis) for x in inputs))
         if inputs[0].shape[axis] == len(self.scored):
             return made
-        rest = function(*(self._at(self.others, x, axis) for x in inputs))
+        rest = function(*(self._at(self.unscored, x, axis) for x in inputs))
         shape = [*made.shape[:axis], inputs[0].shape[axis], *made.shape[axis + 1 :]]
-        scored, others = (torch.tensor(rows, device=made.device) for rows in (self.scored, self.others))
-        return made.new_zeros(shape).index_copy(axis, scored, made).index_copy(axis, others, rest)
+        scored, unscored = (torch.tensor(rows, device=made.device) for rows in (self.scored, self.unscored))
+        return made.new_zeros(shape).index_copy(axis, scored, made).index_copy(axis, unscored, rest)
 
     def _at(self, rows: tuple[int, ...], x: Tensor, axis: int) -> Tensor:
         if x.shape[axis] == len(self.scored):

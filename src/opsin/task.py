@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opsin.batch import Batch as Batch
 from opsin.batch import Layout as Layout
+from opsin.batch import NeededRows as NeededRows
 from opsin.batch import Shown as Shown
 from opsin.batch import Truth as Truth
 from opsin.objective import CrossEntropy, Objective

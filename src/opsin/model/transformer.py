@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.batch import NeededRows
 from opsin.errors import ConfigError, check_number
 from opsin.model.layers import (
     ACTIVATIONS,
@@ -50,7 +49,7 @@ from opsin.model.parameters import (
 )
 from opsin.model.protocol import ADDED, Model, Tap, TaskSizes, identity_tap
 from opsin.model.sites import SiteRow, SiteTable, site_table
-from opsin.task import Batch
+from opsin.task import Batch, NeededRows
 
 MOST_LAYERS = 10_000
 
@@ -506,7 +505,7 @@ def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -
     if model.positions == "rope":
         q, k = _rotate(q, scope.as_many(q.shape[2], scope.table, axis=1)), _rotate(k, scope.table)
     q, k = scope.tap("attn.hook_rot_q", q), scope.tap("attn.hook_rot_k", k)  # M B L H E
-    pattern = scope.tap("attn.hook_pattern", _pattern(scope, q, k, model), axis=3)
+    pattern = scope.tap("attn.hook_pattern", _attention_pattern(scope, q, k, model), axis=3)
 
     def read(rows: Float[Tensor, "M B H L K"]) -> Float[Tensor, "M B H L E"]:
         return attended(rows, v).transpose(2, 3)
@@ -537,7 +536,7 @@ def _biases(scope: _Scope, parts: str) -> Float[Tensor, "M O"] | None:
     return None if like is None else torch.cat([torch.zeros_like(like) if bias is None else bias for bias in found], 1)
 
 
-def _pattern(
+def _attention_pattern(
     scope: _Scope, q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"], model: Transformer
 ) -> Float[Tensor, "M B H R K"]:
     by_head = q.transpose(2, 3)

@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.batch import NeededRows
 from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
 from opsin.model.protocol import Model
 from opsin.optimizers.base import Optimizer
-from opsin.task import Task
+from opsin.task import NeededRows, Task
 from opsin.training.objective import scored_logits
 from opsin.training.optimizer_state import Hyper, OptimizerState
 from opsin.training.step_inputs import StepCounts, StepGates
@@ -34,13 +33,13 @@ def needed_rows(model: Model, task: Task, plan: Plan) -> NeededRows | None:
         plan: interventions of the run; what they act on, or take from the run's own pass, is needed at all rows.
     """
     scored = task.layout.scored
-    others = tuple(row for row in range(task.layout.positions) if row not in scored)
-    if not others:
+    unscored = tuple(row for row in range(task.layout.positions) if row not in scored)
+    if not unscored:
         return None
-    own = plan.passes[-1]
-    touched = {*own.keeps, *(row.target for row in own.rows)}
+    last_pass = plan.passes[-1]
+    touched = {*last_pass.keeps, *(row.target for row in last_pass.rows)}
     names = [site.name for site in model.sites(task) if site.row_by_row and site.name in touched]
-    return NeededRows(scored, others, names[-1] if names else None)
+    return NeededRows(scored, unscored, names[-1] if names else None)
 
 
 @dataclass(frozen=True)
