@@ -22,7 +22,7 @@ from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.model.memory import check_memory
-from opsin.task import Bank, Batch, Draw, Layout, Reference, Task, Truth
+from opsin.task import Bank, Batch, Draw, Layout, Reference, Shown, Task, Truth
 from opsin.tasks.shared.exemplars import Exemplars, GaussianClusters
 from opsin.tasks.shared.references import among_plausible, chance, nearest_label
 from opsin.tasks.shared.streams import (
@@ -378,6 +378,14 @@ class FewShot(Task):
         outputs = torch.arange(self.n_outputs, device=tokens.device)
         plausible = (tokens[..., None] == outputs).any(-2)
         return Batch(features, tokens, targets, plausible, _truth(tokens, draw["answers"]), self.layout)
+
+    def shown(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Shown | None:
+        """The exemplars that training uses, class by class; None where each is shown with noise of its own."""
+        if "noise" in draw:
+            return None
+        pool = self._pools["train"]
+        vectors = bank["exemplars"][: len(pool.masses), : pool.exemplars].flatten(0, 1)
+        return Shown(vectors, draw["classes"] * pool.exemplars + draw["exemplars"])
 
     def baselines(self) -> dict[str, float]:
         """Losses (nats) without a look-up; the second knows the k labels in play, averaged over the kinds."""

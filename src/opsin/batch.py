@@ -1,7 +1,7 @@
 """One batch of sequences: what is shown, what is to be predicted, what counts, and where induction should look.
 
 Legend: M members, B batch, L positions (query side), K positions (key side), F features of a continuous input,
-V outputs, Q scored positions.
+V outputs, Q scored positions, I entries of a finite set of features.
 """
 
 from __future__ import annotations
@@ -72,6 +72,82 @@ class Truth:
 
 
 @dataclass(frozen=True)
+class NeededRows:
+    """Which rows the activations of a pass are computed at, where it is not all of them.
+
+    Activations that reach the outputs row by row are needed at the scored rows alone. Those that an intervention acts
+    on, and those before them, are computed everywhere, but the scored rows apart from the others: what a member learns
+    is then the same to the last bit, whatever interventions the plan has and however weakly they act.
+
+    Args:
+        scored: rows whose outputs are needed.
+        unscored: all rows of the sequence that are not scored.
+        until: name of the last site that is needed everywhere; None where none is.
+    """
+
+    scored: tuple[int, ...]
+    unscored: tuple[int, ...]
+    until: str | None = None
+
+    def kept(self, site: str | None, x: Shaped[Tensor, "..."], axis: int = 2) -> Shaped[Tensor, "..."]:
+        """What goes on of an activation: the scored rows alone, once the last site that is needed everywhere is behind.
+
+        Args:
+            site: name of the activation; None before the first that reaches the outputs row by row.
+            x: activation at all rows, or at the scored ones already.
+            axis: axis of the rows.
+        """
+        return self._at(self.scored, x, axis) if site == self.until else x
+
+    def as_many(self, count: int, x: Shaped[Tensor, "..."], axis: int = 2) -> Shaped[Tensor, "..."]:
+        """A tensor at the rows of another one, with which it is to meet.
+
+        Args:
+            count: number of rows of the other one: all, or the scored ones.
+            x: tensor at all rows, or at the scored ones already.
+            axis: axis of the rows.
+        """
+        return self._at(self.scored, x, axis) if count == len(self.scored) else x
+
+    def apart(self, function: Callable[..., Tensor], *inputs: Shaped[Tensor, "..."], axis: int = 2) -> Tensor:
+        """What a function makes of the scored rows and, where its inputs have them, of the others by another call.
+
+        Args:
+            function: function of the inputs that treats every row alike.
+            inputs: tensors with their rows on the axis.
+            axis: axis of the rows in the inputs and in what the function returns.
+        """
+        made = function(*(self._at(self.scored, x, axis) for x in inputs))
+        if inputs[0].shape[axis] == len(self.scored):
+            return made
+        rest = function(*(self._at(self.unscored, x, axis) for x in inputs))
+        shape = [*made.shape[:axis], inputs[0].shape[axis], *made.shape[axis + 1 :]]
+        scored, unscored = (torch.tensor(rows, device=made.device) for rows in (self.scored, self.unscored))
+        return made.new_zeros(shape).index_copy(axis, scored, made).index_copy(axis, unscored, rest)
+
+    def _at(self, rows: tuple[int, ...], x: Tensor, axis: int) -> Tensor:
+        if x.shape[axis] == len(self.scored):
+            return x.contiguous()
+        first, count = rows[0], len(rows)
+        if rows == tuple(range(first, first + count)):
+            return x.narrow(axis, first, count).contiguous()
+        return x.index_select(axis, torch.tensor(rows, device=x.device))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Features as entries of a finite set, which a model may embed once.
+
+    Args:
+        vectors: feature vectors of the set.
+        which: entry of the set that each feature is.
+    """
+
+    vectors: Float[Tensor, "I F"]
+    which: Int[Tensor, "M B Nf"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One batch of every member, ready for the model.
 
@@ -86,6 +162,8 @@ class Batch:
         layout: which position holds what.
         weights: how much each scored entry counts in means over the batch, 0 or more; None where all count alike.
         offset: position of a longer position code at which each sequence begins; None for the first.
+        rows: rows that the training step needs; None for all. A model may ignore it and return all rows.
+        shown: the features as entries of a finite set; the training step alone sets it, where that saves work.
     """
 
     features: Float[Tensor, "M B Nf F"] | None
@@ -96,6 +174,8 @@ class Batch:
     layout: Layout
     weights: Float[Tensor, "M B Q"] | None = None
     offset: Int[Tensor, "M B"] | None = None
+    rows: NeededRows | None = None
+    shown: Shown | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor that has a batch axis changed by one function.
@@ -112,6 +192,7 @@ class Batch:
             plausible=None if self.plausible is None else change(self.plausible),
             weights=None if self.weights is None else change(self.weights),
             offset=None if self.offset is None else change(self.offset),
+            shown=None if self.shown is None else replace(self.shown, which=change(self.shown.which)),
             truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
         )
 

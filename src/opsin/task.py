@@ -17,6 +17,8 @@ from torch import Tensor
 
 from opsin.batch import Batch as Batch
 from opsin.batch import Layout as Layout
+from opsin.batch import NeededRows as NeededRows
+from opsin.batch import Shown as Shown
 from opsin.batch import Truth as Truth
 from opsin.objective import CrossEntropy, Objective
 
@@ -98,6 +100,17 @@ class Task(ABC):
     @abstractmethod
     def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:
         """One step's draw (tensors ``[M, B, ...]``, no S) as a batch."""
+
+    def shown(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Shown | None:
+        """The features of one step's draw of the training stream as entries of a finite set; None where they are not.
+
+        A model that embeds features one by one embeds the set instead, where it is smaller than a batch.
+
+        Args:
+            bank: constants that ``assemble`` gathers from.
+            draw: random choices of one step, ``[M, B, ...]``.
+        """
+        return None
 
     def references(self) -> Mapping[str, Reference]:
         """Predictors that the task can compute on a batch, by name: chance, n-grams, least squares, Bayes' rule.

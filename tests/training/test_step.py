@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,3 +176,60 @@ def test_the_compiled_step_is_the_eager_step_and_switching_recompiles_nothing(ti
             assert (result[0] - eager.update(k)[0]).abs().max() < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_once
     assert eager.gates[:4, 0, 0].tolist() == [1, 0, 1, 0]
+
+
+def rows_seen(model, task, *writers):
+    """Rows of every activation of a training step's own pass, by site."""
+    training = Training(model, task, weights(model, task), *writers)
+    needed = training.step.rows
+    batch = replace(batch_of(task, dtype=torch.float64), rows=needed)
+    values = {name: value.detach() for name, value in training.values.items()}
+    logits, activations = run(model, values, batch)
+    table = model.sites(task)
+    seen = {name: x.shape[table[name].axes.index("L")] for name, x in activations.items() if "L" in table[name].axes}
+    return logits, seen
+
+
+def test_the_last_block_is_computed_at_scored_rows_alone(tiny_task):
+    _, rows = rows_seen(SMALL, tiny_task)
+    assert {name for name, count in rows.items() if count == 1} == {
+        site.name for site in SMALL.sites(tiny_task) if site.row_by_row
+    }
+    assert rows["blocks.1.attn.hook_pattern"] == 1 and rows["blocks.1.attn.hook_k"] == 5
+
+
+def test_what_an_intervention_acts_on_is_computed_at_all_rows(tiny_task):
+    _, rows = rows_seen(SMALL, tiny_task, Clamp(heads=["1:0"], pattern="induction"))
+    assert rows["blocks.1.attn.hook_pattern"] == rows["blocks.1.attn.hook_rot_q"] == 5
+    assert rows["blocks.1.attn.hook_z"] == rows["hook_logits"] == 1
+
+
+@pytest.mark.parametrize("make_task", [few_shot, ToyTokens])
+def test_an_intervention_without_strength_leaves_training_bitwise_as_it_is_at_every_site(make_task):
+    task, model = make_task(), Transformer(layers=2, width=8, heads=2, mlp_ratio=2, attention_biases="qkvo")
+    values = weights(model, task, dtype=torch.float32)
+    free = Training(model, task, values)
+    free.update(0)
+    for site in model.sites(task):
+        idle = Training(model, task, values, Clamp(site=site.name, value=0.3))
+        idle.gates = torch.zeros_like(idle.gates)
+        idle.update(0)
+        assert all(torch.equal(value, free.values[name]) for name, value in idle.values.items()), site.name
+
+
+def test_a_set_that_is_embedded_once_trains_like_features_that_are_embedded_one_by_one(monkeypatch):
+    task = few_shot()
+    values = weights(SMALL, task)
+    runs = [Training(SMALL, task, values) for _ in range(2)]
+    runs[0].update(0)
+    monkeypatch.setattr(type(task), "shown", lambda *_: None)
+    runs[1].update(0)
+    for name, value in runs[0].values.items():
+        torch.testing.assert_close(value, runs[1].values[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_set_that_a_task_shows_has_the_features_of_its_batches():
+    task = few_shot(train_classes=8)
+    draw = {name: tensor[0] for name, tensor in task.draw([0, 1], 0, 1).items()}
+    shown = task.shown(task.bank(), draw)
+    assert torch.equal(shown.vectors[shown.which], task.assemble(task.bank(), draw).features)

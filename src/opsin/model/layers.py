@@ -122,14 +122,14 @@ def future_of(x: Float[Tensor, "M B L ..."]) -> Bool[Tensor, "L K"]:
 def raw_scores(q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"]) -> Float[Tensor, "M B H L K"]:
     """Inner product of every query with every key, head by head."""
     q, k = q.transpose(2, 3), k.transpose(2, 3)
-    if q.shape[3] <= BROADCAST_POSITIONS:
+    if q.shape[3] * k.shape[3] <= BROADCAST_POSITIONS**2:
         return (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
     return q @ k.transpose(-1, -2)
 
 
 def attended(pattern: Float[Tensor, "M B H L K"], v: Float[Tensor, "M B K H E"]) -> Float[Tensor, "M B L H E"]:
     """Sum of the values, weighted by a pattern, head by head."""
-    if pattern.shape[-1] <= BROADCAST_POSITIONS:
+    if pattern.shape[-2] * pattern.shape[-1] <= BROADCAST_POSITIONS**2:
         return (pattern.permute(0, 1, 3, 4, 2)[..., None] * v[:, :, None]).sum(3)
     return (pattern @ v.transpose(2, 3)).transpose(2, 3)
 

@@ -7,7 +7,7 @@ H heads, E head width, N neurons of an MLP, V outputs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opsin.errors import ConfigError
@@ -38,6 +38,8 @@ class Site:
         sizes: length of every axis but M and B, which belong to the run and not to the model.
         meaning: what the activation is, in a few words.
         kept: whether the backward pass needs it, whatever a compiler fuses.
+        row_by_row: whether it reaches the outputs of each row by that row alone, so that training computes it at scored
+            rows only where the model does as ``Batch.rows`` says.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Site:
     sizes: Mapping[str, int]
     meaning: str
     kept: bool = False
+    row_by_row: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -110,7 +113,11 @@ KEPT = ("hook_pattern", "hook_q", "hook_k", "hook_v", "hook_z", "hook_pre")
 
 
 def site_table(
-    rows: Sequence[SiteRow], sizes: Mapping[str, int], weights: ParameterTable, norms: Mapping[str, Norm] | None = None
+    rows: Sequence[SiteRow],
+    sizes: Mapping[str, int],
+    weights: ParameterTable,
+    norms: Mapping[str, Norm] | None = None,
+    row_by_row: Collection[str] = (),
 ) -> SiteTable:
     """The sites of a model whose axes of one letter are all equally long.
 
@@ -119,9 +126,12 @@ def site_table(
         sizes: length of every axis but M and B.
         weights: parameters of the model.
         norms: what each normalisation does, by its name; none in a model without.
+        row_by_row: names of the activations that the forward pass computes at ``Batch.rows`` alone.
     """
     table = {
-        name: Site(name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning, name.endswith(KEPT))
+        name: Site(
+            name, axes, {a: sizes[a] for a in axes if a in sizes}, meaning, name.endswith(KEPT), name in row_by_row
+        )
         for name, axes, meaning in rows
     }
     return SiteTable(table, weights, norms or {})

@@ -5,15 +5,16 @@ The mathematics is that of the two-layer in-context model of "What needs to go r
 induction head?" (Singh et al. 2024, section 2), generalised in depth, positions, MLPs and input;
 each choice is one line where it acts. ``docs/models.md`` says what each is and which paper uses it.
 
-Legend: M members, B batch, L positions (query side), K positions (key side), D width, H heads,
-E head width, N neurons, V outputs, T tokens, F features, P position rows.
+Legend: M members, B batch, L positions (query side), R those of them that go on (all, or the
+scored ones), K positions (key side), D width, H heads, E head width, N neurons, V outputs, T tokens, F features,
+P position rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -48,7 +49,7 @@ from opsin.model.parameters import (
 )
 from opsin.model.protocol import ADDED, Model, Tap, TaskSizes, identity_tap
 from opsin.model.sites import SiteRow, SiteTable, site_table
-from opsin.task import Batch
+from opsin.task import Batch, NeededRows
 
 MOST_LAYERS = 10_000
 
@@ -312,7 +313,13 @@ class Transformer(Model):
         ]
         norms = {name: self.norm_at(name.rpartition(".")[2]) for name in (*names, "ln_final")}
         found = {name: norm for name, norm in norms.items() if norm is not None}
-        return site_table([*self._site_rows()], sizes, self.parameters(task), found)
+        rows = [*self._site_rows()]
+        names = [name for name, _, _ in rows]
+        last = f"blocks.{self.layers - 1}"
+        # keys and values, and what they are made of, are read by other rows
+        read = {f"{last}.attn.hook_{part}" for part in ("k", "v", "rot_k")}
+        row_by_row = set(names[names.index(f"{last}.attn.hook_q") :]) - read
+        return site_table(rows, sizes, self.parameters(task), found, row_by_row)
 
     def _site_rows(self) -> Iterator[SiteRow]:
         yield "hook_embed", "MBLD", "token embeddings, before positions"
@@ -373,17 +380,19 @@ class Transformer(Model):
 
     def forward(
         self, parameters: Parameters, table: Float[Tensor, "2 L half"], batch: Batch, tap: Tap = identity_tap
-    ) -> Float[Tensor, "M B L V"]:
-        """Logits at every position, every activation by way of the tap."""
-        scope = _Scope(parameters, table, tap, "")
+    ) -> Float[Tensor, "M B R V"]:
+        """Logits at every position, or at those of ``batch.rows``; every activation by way of the tap."""
+        scope = _Scope(parameters, table, tap, "", batch.rows)
         resid = scope.tap("hook_embed", _embed(parameters, batch))  # M B L D
         if self.positions in ("sinusoidal", "learned"):
             resid = resid + scope.tap("hook_pos_embed", _position_vectors(scope, self, resid))[:, None]
         for layer in range(self.layers):
-            resid = _block(_Scope(parameters, table, tap, f"blocks.{layer}."), resid, self, self.has_mlp(layer))
+            rows = batch.rows if layer == self.layers - 1 else None
+            block = _Scope(parameters, table, tap, f"blocks.{layer}.", rows)
+            resid = _block(block, resid, self, self.has_mlp(layer))
         final = _norm(scope, "ln_final", resid, self)
         unembed = parameters["embed.W_E"].mT if self.tied else parameters["unembed.W_U"]
-        return scope.tap("hook_logits", linear(final, unembed, parameters.get("unembed.b_U")))
+        return scope.tap("hook_logits", scope.linear(final, unembed, parameters.get("unembed.b_U")))
 
 
 def _third(name: str, parameter: str, sizes: Mapping[str, int], index: int) -> NamedWeight:
@@ -404,12 +413,13 @@ def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
 
 @dataclass(frozen=True)
 class _Scope:
-    """Parameters, position table and tap under the name of one block."""
+    """Parameters, position table, tap and needed rows under the name of one block; rows are None where all are."""
 
     parameters: Parameters
     table: Tensor
     tap_all: Tap
     prefix: str
+    rows: NeededRows | None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.parameters[self.prefix + name]
@@ -417,8 +427,28 @@ class _Scope:
     def get(self, name: str) -> Tensor | None:
         return self.parameters.get(self.prefix + name)
 
-    def tap(self, name: str, activation: Tensor) -> Tensor:
-        return self.tap_all(self.prefix + name, activation)
+    def tap(self, name: str, activation: Tensor, axis: int = 2) -> Tensor:
+        return self.kept(name, self.tap_all(self.prefix + name, activation), axis)
+
+    def kept(self, name: str | None, x: Tensor, axis: int = 2) -> Tensor:
+        """The rows of an activation that go on from a site; None before the first that is read row by row."""
+        return x if self.rows is None else self.rows.kept(name and self.prefix + name, x, axis)
+
+    def as_many(self, count: int, x: Tensor, axis: int = 2) -> Tensor:
+        """A tensor at the rows of one that has so many."""
+        return x if self.rows is None else self.rows.as_many(count, x, axis)
+
+    def apart(self, function: Callable[..., Tensor], *inputs: Tensor, axis: int = 2) -> Tensor:
+        """What a function of rows makes; ``NeededRows`` says why."""
+        return function(*inputs) if self.rows is None else self.rows.apart(function, *inputs, axis=axis)
+
+    def linear(self, x: Float[Tensor, "M B L I"], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear map, row by row."""
+        return self.apart(lambda rows: linear(rows, weight, bias), x)
+
+    def whole(self) -> _Scope:
+        """The same with all rows needed."""
+        return replace(self, rows=None)
 
 
 def _embed(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B L D"]:
@@ -432,8 +462,11 @@ def _embed(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B L D"]:
 
 def _embedded_features(parameters: Parameters, batch: Batch) -> Float[Tensor, "M B Nf D"]:
     assert batch.features is not None
-    weight = parameters["embed.W_F"]
-    return linear(batch.features.to(weight.dtype), weight, parameters.get("embed.b_F"))
+    weight, bias = parameters["embed.W_F"], parameters.get("embed.b_F")
+    if batch.shown is None:
+        return linear(batch.features.to(weight.dtype), weight, bias)
+    vectors = batch.shown.vectors.to(weight.dtype).expand(len(weight), 1, -1, -1)
+    return looked_up(batch.shown.which, linear(vectors, weight, bias)[:, 0])
 
 
 def _position_vectors(scope: _Scope, model: Transformer, like: Float[Tensor, "M B L D"]) -> Float[Tensor, "M L D"]:
@@ -444,51 +477,96 @@ def _position_vectors(scope: _Scope, model: Transformer, like: Float[Tensor, "M 
     return torch.stack([sin, cos], dim=-1).reshape(length, width).expand(members, -1, -1)
 
 
-def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer, mlp: bool) -> Float[Tensor, "M B L D"]:
+def _block(scope: _Scope, resid: Float[Tensor, "M B L D"], model: Transformer, mlp: bool) -> Float[Tensor, "M B R D"]:
     resid = scope.tap("hook_resid_pre", resid)
-    resid = resid + _attention(scope, _norm(scope, "ln1", resid, model), model)
+    written = _attention(scope, _norm(scope.whole(), "ln1", resid, model), model)
+    resid = scope.as_many(written.shape[2], resid) + written
     if mlp:
         resid = scope.tap("hook_resid_mid", resid)
-        resid = resid + _mlp(scope, _norm(scope, "ln2", resid, model), model)
+        written = _mlp(scope, _norm(scope, "ln2", resid, model), model)
+        resid = scope.as_many(written.shape[2], resid) + written
     return scope.tap("hook_resid_post", resid)
 
 
-def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
+def _norm(scope: _Scope, name: str, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     norm = model.norm_at(name)
     if norm is not None:
-        x = norm.normalise(x, lambda scale: scope.tap(f"{name}.hook_scale", scale))
-        x = scaled_and_shifted(scope.tap(f"{name}.hook_normalized", x), scope.get(f"{name}.w"), scope.get(f"{name}.b"))
+        scale_site = f"{name}.hook_scale"
+        x = norm.normalise(x, lambda scale: scope.tap_all(scope.prefix + scale_site, scale))
+        x = scope.tap(f"{name}.hook_normalized", scope.kept(scale_site, x))
+        weight, bias = scope.get(f"{name}.w"), scope.get(f"{name}.b")
+        x = scope.apart(lambda rows: scaled_and_shifted(rows, weight, bias), x)
     return scope.tap(f"{name}.hook_out", x)
 
 
-def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
-    members, batch, length, width = x.shape
-    q, k, v = (scope.tap(f"attn.hook_{name}", part) for name, part in _queries_keys_values(scope, x, model))
+def _attention(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
+    parts = zip("qkv", _queries_keys_values(scope, x, model), strict=True)
+    q, k, v = (scope.tap(f"attn.hook_{name}", part) for name, part in parts)
     if model.positions == "rope":
-        q, k = _rotate(q, scope.table), _rotate(k, scope.table)
+        q, k = _rotate(q, scope.as_many(q.shape[2], scope.table, axis=1)), _rotate(k, scope.table)
     q, k = scope.tap("attn.hook_rot_q", q), scope.tap("attn.hook_rot_k", k)  # M B L H E
-    scores = raw_scores(q, k)  # M B H L K
-    if model.positions == "relative":
-        scores = scores + scope.tap("attn.hook_rel_scores", _relative_scores(q, scope["attn.W_rel"]))
-    if model.scale_scores:
-        scores = scores / math.sqrt(model.head_width)
-    if model.causal:
-        scores = scores.masked_fill(future_of(x), MASKED_SCORE if model.attention == "softmax" else 0.0)
-    if model.attention == "softmax":
-        scores = scope.tap("attn.hook_attn_scores", scores).softmax(-1)
-    pattern = scope.tap("attn.hook_pattern", scores)
-    z = scope.tap("attn.hook_z", attended(pattern, v))  # M B L H E
-    written = linear(z.reshape(members, batch, length, width), scope["attn.W_O"], scope.get("attn.b_O"))
-    return scope.tap("hook_attn_out", written)
+    pattern = scope.tap("attn.hook_pattern", _attention_pattern(scope, q, k, model), axis=3)
+
+    def read(rows: Float[Tensor, "M B H L K"]) -> Float[Tensor, "M B H L E"]:
+        return attended(rows, v).transpose(2, 3)
+
+    z = scope.tap("attn.hook_z", scope.apart(read, pattern, axis=3).transpose(2, 3))  # M B L H E
+    return scope.tap("hook_attn_out", scope.linear(z.flatten(3), scope["attn.W_O"], scope.get("attn.b_O")))
 
 
 def _queries_keys_values(
     scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer
-) -> Iterator[tuple[str, Float[Tensor, "M B L H E"]]]:
-    qkv = linear(x, scope["attn.W_QKV"]).view(*x.shape[:3], 3, model.heads, model.head_width)
-    for name, part in zip("qkv", qkv.unbind(3), strict=True):
-        bias = scope.get(f"attn.b_{name.upper()}")
-        yield name, part if bias is None else part + bias.view(-1, 1, 1, model.heads, model.head_width)
+) -> tuple[Float[Tensor, "M B _ H E"], ...]:
+    """Queries, keys and values; where not all queries are needed they are computed by themselves."""
+    width, weight = model.width, scope["attn.W_QKV"]
+
+    def by_head(packed: Float[Tensor, "M B R O"]) -> tuple[Float[Tensor, "M B R H E"], ...]:
+        return packed.unflatten(3, (-1, model.heads, model.head_width)).unbind(3)
+
+    if scope.rows is None:
+        return by_head(linear(x, weight, _biases(scope, "qkv")))
+    q = scope.linear(scope.kept(None, x), weight[..., :width], _biases(scope, "q"))
+    return *by_head(q), *by_head(linear(x, weight[..., width:], _biases(scope, "kv")))
+
+
+def _biases(scope: _Scope, parts: str) -> Float[Tensor, "M O"] | None:
+    """Biases of queries, keys and values side by side, 0 where one has none; None where none has."""
+    found = [scope.get(f"attn.b_{part.upper()}") for part in parts]
+    like = next((bias for bias in found if bias is not None), None)
+    return None if like is None else torch.cat([torch.zeros_like(like) if bias is None else bias for bias in found], 1)
+
+
+def _attention_pattern(
+    scope: _Scope, q: Float[Tensor, "M B L H E"], k: Float[Tensor, "M B K H E"], model: Transformer
+) -> Float[Tensor, "M B H R K"]:
+    by_head = q.transpose(2, 3)
+    if model.positions == "relative":
+        relative = _relative_scores(scope, by_head, scope["attn.W_rel"])
+        by_head = scope.as_many(relative.shape[3], by_head, axis=3)
+    scores = scope.apart(lambda rows: raw_scores(rows.transpose(2, 3), k), by_head, axis=3)
+    if model.positions == "relative":
+        scores = scores + relative
+    if model.scale_scores:
+        scores = scores / math.sqrt(model.head_width)
+    if model.causal:
+        future = scope.as_many(scores.shape[3], future_of(k), axis=0)
+        scores = scores.masked_fill(future, MASKED_SCORE if model.attention == "softmax" else 0.0)
+    return scope.tap("attn.hook_attn_scores", scores, axis=3).softmax(-1) if model.attention == "softmax" else scores
+
+
+def _relative_scores(
+    scope: _Scope, q: Float[Tensor, "M B H L E"], rows: Float[Tensor, "M P E"]
+) -> Float[Tensor, "M B H R K"]:
+    """Inner product of every query with the row of its distance to every key (Shaw et al. 2018, equation 4)."""
+    length, most = scope.table.shape[1], rows.shape[1] // 2
+    position = torch.arange(length, device=q.device)
+    distance = (position[None, :] - position[:, None]).clamp(-most, most) + most  # L K
+    vectors = scope.as_many(q.shape[3], rows[:, distance][:, None, None], axis=3)  # M 1 1 L K E
+
+    def compared(q: Float[Tensor, "M B H L E"], vectors: Float[Tensor, "M 1 1 L K E"]) -> Float[Tensor, "M B H L K"]:
+        return torch.einsum("mbhle,mlke->mbhlk", q, vectors[:, 0, 0])
+
+    return scope.tap("attn.hook_rel_scores", scope.apart(compared, q, vectors, axis=3), axis=3)
 
 
 def _rotate(x: Float[Tensor, "M B L H E"], table: Float[Tensor, "2 L half"]) -> Float[Tensor, "M B L H E"]:
@@ -498,21 +576,16 @@ def _rotate(x: Float[Tensor, "M B L H E"], table: Float[Tensor, "2 L half"]) -> 
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
-def _relative_scores(q: Float[Tensor, "M B L H E"], rows: Float[Tensor, "M P E"]) -> Float[Tensor, "M B H L K"]:
-    """Inner product of every query with the row of its distance to every key (Shaw et al. 2018, equation 4)."""
-    length, most = q.shape[2], rows.shape[1] // 2
-    position = torch.arange(length, device=q.device)
-    distance = (position[None, :] - position[:, None]).clamp(-most, most) + most  # L K
-    return torch.einsum("mblhe,mlke->mbhlk", q, rows[:, distance])
-
-
-def _mlp(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B L D"]:
+def _mlp(scope: _Scope, x: Float[Tensor, "M B L D"], model: Transformer) -> Float[Tensor, "M B R D"]:
     act, bias = ACTIVATIONS[model.activation], scope.get("mlp.b_in")
     if model.gated:
-        pre = scope.tap("mlp.hook_pre", linear(x, scope["mlp.W_gate"]))
-        product = act(pre) * scope.tap("mlp.hook_pre_linear", linear(x, scope["mlp.W_in"]))
-        post = scope.tap("mlp.hook_post", product if bias is None else product + bias[:, None, None])
+        pre = scope.tap("mlp.hook_pre", scope.linear(x, scope["mlp.W_gate"]))
+        x = scope.as_many(pre.shape[2], x)
+        linear_part = scope.tap("mlp.hook_pre_linear", scope.linear(x, scope["mlp.W_in"]))
+        post = act(scope.as_many(linear_part.shape[2], pre)) * linear_part
+        if bias is not None:
+            post = scope.apart(lambda rows: rows + bias[:, None, None], post)
     else:
-        pre = scope.tap("mlp.hook_pre", linear(x, scope["mlp.W_in"], bias))
-        post = scope.tap("mlp.hook_post", act(pre))
-    return scope.tap("hook_mlp_out", linear(post, scope["mlp.W_out"], scope.get("mlp.b_out")))
+        post = act(scope.tap("mlp.hook_pre", scope.linear(x, scope["mlp.W_in"], bias)))
+    post = scope.tap("mlp.hook_post", post)
+    return scope.tap("hook_mlp_out", scope.linear(post, scope["mlp.W_out"], scope.get("mlp.b_out")))

@@ -24,7 +24,9 @@ LEAST_SEQUENCES = 2
 
 
 def scored_logits(logits: Float[Tensor, "M B L V"], batch: Batch) -> Float[Tensor, "M B Q V"]:
-    """Outputs at the positions that enter the loss."""
+    """Outputs at the positions that enter the loss; a pass that computed these alone has them already."""
+    if logits.shape[2] < batch.layout.positions:
+        return logits
     return logits[:, :, list(batch.layout.scored)]
 
 

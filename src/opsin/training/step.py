@@ -7,7 +7,7 @@ R numbers that a step reports.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -17,11 +17,29 @@ from opsin.interventions.apply import Constants, PassInputs, run_passes
 from opsin.interventions.plan import Plan
 from opsin.model.protocol import Model
 from opsin.optimizers.base import Optimizer
-from opsin.task import Task
+from opsin.task import NeededRows, Task
 from opsin.training.objective import scored_logits
 from opsin.training.optimizer_state import Hyper, OptimizerState
 from opsin.training.step_inputs import StepCounts, StepGates
 from opsin.training.weight_updates import WeightUpdate
+
+
+def needed_rows(model: Model, task: Task, plan: Plan) -> NeededRows | None:
+    """The rows that the forward pass of a training step needs; None for all.
+
+    Args:
+        model: settings of the model that is trained.
+        task: what says which rows are scored.
+        plan: interventions of the run; what they act on, or take from the run's own pass, is needed at all rows.
+    """
+    scored = task.layout.scored
+    unscored = tuple(row for row in range(task.layout.positions) if row not in scored)
+    if not unscored:
+        return None
+    last_pass = plan.passes[-1]
+    touched = {*last_pass.keeps, *(row.target for row in last_pass.rows)}
+    names = [site.name for site in model.sites(task) if site.row_by_row and site.name in touched]
+    return NeededRows(scored, unscored, names[-1] if names else None)
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,10 @@ class Step:
     task: Task
     plan: Plan
     optimizer: Optimizer
+    rows: NeededRows | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", needed_rows(self.model, self.task, self.plan))
 
     def __call__(
         self,
@@ -71,7 +93,11 @@ class Step:
         tap = run_passes(
             self.plan, PassInputs(self.model, parameters, constants, batch, gates.strength, gates.clock), fired
         )
-        outputs = scored_logits(self.model.forward(parameters, constants.table, batch, tap), batch)
+        shown = self.task.shown(constants.bank, draw)
+        if shown is not None and len(shown.vectors) >= shown.which[0].numel():
+            shown = None
+        needed = replace(batch, rows=self.rows, shown=shown)
+        outputs = scored_logits(self.model.forward(parameters, constants.table, needed, tap), batch)
         loss = objective.member_loss(outputs, batch)
         # members do not mix, so the gradient of the sum holds each member's own
         gradients = torch.autograd.grad(loss.sum(), list(state.parameters))
