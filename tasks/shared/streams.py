@@ -147,3 +147,28 @@ def without_replacement(
             ticket += np.where(ticket >= starts[earlier], masses[earlier], 0)
         drawn = np.concatenate([drawn, np.searchsorted(ends, ticket, side="right")[None]])
     return drawn
+
+
+def of_different_groups(
+    u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, " classes"], groups: Int64[np.ndarray, " classes"]
+) -> Int64[np.ndarray, "draws R"]:
+    """Classes of different groups, drawn one after another, each in proportion to its mass in the groups left.
+
+    Args:
+        u: uniform numbers in [0, 1), one a draw and sequence.
+        masses: relative probabilities of the classes; whole numbers, their sum below 2**53.
+        groups: group that each class belongs to, from 0; at least as many different ones as there are draws.
+    """
+    in_order = groups.argsort(kind="stable")
+    ends = masses[in_order].cumsum()
+    totals = np.bincount(groups, masses).astype(np.int64)
+    starts = totals.cumsum() - totals
+    drawn, gone = np.empty((0, u.shape[1]), np.int64), np.empty((0, u.shape[1]), np.int64)
+    for row in u:
+        # a ticket among the mass of the groups left, which then steps over each group already drawn
+        ticket = (row * (ends[-1] - totals[gone].sum(0))).astype(np.int64)
+        for earlier in np.sort(gone, axis=0):
+            ticket += np.where(ticket >= starts[earlier], totals[earlier], 0)
+        drawn = np.concatenate([drawn, in_order[np.searchsorted(ends, ticket, side="right")][None]])
+        gone = groups[drawn]
+    return drawn
