@@ -408,7 +408,8 @@ class FewShot(Task):
 
     def _fixed_sets(self, train: _Pool) -> dict[str, tuple[Kind, ...]]:
         """The evaluation sets of fixed labels that there is room for."""
-        first, found = self.kinds[0], {}
+        found: dict[str, tuple[Kind, ...]] = {}
+        first = self.kinds[0]
         copies = ("matches", "distractor_copies", "matched_query", "matched_distractors")
         base = Kind(**{name: getattr(first, name) for name in copies})
         for name, settings in FIXED_SETS.items():
@@ -499,10 +500,10 @@ class FewShot(Task):
         else:
             shown = np.concatenate([np.where(supported, drawn[0], drawn[-1])[None], drawn[1:k]])
         label, carried = self._labels(kind, u, pool, shown, drawn[0], supported)
-        if kind.independent:
-            answers = np.where((shown == drawn[0]).any(0), carried, -1)
-        else:
-            answers = np.where(supported, label[0], -1)
+        found, right = supported, label[0]
+        if kind.independent and carried is not None:
+            found, right = (shown == drawn[0]).any(0), carried
+        answers = np.where(found, right, -1)
 
         named, target = slot, answers if carried is None else carried
         if kind.label_flip:
@@ -596,7 +597,7 @@ class FewShot(Task):
     ) -> Float[np.ndarray, "S M B N F"]:
         """What items of new classes show: one centre a class, one deviation for each of its exemplars."""
         steps, members, size, items = classes.shape
-        normals = np.empty((steps, members, size, 2, items, self.n_features), np.float32)
+        normals = np.empty((steps, members, size, 2, items, self._bank["exemplars"].shape[-1]), np.float32)
         for step in range(steps):
             for member, key in enumerate(keys):
                 fill_normals(key, _NEW_STREAM, first + step, out=normals[step, member])

@@ -102,6 +102,19 @@ def fill_normals(key: UInt64[np.ndarray, "2"], stream: int, step: int, out: Floa
     np.random.Generator(_generator(key, 0, step, stream)).standard_normal(dtype=np.float32, out=out)
 
 
+def permutation(key: UInt64[np.ndarray, "2"], stream: int, index: int, count: int) -> Int64[np.ndarray, " count"]:
+    """The numbers 0 .. ``count`` - 1 in a random order, a function of its arguments alone.
+
+    Args:
+        key: Philox key of the seed, as ``stream_key`` makes it.
+        stream: number of the stream; streams of one key never meet.
+        index: number of the permutation, at least 0, such as an epoch's.
+        count: how many numbers are permuted.
+    """
+    # ties of 64-bit numbers keep their order
+    return _generator(key, 0, index, stream).random_raw(count).argsort(kind="stable")
+
+
 def below(u: Float[np.ndarray, "*shape"], n: int) -> Int64[np.ndarray, "*shape"]:
     """Uniform numbers in [0, 1) as whole numbers in 0 .. n - 1."""
     return (u * n).astype(np.int64)
