@@ -285,21 +285,10 @@ class FewShot(Task):
         heldout_classes = _heldout_count("classes", train_classes, heldout_classes, n_classes, needed)
         heldout_exemplars = _heldout_count("exemplars", train_exemplars, heldout_exemplars, n_exemplars, 1)
         self._fixed = _fixed_labels(n_classes, n_labels, label_seed) if labels == "fixed" else None
-        masses = zipf_masses(train_classes, zipf)
-        train = _Pool(0, masses, 0, train_exemplars, False, {}, self.kinds)
-        splits = {"train": train, "eval/train": train}
-        if heldout_exemplars:
-            splits["eval/exemplars"] = replace(
-                train, first_exemplar=train_exemplars, exemplars=heldout_exemplars, independent=True
-            )
-        if heldout_classes:
-            uniform = zipf_masses(heldout_classes, 0.0)
-            splits["eval/classes"] = replace(train, first_class=n_classes - heldout_classes, masses=uniform)
-        if evaluation_kinds is None and labels == "fixed":
-            evaluation_kinds = self._fixed_sets(train)
-        splits |= {
-            f"eval/{name}": replace(train, kinds=tuple(kinds)) for name, kinds in (evaluation_kinds or {}).items()
-        }
+        train = _Pool(0, zipf_masses(train_classes, zipf), 0, train_exemplars, False, {}, self.kinds)
+        splits = self._with_heldout(train, heldout_exemplars, n_classes - heldout_classes, heldout_classes)
+        further = self._fixed_sets(train) if evaluation_kinds is None else evaluation_kinds
+        splits |= {f"eval/{name}": replace(train, kinds=tuple(chosen)) for name, chosen in further.items()}
         self._pools = self._with_labels(splits, heldout_relabellings, relabelling_seed)
         self.evaluations = tuple(split.removeprefix("eval/") for split in self._pools if split != "train")
         odd = tuple(range(1, 2 * context, 2))
@@ -330,18 +319,24 @@ class FewShot(Task):
             for i, kind in enumerate(kinds):
                 self._check_kind(f"FewShot.evaluation_kinds.{name}[{i}]", kind)
 
+    def _with_heldout(self, train: _Pool, exemplars: int, first_class: int, classes: int) -> dict[str, _Pool]:
+        """Training's split and those of held-out exemplars and classes, if there are any."""
+        splits = {"train": train, "eval/train": train}
+        if exemplars:
+            splits["eval/exemplars"] = replace(
+                train, first_exemplar=train.exemplars, exemplars=exemplars, independent=True
+            )
+        if classes:
+            splits["eval/classes"] = replace(train, first_class=first_class, masses=zipf_masses(classes, 0.0))
+        return splits
+
     def _with_labels(self, splits: dict[str, _Pool], share: float, seed: int) -> dict[str, _Pool]:
         """The splits with the label sets that they draw from, and the set of those held out after ``eval/train``."""
         tabulated = set()
         for split, pool in splits.items():
+            setting = "kinds" if pool.kinds == self.kinds else f"evaluation_kinds.{split.removeprefix('eval/')}"
             for i, kind in enumerate(pool.kinds):
-                is_further = pool.kinds != self.kinds
-                field = (
-                    f"FewShot.evaluation_kinds.{split.removeprefix('eval/')}[{i}]"
-                    if is_further
-                    else f"FewShot.kinds[{i}]"
-                )
-                self._check_room(field, kind, pool)
+                self._check_room(f"FewShot.{setting}[{i}]", kind, pool)
                 if self._draws_labels(kind) and kind.among is None:
                     tabulated.add(self._in_play(kind))
         shares = share if self.labels == "drawn" else 0.0
@@ -407,8 +402,10 @@ class FewShot(Task):
             _require(different >= needed, field, f"{different} different labels", f"at least {needed} in one sequence")
 
     def _fixed_sets(self, train: _Pool) -> dict[str, tuple[Kind, ...]]:
-        """The evaluation sets of fixed labels that there is room for."""
+        """The evaluation sets of fixed labels that there is room for; none where labels are drawn."""
         found: dict[str, tuple[Kind, ...]] = {}
+        if self._fixed is None:
+            return found
         first = self.kinds[0]
         copies = ("matches", "distractor_copies", "matched_query", "matched_distractors")
         base = Kind(**{name: getattr(first, name) for name in copies})
@@ -499,19 +496,19 @@ class FewShot(Task):
             shown = drawn[1:]
         else:
             shown = np.concatenate([np.where(supported, drawn[0], drawn[-1])[None], drawn[1:k]])
-        label, carried = self._labels(kind, u, pool, shown, drawn[0], supported)
+        label, fixed_target = self._labels(kind, u, pool, shown, drawn[0], supported)
         found, right = supported, label[0]
-        if kind.independent and carried is not None:
-            found, right = (shown == drawn[0]).any(0), carried
+        if kind.independent and fixed_target is not None:
+            found, right = (shown == drawn[0]).any(0), fixed_target
         answers = np.where(found, right, -1)
 
-        named, target = slot, answers if carried is None else carried
+        named, target = slot, answers if fixed_target is None else fixed_target
         if kind.label_flip:
             # another of the k classes: 1 .. k - 1 further on, in a circle
             other = (slot + 1 + below(u["flip_to"], k - 1)) % k
             named = np.where(u["flip"] < kind.label_flip, other, slot)
         if kind.no_support or kind.random_query:
-            informed = (supported | (carried is not None)) & (u["random_query"][0] >= kind.random_query)
+            informed = (supported | (fixed_target is not None)) & (u["random_query"][0] >= kind.random_query)
             target = np.where(informed, target, below(u["random_label"][0], self.n_outputs))
         return {
             "classes": np.concatenate([np.take_along_axis(shown, slot, 0), drawn[:1]]),
@@ -545,12 +542,12 @@ class FewShot(Task):
         """What each class in play shows, and the target where it is a fixed label; None where it is looked up."""
         if self._fixed is None or self._draws_labels(kind):
             return self._drawn_labels(kind, u, pool), None
-        label, carried = self._fixed[shown], self._fixed[query]
+        label, fixed_target = self._fixed[shown], self._fixed[query]
         if kind.labels == "exchanged":
             return np.roll(label, -1, 0), None
         if kind.label_present:
-            label[0] = carried  # a supported query's class carries it anyway
-        return label, carried
+            label[0] = fixed_target  # a supported query's class carries it anyway
+        return label, fixed_target
 
     def _drawn_labels(self, kind: Kind, u: Uniforms, pool: _Pool) -> Int64[np.ndarray, "k R"]:
         """Different labels, one for each class in play."""

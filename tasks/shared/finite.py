@@ -94,20 +94,20 @@ class FiniteTask(Task):
         size = self.batch_size if batch_size is None else batch_size
         check_draw(type(self).__name__, self._sets, split, seeds, (first, count, size))
         chosen = self._sets[split]
-        epoch, place = np.divmod(np.arange(first * size, (first + count) * size), len(chosen))
+        epoch, row = np.divmod(np.arange(first * size, (first + count) * size), len(chosen))
         in_order = split != "train" or size == len(chosen)
         # conditions of one seed share its data: shuffle that once
-        rows = {seed: place if in_order else self._shuffled(seed, epoch, place) for seed in set(seeds)}
+        rows = {seed: row if in_order else self._shuffled(seed, epoch, row) for seed in set(seeds)}
         found = chosen[np.stack([rows[seed] for seed in seeds], 1)].reshape(count, size, len(seeds)).transpose(0, 2, 1)
         return {"example": torch.from_numpy(np.ascontiguousarray(found))}
 
-    def _shuffled(self, seed: int, epoch: Int64[np.ndarray, " n"], place: Int64[np.ndarray, " n"]) -> np.ndarray:
+    def _shuffled(self, seed: int, epoch: Int64[np.ndarray, " n"], row: Int64[np.ndarray, " n"]) -> np.ndarray:
         """Which training example stands where in the order of each epoch."""
         key, length = stream_key(seed, "train", 0), len(self._sets["train"])
-        found = np.empty_like(place)
+        found = np.empty_like(row)
         for number in np.unique(epoch).tolist():
             inside = epoch == number
-            found[inside] = permutation(key, _EPOCH_STREAM, number, length)[place[inside]]
+            found[inside] = permutation(key, _EPOCH_STREAM, number, length)[row[inside]]
         return found
 
     @abstractmethod
