@@ -1,7 +1,9 @@
 """Few-shot induction: exemplar, label, exemplar, label, ..., query exemplar; predict the query's label.
 
-Which label a class carries is drawn anew for every sequence (a relabelling), so the only way to the
-answer is to find the query's class in the context and copy the label that follows it.
+By default, which label a class carries is drawn anew for every sequence (a relabelling), so the only way to the
+answer is to find the query's class in the context and copy the label that follows it. Where labels are fixed, a class
+carries the same one for ever, which can be learned in the weights; evaluation sets of other kinds of sequences then
+tell the strategies apart.
 
 Legend: S steps drawn together, M members, B batch, C (exemplar, label) pairs of the context, N = C + 1
 items with the query, L = 2 C + 1 positions, R = S M B sequences, k different classes in one context.
@@ -10,10 +12,13 @@ items with the query, L = 2 C + 1 positions, R = S M B sequences, k different cl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, combinations
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,15 +33,17 @@ from opsin.tasks.shared.references import among_plausible, chance, nearest_label
 from opsin.tasks.shared.streams import (
     UINT64_MAX,
     below,
+    by_mass,
     check_draw,
     fill_normals,
+    of_different_groups,
     stream_key,
     uniforms,
     without_replacement,
     zipf_masses,
 )
 
-_CHOICE_STREAM, _CORRUPTION_STREAM, _NOISE_STREAM = range(3)
+_CHOICE_STREAM, _CORRUPTION_STREAM, _NOISE_STREAM, _NEW_STREAM = range(4)
 """Separate streams, so that switching corruption or noise on leaves every other choice as it was."""
 
 Uniforms = Mapping[str, Float[np.ndarray, "_ R"]]
@@ -51,6 +58,10 @@ _MOST_RELABELLINGS = 1_000_000
 def _require(holds: bool, field: str, value: object, expected: str) -> None:
     if not holds:
         raise ConfigError(field, value, expected)
+
+
+KIND_LABELS = ("task", "drawn", "exchanged")
+"""What the labels of a context can be."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,30 @@ class Kind:
         matched_query: the query shows the same exemplar as one of its copies in the context.
         matched_distractors: all copies of a distractor class show the same exemplar. Exemplars not
             matched are drawn independently.
+        labels: what the context shows: the labels that the task's classes carry (``task``), labels drawn for this
+            sequence (``drawn``), or fixed labels passed on in a circle between the k classes of the context
+            (``exchanged``, which swaps those of two), the target being the one shown for the query's class.
+        among: number of labels, the first ones, that drawn labels are taken from, held-out sets and all; None for all
+            labels.
+        label_present: the class that stands in for an absent one shows the fixed label of the query's class.
+        independent: classes of the context and of the query are drawn independently of each other, so that the query's
+            class is in the context by chance alone.
+        new_classes: all classes are drawn for this sequence and never seen again; their labels are drawn with them.
+
+    With fixed labels, the target of an absent class is its fixed label, which nothing else in the context carries;
+    classes of sequences of that kind, and of exchanged ones, all have different labels.
 
     Raises:
         ConfigError: a value out of its range.
     """
+
+    added_settings: ClassVar[Mapping[str, Any]] = {
+        "labels": "task",
+        "among": None,
+        "label_present": False,
+        "independent": False,
+        "new_classes": False,
+    }
 
     weight: float = 1.0
     matches: int = 1
@@ -84,6 +115,11 @@ class Kind:
     label_flip: float = 0.0
     matched_query: bool = False
     matched_distractors: bool = False
+    labels: Literal["task", "drawn", "exchanged"] = "task"
+    among: int | None = None
+    label_present: bool = False
+    independent: bool = False
+    new_classes: bool = False
 
     def __post_init__(self) -> None:
         _require(0 < self.weight < math.inf, "Kind.weight", self.weight, "a positive number")
@@ -93,6 +129,11 @@ class Kind:
         for name in ("no_support", "random_query", "label_flip"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"Kind.{name}", value, "a probability")
+        _require(self.labels in KIND_LABELS, "Kind.labels", self.labels, f"one of {', '.join(KIND_LABELS)}")
+        absent = not self.label_present or self.no_support > 0
+        _require(absent, "Kind.label_present", True, "false, as no_support is 0: no class is absent")
+        plain = replace(self, weight=1.0, independent=False, random_query=0.0) == Kind() if self.independent else True
+        _require(plain, "Kind.independent", True, "no other setting beside it but weight and random_query")
 
     def slots(self, context: int) -> Int64[np.ndarray, " C"]:
         """Which class each context item shows, before shuffling: 0 the query's, 1 .. k - 1 distractors.
@@ -108,16 +149,18 @@ class Kind:
         """Probability that the target is uniform over all labels, whatever the context holds."""
         return self.no_support + (1 - self.no_support) * self.random_query
 
-    def guessing_loss(self, context: int, n_labels: int) -> float:
+    def guessing_loss(self, context: int, n_labels: int, uninformed: float | None = None) -> float:
         """Cross-entropy (nats) of guessing evenly among the labels in play, knowing how often that can fail.
 
         Args:
             context: C, number of (exemplar, label) pairs before the query.
             n_labels: V, number of labels to predict.
+            uninformed: probability that the target is uniform over all labels; the property of this name when None.
         """
         in_play = int(self.slots(context)[-1]) + 1
-        outside = self.uninformed / n_labels
-        inside = (1 - self.uninformed) / in_play + outside
+        uninformed = self.uninformed if uninformed is None else uninformed
+        outside = uninformed / n_labels
+        inside = (1 - uninformed) / in_play + outside
         return -in_play * _xlogx(inside) - (n_labels - in_play) * _xlogx(outside)
 
 
@@ -135,6 +178,7 @@ class _Pool:
         first_exemplar, exemplars: the first exemplar of a class that is shown, and how many are.
         independent: whether no exemplar is matched, whatever the kind says.
         relabellings: label sets that contexts may use.
+        kinds: kinds of sequences that are mixed.
     """
 
     first_class: int
@@ -143,6 +187,20 @@ class _Pool:
     exemplars: int
     independent: bool
     relabellings: LabelSets
+    kinds: tuple[Kind, ...]
+
+
+SPLIT_SETS = ("train", "relabellings", "exemplars", "classes")
+"""Evaluation sets that have the kinds of training."""
+
+FIXED_SETS: Mapping[str, dict[str, Any]] = {
+    "icl": {"labels": "drawn"},
+    "flip": {"labels": "exchanged"},
+    "ciwl": {"no_support": 1.0, "label_present": True},
+    "iwl": {"no_support": 1.0},
+    "new": {"new_classes": True},
+}
+"""What sets the kinds of the evaluation sets of fixed labels apart from training's (Singh et al. 2025, Reddy 2024)."""
 
 
 class FewShot(Task):
@@ -151,7 +209,11 @@ class FewShot(Task):
     Evaluation sets (those that the splits leave room for), all with the same kinds of sequences: ``train``;
     ``relabellings``: held-out label sets, if every kind has some; ``exemplars``: held-out exemplars of the
     training classes, each item's drawn independently; ``classes``: held-out classes, drawn uniformly, with
-    the exemplar numbers and label sets of training.
+    the exemplar numbers and label sets of training. Further ones, of training classes and exemplars, have kinds of
+    their own (``evaluation_kinds``). With fixed labels these are, unless they are given: ``icl``, relabelled in every
+    sequence; ``flip``, fixed labels exchanged in the context; ``ciwl``, the query's class absent but its label present;
+    ``iwl``, both absent; ``new``, classes drawn for the sequence, of a source that makes any. Their numbers of copies
+    are those of the first kind; one that classes or labels do not suffice for is left out.
 
     Args:
         exemplars: source of the feature vectors that sequences show.
@@ -172,10 +234,17 @@ class FewShot(Task):
             uniform. Classes of one context are drawn one after another without replacement.
         noise: standard deviation of Gaussian noise added to each entry of each feature vector shown.
         kinds: the kinds of sequences that are mixed; none given: one ``Kind()``.
+        labels: ``drawn`` anew in every sequence, or ``fixed``: class c (from 0) carries label c mod n_labels for ever,
+            and nothing is held out by ``heldout_relabellings``.
+        label_seed: seed that deals these labels to the classes in another order; None for class c's c mod n_labels.
+        evaluation_kinds: kinds of sequences of further evaluation sets, by the name of the set; None for none, or those
+            above where labels are fixed.
 
     Raises:
         ConfigError: settings that do not fit each other or the exemplars, which are loaded here.
     """
+
+    added_settings: ClassVar[Mapping[str, Any]] = {"labels": "drawn", "label_seed": None, "evaluation_kinds": None}
 
     def __init__(
         self,
@@ -192,34 +261,35 @@ class FewShot(Task):
         zipf: float = 0.0,
         noise: float = 0.0,
         kinds: Sequence[Kind] = (),
+        labels: Literal["drawn", "fixed"] = "drawn",
+        label_seed: int | None = None,
+        evaluation_kinds: Mapping[str, Sequence[Kind]] | None = None,
     ) -> None:
-        self.kinds = tuple(kinds) or (Kind(),)
+        self.kinds, self.labels = tuple(kinds) or (Kind(),), labels
         self.context, self.batch_size, self.noise = context, batch_size, noise
         self.n_tokens = self.n_outputs = n_labels
+        self._source = exemplars
         self._check_numbers(zipf, relabelling_seed)
         # where induction should look, twice, and the numbers that decide about one sequence
         length = 2 * context + 1
         check_memory("FewShot.context", context, 2 * length**2 + 8 * length)
         check_memory("FewShot.batch_size", batch_size, batch_size * (2 * length**2 + 8 * length))
-        in_play = self._check_kinds()
+        self._check_labels(label_seed)
+        for i, kind in enumerate(self.kinds):
+            self._check_kind(f"FewShot.kinds[{i}]", kind)
+        self._check_sets(evaluation_kinds or {})
 
         self._bank = {"exemplars": torch.from_numpy(exemplars.load())}
         n_classes, n_exemplars, self.n_features = self._bank["exemplars"].shape
-        needed = max(k + (kind.no_support > 0) for k, kind in zip(in_play, self.kinds, strict=True))
+        needed = max(self._classes_needed(kind) for kind in self.kinds)
         heldout_classes = _heldout_count("classes", train_classes, heldout_classes, n_classes, needed)
         heldout_exemplars = _heldout_count("exemplars", train_exemplars, heldout_exemplars, n_exemplars, 1)
-        seen, heldout = _relabellings(set(in_play), n_labels, heldout_relabellings, relabelling_seed)
-
-        masses = zipf_masses(train_classes, zipf)
-        train = _Pool(0, masses, 0, train_exemplars, False, seen)
-        self._pools = {"train": train, "eval/train": train}
-        if heldout:
-            self._pools["eval/relabellings"] = _Pool(0, masses, 0, train_exemplars, False, heldout)
-        if heldout_exemplars:
-            self._pools["eval/exemplars"] = _Pool(0, masses, train_exemplars, heldout_exemplars, True, seen)
-        if heldout_classes:
-            first, uniform = n_classes - heldout_classes, zipf_masses(heldout_classes, 0.0)
-            self._pools["eval/classes"] = _Pool(first, uniform, 0, train_exemplars, False, seen)
+        self._fixed = _fixed_labels(n_classes, n_labels, label_seed) if labels == "fixed" else None
+        train = _Pool(0, zipf_masses(train_classes, zipf), 0, train_exemplars, False, {}, self.kinds)
+        splits = self._with_heldout(train, heldout_exemplars, n_classes - heldout_classes, heldout_classes)
+        further = self._fixed_sets(train) if evaluation_kinds is None else evaluation_kinds
+        splits |= {f"eval/{name}": replace(train, kinds=tuple(chosen)) for name, chosen in further.items()}
+        self._pools = self._with_labels(splits, heldout_relabellings, relabelling_seed)
         self.evaluations = tuple(split.removeprefix("eval/") for split in self._pools if split != "train")
         odd = tuple(range(1, 2 * context, 2))
         self.layout = Layout(tuple(range(0, 2 * context + 1, 2)), odd, odd, (2 * context,))
@@ -233,20 +303,119 @@ class FewShot(Task):
             _require(0 <= value < math.inf, f"FewShot.{name}", value, "a finite number, at least 0")
         _require(0 <= relabelling_seed <= UINT64_MAX, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")
 
-    def _check_kinds(self) -> list[int]:
-        """Different classes in a context of each kind."""
-        in_play = []
-        for i, kind in enumerate(self.kinds):
-            field, rest, copies = f"FewShot.kinds[{i}]", self.context - kind.matches, kind.distractor_copies
-            _require(rest >= 0, f"{field}.matches", kind.matches, f"at most {self.context} (pairs in the context)")
-            fits = copies is None or rest % copies == 0
-            _require(fits, f"{field}.distractor_copies", copies, f"a divisor of {rest} (context less matches)")
-            k = int(kind.slots(self.context)[-1]) + 1
-            _require(k <= self.n_outputs, "FewShot.n_labels", self.n_outputs, f"at least {k} (classes of kinds[{i}])")
-            flips = kind.label_flip == 0 or k > 1
-            _require(flips, f"{field}.label_flip", kind.label_flip, "0, as the context holds only one class")
-            in_play.append(k)
-        return in_play
+    def _check_labels(self, label_seed: int | None) -> None:
+        _require(self.labels in ("drawn", "fixed"), "FewShot.labels", self.labels, "drawn or fixed")
+        used = label_seed is None or self.labels == "fixed"
+        _require(used, "FewShot.label_seed", label_seed, "null, as labels are drawn")
+        in_range = label_seed is None or 0 <= label_seed <= UINT64_MAX
+        _require(in_range, "FewShot.label_seed", label_seed, "0 .. 2**64 - 1, or null")
+
+    def _check_sets(self, sets: Mapping[str, Sequence[Kind]]) -> None:
+        """Refuse names of evaluation sets that are taken, and kinds that do not fit."""
+        for name, kinds in sets.items():
+            holds = name not in SPLIT_SETS and re.fullmatch(r"[\w-]+", name) is not None and len(kinds) > 0
+            expected = f"a name of letters, digits, _ and -, none of {', '.join(SPLIT_SETS)}, with one kind or more"
+            _require(holds, "FewShot.evaluation_kinds", name, expected)
+            for i, kind in enumerate(kinds):
+                self._check_kind(f"FewShot.evaluation_kinds.{name}[{i}]", kind)
+
+    def _with_heldout(self, train: _Pool, exemplars: int, first_class: int, classes: int) -> dict[str, _Pool]:
+        """Training's split and those of held-out exemplars and classes, if there are any."""
+        splits = {"train": train, "eval/train": train}
+        if exemplars:
+            splits["eval/exemplars"] = replace(
+                train, first_exemplar=train.exemplars, exemplars=exemplars, independent=True
+            )
+        if classes:
+            splits["eval/classes"] = replace(train, first_class=first_class, masses=zipf_masses(classes, 0.0))
+        return splits
+
+    def _with_labels(self, splits: dict[str, _Pool], share: float, seed: int) -> dict[str, _Pool]:
+        """The splits with the label sets that they draw from, and the set of those held out after ``eval/train``."""
+        tabulated = set()
+        for split, pool in splits.items():
+            setting = "kinds" if pool.kinds == self.kinds else f"evaluation_kinds.{split.removeprefix('eval/')}"
+            for i, kind in enumerate(pool.kinds):
+                self._check_room(f"FewShot.{setting}[{i}]", kind, pool)
+                if self._draws_labels(kind) and kind.among is None:
+                    tabulated.add(self._in_play(kind))
+        shares = share if self.labels == "drawn" else 0.0
+        seen, heldout = _relabellings(tabulated, self.n_outputs, shares, seed)
+        found = {split: replace(pool, relabellings=seen) for split, pool in splits.items()}
+        if not heldout:
+            return found
+        first = {name: found.pop(name) for name in ("train", "eval/train")}
+        return first | {"eval/relabellings": replace(first["train"], relabellings=heldout)} | found
+
+    def _in_play(self, kind: Kind) -> int:
+        """Different classes in a context of a kind; of an independent one at most."""
+        return int(kind.slots(self.context)[-1]) + 1
+
+    def _draws_labels(self, kind: Kind) -> bool:
+        """Whether labels of a kind are drawn for the sequence."""
+        return kind.new_classes or kind.labels == "drawn" or (kind.labels == "task" and self.labels == "drawn")
+
+    def _is_apart(self, kind: Kind) -> bool:
+        """Whether all classes of a sequence must have different fixed labels."""
+        return not self._draws_labels(kind) and (kind.no_support > 0 or kind.labels == "exchanged")
+
+    def _classes_needed(self, kind: Kind) -> int:
+        if kind.new_classes or kind.independent:
+            return 1
+        return self._in_play(kind) + (kind.no_support > 0)
+
+    def _check_kind(self, field: str, kind: Kind) -> None:
+        """Refuse a kind that does not fit the context, the labels, or the source of exemplars."""
+        rest, copies = self.context - kind.matches, kind.distractor_copies
+        _require(rest >= 0, f"{field}.matches", kind.matches, f"at most {self.context} (pairs in the context)")
+        fits = copies is None or rest % copies == 0
+        _require(fits, f"{field}.distractor_copies", copies, f"a divisor of {rest} (context less matches)")
+        k, drawn = self._in_play(kind), self._draws_labels(kind)
+        least = k if drawn else k + (kind.no_support > 0) if self._is_apart(kind) else 1
+        labels, name = self.n_outputs, field.removeprefix("FewShot.")
+        _require(labels >= least, "FewShot.n_labels", labels, f"at least {least} (classes of {name})")
+        flips = kind.label_flip == 0 or k > 1
+        _require(flips, f"{field}.label_flip", kind.label_flip, "0, as the context holds only one class")
+        self._check_labels_of(field, kind)
+
+    def _check_labels_of(self, field: str, kind: Kind) -> None:
+        """Refuse labels that a kind cannot have."""
+        k, drawn, labels = self._in_play(kind), self._draws_labels(kind), self.n_outputs
+        alone = kind.no_support == 0 and not kind.new_classes and k > 1
+        exchanged = kind.labels != "exchanged" or (self.labels == "fixed" and alone)
+        expected = "task or drawn: only fixed labels are exchanged, between two or more classes, none absent or new"
+        _require(exchanged, f"{field}.labels", kind.labels, expected)
+        for setting in ("label_present", "independent"):
+            on = getattr(kind, setting)
+            _require(not (on and drawn), f"{field}.{setting}", on, "false, as its labels are drawn")
+        among = kind.among is None or (drawn and k <= kind.among <= labels)
+        _require(among, f"{field}.among", kind.among, f"{k} .. {labels}, with drawn labels, or null")
+        makes = not kind.new_classes or self._source.makes_classes
+        _require(makes, f"{field}.new_classes", True, f"false: {type(self._source).__name__} makes no new classes")
+
+    def _check_room(self, field: str, kind: Kind, pool: _Pool) -> None:
+        """Refuse a kind that the classes of a split, or their fixed labels, do not suffice for."""
+        classes, needed = len(pool.masses), self._classes_needed(kind)
+        _require(classes >= needed, field, f"{classes} classes", f"at least {needed} in one sequence")
+        if self._fixed is not None and self._is_apart(kind):
+            different = len(np.unique(self._fixed[pool.first_class : pool.first_class + classes]))
+            _require(different >= needed, field, f"{different} different labels", f"at least {needed} in one sequence")
+
+    def _fixed_sets(self, train: _Pool) -> dict[str, tuple[Kind, ...]]:
+        """The evaluation sets of fixed labels that there is room for; none where labels are drawn."""
+        found: dict[str, tuple[Kind, ...]] = {}
+        if self._fixed is None:
+            return found
+        first = self.kinds[0]
+        copies = ("matches", "distractor_copies", "matched_query", "matched_distractors")
+        base = Kind(**{name: getattr(first, name) for name in copies})
+        for name, settings in FIXED_SETS.items():
+            kind = replace(base, **settings)
+            with suppress(ConfigError):
+                self._check_kind(name, kind)
+                self._check_room(name, kind, train)
+                found[name] = (kind,)
+        return found
 
     def bank(self) -> Bank:
         """``exemplars``: Float32 [classes, exemplars, F], every class of the source, in its order."""
@@ -268,42 +437,46 @@ class FewShot(Task):
             ``classes``, ``exemplars``, ``labels``: Int64 [S, M, B, N], the query last (its label is the
             target); ``answers``: Int64 [S, M, B], the label that a look-up finds: the one drawn for the
             query's class, before flips and random targets, or -1 where that class is absent from the
-            context. With noise also ``noise``: Float32 [S, M, B, N, F].
+            context. With noise also ``noise``: Float32 [S, M, B, N, F]. Where a kind has new classes, these are
+            numbered -1, -2, .., and there is ``new``: Float32 [S, M, B, N, F], what items of such classes show.
         """
         size = self.batch_size if batch_size is None else batch_size
         check_draw("FewShot", self._pools, split, seeds, (first, count, size))
         distinct = sorted(set(seeds))  # conditions of one seed share its data: draw that once
         keys = [stream_key(seed, split, size) for seed in distinct]
-        drawn = self._sequences(self._uniforms(keys, first, count, size), self._pools[split])
+        pool = self._pools[split]
+        drawn = self._sequences(self._uniforms(keys, first, count, size, pool.kinds), pool)
         shape = (count, len(distinct), size)
         found = {
             name: np.ascontiguousarray(array.T).reshape(*shape, *array.shape[:-1]) for name, array in drawn.items()
         }
         if self.noise:
             found["noise"] = self._noise(keys, first, shape)
+        if any(kind.new_classes for kind in pool.kinds):
+            found["new"] = self._new_exemplars(keys, first, found["classes"], found["exemplars"])
         if list(seeds) != distinct:
             member = [distinct.index(seed) for seed in seeds]
             found = {name: array[:, member] for name, array in found.items()}
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
-    def _uniforms(self, keys: list[np.ndarray], first: int, count: int, size: int) -> Uniforms:
+    def _uniforms(self, keys: list[np.ndarray], first: int, count: int, size: int, kinds: Sequence[Kind]) -> Uniforms:
         """Every random choice of every sequence as a number in [0, 1), by what it decides."""
         c = self.context
         parts = {"kind": 1, "support": 1, "relabelling": 1, "classes": c + 1, "labels": c, "order": c}
         found = uniforms(keys, _CHOICE_STREAM, first, count, size, parts | {"exemplars": c + 1})
-        if any(kind.no_support or kind.random_query or kind.label_flip for kind in self.kinds):
+        if any(kind.no_support or kind.random_query or kind.label_flip for kind in kinds):
             corruption = {"random_query": 1, "random_label": 1, "flip": c, "flip_to": c}
             found |= uniforms(keys, _CORRUPTION_STREAM, first, count, size, corruption)
         return found
 
     def _sequences(self, u: Uniforms, pool: _Pool) -> dict[str, Int64[np.ndarray, "... R"]]:
         """The choices by name, each sequence by the rules of its kind."""
-        if len(self.kinds) == 1:
-            return self._of_kind(self.kinds[0], u, pool)
-        shares = np.cumsum([kind.weight for kind in self.kinds])
+        if len(pool.kinds) == 1:
+            return self._of_kind(pool.kinds[0], u, pool)
+        shares = np.cumsum([kind.weight for kind in pool.kinds])
         which = np.searchsorted(shares[:-1], u["kind"][0] * shares[-1], side="right")
         found: dict[str, np.ndarray] = {}
-        for i, kind in enumerate(self.kinds):
+        for i, kind in enumerate(pool.kinds):
             rows = np.flatnonzero(which == i)
             chosen = self._of_kind(kind, {name: part[:, rows] for name, part in u.items()}, pool)
             for name, array in chosen.items():
@@ -317,30 +490,73 @@ class FewShot(Task):
         order = u["order"].argsort(0)
         slot = slots[order]  # [C, R]: which of the k classes each context item shows
 
-        # the query's class is drawn first, so that it has the stated distribution whatever else is in play
-        drawn = pool.first_class + without_replacement(u["classes"][: k + (kind.no_support > 0)], pool.masses)
+        drawn = self._classes(kind, u, pool)
         supported = u["support"][0] >= kind.no_support
-        shown = np.concatenate([np.where(supported, drawn[0], drawn[-1])[None], drawn[1:k]])
+        if kind.independent:
+            shown = drawn[1:]
+        else:
+            shown = np.concatenate([np.where(supported, drawn[0], drawn[-1])[None], drawn[1:k]])
+        label, fixed_target = self._labels(kind, u, pool, shown, drawn[0], supported)
+        found, right = supported, label[0]
+        if kind.independent and fixed_target is not None:
+            found, right = (shown == drawn[0]).any(0), fixed_target
+        answers = np.where(found, right, -1)
 
-        sets = pool.relabellings[k]
-        label_set = sets[below(u["relabelling"][0], len(sets))].T
-        label = np.take_along_axis(label_set, u["labels"][:k].argsort(0), 0)  # [k, R]: of each class in play
-        answers = np.where(supported, label[0], -1)
-
-        named, target = slot, answers
+        named, target = slot, answers if fixed_target is None else fixed_target
         if kind.label_flip:
             # another of the k classes: 1 .. k - 1 further on, in a circle
             other = (slot + 1 + below(u["flip_to"], k - 1)) % k
             named = np.where(u["flip"] < kind.label_flip, other, slot)
         if kind.no_support or kind.random_query:
-            informed = supported & (u["random_query"][0] >= kind.random_query)
-            target = np.where(informed, answers, below(u["random_label"][0], self.n_outputs))
+            informed = (supported | (fixed_target is not None)) & (u["random_query"][0] >= kind.random_query)
+            target = np.where(informed, target, below(u["random_label"][0], self.n_outputs))
         return {
             "classes": np.concatenate([np.take_along_axis(shown, slot, 0), drawn[:1]]),
             "exemplars": self._exemplars(kind, u["exemplars"], slots, order, supported, pool),
             "labels": np.concatenate([np.take_along_axis(label, named, 0), target[None]]),
             "answers": answers,
         }
+
+    def _classes(self, kind: Kind, u: Uniforms, pool: _Pool) -> Int64[np.ndarray, "_ R"]:
+        """The query's class, then those of the context, last one that stands in for it where it is absent."""
+        if kind.independent:
+            return pool.first_class + by_mass(u["classes"], pool.masses)
+        count = self._in_play(kind) + (kind.no_support > 0)
+        if kind.new_classes:
+            return np.repeat(-1 - np.arange(count)[:, None], u["classes"].shape[1], 1)
+        # the query's class is drawn first, so that it has the stated distribution whatever else is in play
+        if self._fixed is not None and self._is_apart(kind):
+            labels = self._fixed[pool.first_class : pool.first_class + len(pool.masses)]
+            return pool.first_class + of_different_groups(u["classes"][:count], pool.masses, labels)
+        return pool.first_class + without_replacement(u["classes"][:count], pool.masses)
+
+    def _labels(
+        self,
+        kind: Kind,
+        u: Uniforms,
+        pool: _Pool,
+        shown: Int64[np.ndarray, "k R"],
+        query: Int64[np.ndarray, " R"],
+        supported: Bool[np.ndarray, " R"],
+    ) -> tuple[Int64[np.ndarray, "k R"], Int64[np.ndarray, " R"] | None]:
+        """What each class in play shows, and the target where it is a fixed label; None where it is looked up."""
+        if self._fixed is None or self._draws_labels(kind):
+            return self._drawn_labels(kind, u, pool), None
+        label, fixed_target = self._fixed[shown], self._fixed[query]
+        if kind.labels == "exchanged":
+            return np.roll(label, -1, 0), None
+        if kind.label_present:
+            label[0] = fixed_target  # a supported query's class carries it anyway
+        return label, fixed_target
+
+    def _drawn_labels(self, kind: Kind, u: Uniforms, pool: _Pool) -> Int64[np.ndarray, "k R"]:
+        """Different labels, one for each class in play."""
+        k = self._in_play(kind)
+        if kind.among is not None or k not in pool.relabellings:
+            return without_replacement(u["labels"][:k], np.ones(kind.among or self.n_outputs, np.int64))
+        sets = pool.relabellings[k]
+        label_set = sets[below(u["relabelling"][0], len(sets))].T
+        return np.take_along_axis(label_set, u["labels"][:k].argsort(0), 0)
 
     def _exemplars(
         self,
@@ -369,9 +585,35 @@ class FewShot(Task):
                 fill_normals(key, _NOISE_STREAM, first + step, out=noise[step, member])
         return noise * np.float32(self.noise)
 
+    def _new_exemplars(
+        self,
+        keys: list[np.ndarray],
+        first: int,
+        classes: Int64[np.ndarray, "S M B N"],
+        exemplars: Int64[np.ndarray, "S M B N"],
+    ) -> Float[np.ndarray, "S M B N F"]:
+        """What items of new classes show: one centre a class, one deviation for each of its exemplars."""
+        steps, members, size, items = classes.shape
+        normals = np.empty((steps, members, size, 2, items, self._bank["exemplars"].shape[-1]), np.float32)
+        for step in range(steps):
+            for member, key in enumerate(keys):
+                fill_normals(key, _NEW_STREAM, first + step, out=normals[step, member])
+        number = np.maximum(-1 - classes, 0)
+        same = (number[..., None] == number[..., None, :]) & (exemplars[..., None] == exemplars[..., None, :])
+        found = (number, same.argmax(-1))  # items that show the same exemplar take the first one's deviation
+        centres, deviations = (
+            np.take_along_axis(normals[..., part, :, :], index[..., None], -2) for part, index in enumerate(found)
+        )
+        return self._source.of_new_classes(centres, deviations)
+
     def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:
         """One step's draw (tensors ``[M, B, ...]``, no S) as a batch; features in the dtype of the bank."""
-        features = bank["exemplars"][draw["classes"], draw["exemplars"]]
+        classes = draw["classes"]
+        if "new" in draw:
+            known = bank["exemplars"][classes.clamp(min=0), draw["exemplars"]]
+            features = torch.where((classes < 0)[..., None], draw["new"].to(known.dtype), known)
+        else:
+            features = bank["exemplars"][classes, draw["exemplars"]]
         if "noise" in draw:
             features = features + draw["noise"].to(features.dtype)
         tokens, targets = draw["labels"][..., :-1], draw["labels"][..., -1:]
@@ -388,10 +630,40 @@ class FewShot(Task):
         return Shown(vectors, draw["classes"] * pool.exemplars + draw["exemplars"])
 
     def baselines(self) -> dict[str, float]:
-        """Losses (nats) without a look-up; the second knows the k labels in play, averaged over the kinds."""
-        weighted = sum(kind.weight * kind.guessing_loss(self.context, self.n_outputs) for kind in self.kinds)
-        mean = weighted / sum(kind.weight for kind in self.kinds)
-        return {"uniform over labels": math.log(self.n_outputs), "labels of the context": mean}
+        """Losses (nats) without a look-up; the second knows the k labels in play, averaged over the kinds.
+
+        With fixed labels neither knows the label of a class. Of independent classes, and where the context may hold
+        more classes than there are labels, the second knows no more than the first.
+        """
+        losses = [kind.guessing_loss(self.context, self.n_outputs, self._uninformed(kind)) for kind in self.kinds]
+        weighted = sum(kind.weight * loss for kind, loss in zip(self.kinds, losses, strict=True))
+        mean, uniform = weighted / sum(kind.weight for kind in self.kinds), math.log(self.n_outputs)
+        most = mean if self.labels == "drawn" else min(mean, uniform)
+        return {"uniform over labels": uniform, "labels of the context": most}
+
+    def _uninformed(self, kind: Kind) -> float:
+        """The share of targets that guessing evenly among the labels of the context must leave to all labels."""
+        if self._draws_labels(kind) or kind.labels == "exchanged":
+            return kind.uninformed
+        if kind.independent:
+            return 1.0
+        k, labels = self._in_play(kind), self.n_outputs
+        # the label of an absent class is one of the others
+        outside = 0.0 if kind.label_present or not kind.no_support else kind.no_support * labels / (labels - k)
+        return outside * (1 - kind.random_query) + kind.random_query
+
+    def unigram(self) -> Float[Tensor, " V"] | None:
+        """How often each label is the target in training, with exchanged labels taken as if not; None if drawn."""
+        if self._fixed is None:
+            return None
+        masses, total = self._pools["train"].masses, np.zeros(self.n_outputs)
+        of_classes = np.bincount(self._fixed[: len(masses)], masses / masses.sum(), self.n_outputs)
+        for kind in self.kinds:
+            among = kind.among or self.n_outputs
+            even = (np.arange(self.n_outputs) < among) / among
+            known = even if self._draws_labels(kind) else of_classes
+            total += kind.weight * ((1 - kind.random_query) * known + kind.random_query / self.n_outputs)
+        return torch.from_numpy(total / total.sum())
 
     def references(self) -> Mapping[str, Reference]:
         """``uniform`` over labels, ``context_labels``, and ``nearest_neighbour``: the label of the most similar item.
@@ -400,7 +672,7 @@ class FewShot(Task):
         the kind of the sequence.
         """
         weights = sum(kind.weight for kind in self.kinds)
-        uninformed = sum(kind.weight * kind.uninformed for kind in self.kinds) / weights
+        uninformed = min(sum(kind.weight * self._uninformed(kind) for kind in self.kinds) / weights, 1.0)
         return {
             "uniform": chance(self.n_outputs),
             "context_labels": among_plausible(uninformed),
@@ -421,6 +693,15 @@ def _truth(tokens: Int[Tensor, "M B C"], answers: Int[Tensor, "M B"]) -> Truth:
     return Truth((position - 1).clamp(min=0), labels, query, rows & right, rows & labels & ~right)
 
 
+def _fixed_labels(classes: int, labels: int, seed: int | None) -> Int64[np.ndarray, " classes"]:
+    """Label of every class: its number modulo the labels, dealt out in another order by a seed."""
+    found = np.arange(classes) % labels
+    if seed is not None:
+        key = np.array([seed, 0], np.uint64)
+        found = found[np.random.Philox(key=key).random_raw(classes).argsort()]
+    return found
+
+
 def _heldout_count(items: str, train: int, heldout: int | None, present: int, needed: int) -> int:
     """How many classes or exemplars are held out; a split is empty or holds the ``needed`` number."""
     field = f"FewShot.train_{items}"
@@ -436,12 +717,15 @@ def _heldout_count(items: str, train: int, heldout: int | None, present: int, ne
 
 
 def _relabellings(in_play: set[int], n_labels: int, share: float, seed: int) -> tuple[LabelSets, LabelSets]:
-    """Training's and held-out label sets by size; the latter empty if some size has none to spare."""
+    """Training's and held-out label sets by size, if they can be listed; the latter empty if some size has none."""
     _require(0 <= share < 1, "FewShot.heldout_relabellings", share, "a share, at least 0 and less than 1")
     seen, heldout = {}, {}
     for k in in_play:
         count = math.comb(n_labels, k)
+        if count > _MOST_RELABELLINGS and share == 0:
+            continue  # none is held out, so that labels can be drawn one by one
         too_many = f"fewer: there are {count} sets of {k} labels, more than {_MOST_RELABELLINGS}"
+        too_many += "; or heldout_relabellings 0"
         _require(count <= _MOST_RELABELLINGS, "FewShot.n_labels", n_labels, too_many)
         sets = np.fromiter(chain.from_iterable(combinations(range(n_labels), k)), np.int64, count * k).reshape(count, k)
         key = np.array([seed, k], np.uint64)

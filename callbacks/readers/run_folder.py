@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,6 +186,9 @@ class KeepRun(Reader):
         module.summary["sequences"] = trainer.global_step * module.task.batch_size
         module.summary["wall_time_seconds"] = round(self._seconds(), 1)
         module.summary["objective"] = module.task.objective.describe()
+        axis = module.task.time_axis
+        if axis.unit != "sequences":
+            module.summary["axis"] = asdict(axis)
         module.summary["plan"] = module.plan.describe()
         module.summary["interventions"] = module.gates.activity()
         module.summary["plan_digest"] = module.plan.digest()

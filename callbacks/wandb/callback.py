@@ -111,7 +111,7 @@ class WeightsAndBiases(Reader):
             # an agent's run is called as the agent says, and a resumed process needs the name
             ledger.id = run.id
             ledger.save()
-        return [MemberRun(run, ledger, module.task.batch_size) for run, ledger in started]
+        return [MemberRun(run, ledger, module.task.batch_size, module.task.time_axis) for run, ledger in started]
 
     # ---- while it trains --------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.callbacks.wandb.start import Ledger, unharmed
 from opsin.records.schema import DIVERGED
+from opsin.task import TimeAxis
 from opsin.training.observers import Event
 
 if TYPE_CHECKING:
@@ -17,18 +18,20 @@ class MemberRun:
     """Sends one member to one W&B run; after a failure it sends nothing more, and the training goes on.
 
     Args:
-        run: W&B run that was started; sequences seen become its x-axis.
+        run: W&B run that was started; what the task's axis counts becomes its x-axis.
         ledger: what a resumed process must know of this run.
         batch_size: sequences that one training step sees.
+        axis: what the x-axis counts, with the sequences of one unit.
     """
 
-    def __init__(self, run: wandb.Run, ledger: Ledger, batch_size: int) -> None:
+    def __init__(self, run: wandb.Run, ledger: Ledger, batch_size: int, axis: TimeAxis) -> None:
         self._run: wandb.Run | None = run
-        self._ledger, self._batch_size = ledger, batch_size
+        self._ledger, self._batch_size, self._axis = ledger, batch_size, axis
         self._rows: dict[int, dict[str, Any]] = {}
         with unharmed(self._give_up):
-            run.define_metric("sequences")
-            run.define_metric("*", step_metric="sequences")
+            name = "step" if axis.unit == "steps" else axis.unit
+            run.define_metric(name)
+            run.define_metric("*", step_metric=name)
 
     @property
     def alive(self) -> bool:
@@ -44,7 +47,9 @@ class MemberRun:
 
     def add(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Add to what is sent of a step."""
-        position = {"sequences": step * self._batch_size, "step": step}
+        position: dict[str, Any] = {"sequences": step * self._batch_size, "step": step}
+        if self._axis.unit == "epochs":
+            position["epochs"] = step * self._batch_size / self._axis.sequences
         self._rows.setdefault(step, position).update(numbers)
 
     def send(self, before: float = float("inf")) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,7 @@ from opsin.batch import Layout as Layout
 from opsin.batch import NeededRows as NeededRows
 from opsin.batch import Shown as Shown
 from opsin.batch import Truth as Truth
+from opsin.errors import ConfigError
 from opsin.objective import CrossEntropy, Objective
 
 Draw = dict[str, Tensor]
@@ -38,6 +40,24 @@ DRAWN_TOGETHER = 256
 """Steps times members whose random choices are made at once: in fewer calls they are faster, and take more memory."""
 
 
+@dataclass(frozen=True)
+class TimeAxis:
+    """What an x-axis counts.
+
+    Args:
+        unit: ``sequences``, ``steps`` or ``epochs``.
+        sequences: training sequences that one of them stands for.
+    """
+
+    unit: str
+    sequences: int
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> TimeAxis:
+        """The axis of a run, by the content of its ``summary.json``; one that does not say counts sequences."""
+        return cls(**summary.get("axis", {"unit": "sequences", "sequences": 1}))
+
+
 class Task(ABC):
     """A synthetic sequence task.
 
@@ -54,6 +74,7 @@ class Task(ABC):
         objective: what is minimised and measured; the cross-entropy of classes unless a task says otherwise.
         evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
             draws) first.
+        axis: what the x-axis of its figures counts: training sequences, optimizer steps, or epochs.
         settings: what the task was made with, by the name of the argument; by these a resume knows its task.
     """
 
@@ -64,6 +85,7 @@ class Task(ABC):
     n_outputs: int
     objective: Objective = CrossEntropy()
     evaluations: tuple[str, ...]
+    axis: Literal["sequences", "steps", "epochs"] = "sequences"
     settings: Mapping[str, Any]
 
     def __new__(cls, *arguments: Any, **settings: Any) -> Self:
@@ -145,6 +167,30 @@ class Task(ABC):
         """
         best = self.references().get(EXACT)
         return None if best is None else best(batch)
+
+    def set_size(self, split: str) -> int | None:
+        """Sequences of a split that has a fixed number of them; None where they are drawn for ever.
+
+        Evaluation sets of a fixed size are evaluated whole; the size of ``"train"`` is an epoch.
+
+        Args:
+            split: ``"train"``, or ``"eval/NAME"`` of an evaluation set.
+        """
+        return None
+
+    @property
+    def time_axis(self) -> TimeAxis:
+        """What the x-axis of its figures counts.
+
+        Raises:
+            ConfigError: epochs of a task that draws for ever.
+        """
+        units = {"sequences": 1, "steps": self.batch_size, "epochs": self.set_size("train")}
+        sequences = units.get(self.axis)
+        if sequences is None:
+            expected = "sequences or steps, or epochs of a fixed training set"
+            raise ConfigError(f"{type(self).__name__}.axis", self.axis, expected)
+        return TimeAxis(self.axis, sequences)
 
     @property
     def plateau(self) -> float | None:

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import h5py
@@ -59,7 +60,13 @@ _DRAWING = re.compile(r"images_[^/]+/([^/]+/character\d+)/[^/.]+\.png")
 
 
 class Exemplars(ABC):
-    """A source of exemplars."""
+    """A source of exemplars.
+
+    Attributes:
+        makes_classes: whether the source can make classes beyond those of its array, by ``of_new_classes``.
+    """
+
+    makes_classes: bool = False
 
     @abstractmethod
     def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
@@ -68,6 +75,17 @@ class Exemplars(ABC):
         Raises:
             ConfigError: a setting that cannot work, or a file that is missing or holds something else.
         """
+
+    def of_new_classes(
+        self, centres: Float32[np.ndarray, "*items F"], deviations: Float32[np.ndarray, "*items F"]
+    ) -> Float32[np.ndarray, "*items F"]:
+        """Exemplars of classes that the array does not hold.
+
+        Args:
+            centres: numbers from N(0, 1), equal for items of one class.
+            deviations: numbers from N(0, 1), equal for items that show one exemplar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no new classes")
 
 
 def _at_least(source: Exemplars, field: str, value: int | float, least: int) -> None:
@@ -112,13 +130,31 @@ class GaussianClusters(Exemplars):
         check_memory("GaussianClusters", sizes, 2 * 8 * math.prod(self.shape))
         self.within, self.common, self.seed = within, common, seed
 
+    makes_classes = True
+
     def load(self) -> Float32[np.ndarray, "classes exemplars F"]:
         """Draw the exemplars; a pure function of the settings."""
+        return self._scaled(*self._normals())
+
+    def _normals(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers behind the classes, behind their exemplars, and behind the vector that all share."""
         normal = np.random.Generator(np.random.Philox(self.seed)).standard_normal
         classes, exemplars, features = self.shape
-        centres = normal((classes, 1, features))
-        scattered = centres + self.within * normal((classes, exemplars, features)) + self.common * normal(features)
+        return normal((classes, 1, features)), normal((classes, exemplars, features)), normal(features)
+
+    def _scaled(self, centres: np.ndarray, deviations: np.ndarray, shared: np.ndarray) -> np.ndarray:
+        scattered = centres + self.within * deviations + self.common * shared
         return (scattered / np.sqrt(1 + self.within**2 + self.common**2)).astype(np.float32)
+
+    @cached_property
+    def _shared(self) -> np.ndarray:
+        """Numbers of the vector that all classes share."""
+        return self._normals()[2]
+
+    def of_new_classes(
+        self, centres: Float32[np.ndarray, "*items F"], deviations: Float32[np.ndarray, "*items F"]
+    ) -> Float32[np.ndarray, "*items F"]:
+        return self._scaled(centres, deviations, self._shared)
 
 
 class Omniglot(Exemplars):

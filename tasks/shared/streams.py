@@ -102,6 +102,19 @@ def fill_normals(key: UInt64[np.ndarray, "2"], stream: int, step: int, out: Floa
     np.random.Generator(_generator(key, 0, step, stream)).standard_normal(dtype=np.float32, out=out)
 
 
+def permutation(key: UInt64[np.ndarray, "2"], stream: int, index: int, count: int) -> Int64[np.ndarray, " count"]:
+    """The numbers 0 .. ``count`` - 1 in a random order, a function of its arguments alone.
+
+    Args:
+        key: Philox key of the seed, as ``stream_key`` makes it.
+        stream: number of the stream; streams of one key never meet.
+        index: number of the permutation, at least 0, such as an epoch's.
+        count: how many numbers are permuted.
+    """
+    # ties of 64-bit numbers keep their order
+    return _generator(key, 0, index, stream).random_raw(count).argsort(kind="stable")
+
+
 def below(u: Float[np.ndarray, "*shape"], n: int) -> Int64[np.ndarray, "*shape"]:
     """Uniform numbers in [0, 1) as whole numbers in 0 .. n - 1."""
     return (u * n).astype(np.int64)
@@ -146,4 +159,29 @@ def without_replacement(
         for earlier in np.sort(drawn, axis=0):
             ticket += np.where(ticket >= starts[earlier], masses[earlier], 0)
         drawn = np.concatenate([drawn, np.searchsorted(ends, ticket, side="right")[None]])
+    return drawn
+
+
+def of_different_groups(
+    u: Float[np.ndarray, "draws R"], masses: Int64[np.ndarray, " classes"], groups: Int64[np.ndarray, " classes"]
+) -> Int64[np.ndarray, "draws R"]:
+    """Classes of different groups, drawn one after another, each in proportion to its mass in the groups left.
+
+    Args:
+        u: uniform numbers in [0, 1), one a draw and sequence.
+        masses: relative probabilities of the classes; whole numbers, their sum below 2**53.
+        groups: group that each class belongs to, from 0; at least as many different ones as there are draws.
+    """
+    in_order = groups.argsort(kind="stable")
+    ends = masses[in_order].cumsum()
+    totals = np.bincount(groups, masses).astype(np.int64)
+    starts = totals.cumsum() - totals
+    drawn, gone = np.empty((0, u.shape[1]), np.int64), np.empty((0, u.shape[1]), np.int64)
+    for row in u:
+        # a ticket among the mass of the groups left, which then steps over each group already drawn
+        ticket = (row * (ends[-1] - totals[gone].sum(0))).astype(np.int64)
+        for earlier in np.sort(gone, axis=0):
+            ticket += np.where(ticket >= starts[earlier], totals[earlier], 0)
+        drawn = np.concatenate([drawn, in_order[np.searchsorted(ends, ticket, side="right")][None]])
+        gone = groups[drawn]
     return drawn

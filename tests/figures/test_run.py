@@ -161,3 +161,12 @@ def test_labels_with_room_stay_where_they_are():
 @pytest.mark.parametrize(("x", "text"), [(0, "0"), (500, "500"), (20_000, "20k"), (1_500_000, "1.5M"), (2e9, "2G")])
 def test_counts_on_the_axis_are_short(x, text):
     assert short_count(x) == text
+
+
+def test_the_axis_counts_what_the_task_says_in_round_numbers():
+    loss, heads = draw(history(), summary(axis={"unit": "epochs", "sequences": 160}))
+    assert loss.get_xlabel() == heads.get_xlabel() == "training epochs"
+    # 2,000 steps of 32 sequences are 400 epochs of 160; lines stay where their sequences are
+    assert [tick / 160 for tick in loss.get_xticks()] == [0, 80, 160, 240, 320, 400]
+    assert [loss.xaxis.get_major_formatter()(tick, 0) for tick in loss.get_xticks()][1] == "80"
+    assert "onset at 200 epochs\n95 %: 188 to 212" in texts(loss)

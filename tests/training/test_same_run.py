@@ -67,6 +67,8 @@ CHANGES = {
     "task.exemplars.seed": {"task": few_shot(exemplars=GaussianClusters(**EXEMPLARS, seed=9))},
     "task.exemplars.within": {"task": few_shot(exemplars=GaussianClusters(**EXEMPLARS, within=0.4))},
     "task.kinds": {"task": few_shot(kinds=[Kind(no_support=0.001)])},
+    "task.labels": {"task": few_shot(labels="fixed")},
+    "model.probe": {"probe": "classes"},
 }
 
 
@@ -76,6 +78,20 @@ def test_a_changed_setting_is_refused_by_its_name_and_value(begun, tmp_path, nam
         resume(begun, tmp_path, module(**{"lr_scheduler": COSINE} | CHANGES[name]))
     assert refused.value.field == name and "\n" not in str(refused.value)
     assert (tmp_path / "again/metrics.csv").read_bytes() == (begun / "metrics.csv").read_bytes()
+
+
+def test_settings_that_earlier_versions_lacked_count_only_where_they_are_chosen(begun):
+    saved = read_checkpoint(begun / "checkpoints/last.ckpt")["opsin"]["run"]["settings"]
+    chosen = run_settings_of(few_shot(kinds=[Kind(new_classes=True)], evaluation_kinds={"far": [Kind(among=3)]}))
+    for name in ("task.labels", "task.label_seed", "task.evaluation_kinds", "task.kinds[0].new_classes", "model.probe"):
+        assert name not in saved
+    assert chosen["task.kinds[0].new_classes"] is True and chosen["task.evaluation_kinds.far[0].among"] == 3
+    assert "task.kinds[0].among" not in chosen and "task.labels" not in chosen
+
+
+def run_settings_of(task):
+    """The named settings of a run of one step."""
+    return train(module(task), 10).settings
 
 
 def test_another_scheduler_is_refused(begun, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from opsin.figures.style import (
     ACCENT,
@@ -31,6 +31,7 @@ from opsin.figures.style import (
 from opsin.objective import LossScale
 from opsin.records.history import History
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
+from opsin.task import TimeAxis
 
 HELD_OUT_COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MEASURE_COLOURS = ("#0072b2", "#7b4b94", "#8a5a2b", "#6b7a00")  # dashed, and darker than what is held out
@@ -59,7 +60,7 @@ def summary_figure(history: History, summary: Mapping[str, Any]) -> Figure:
         history: records of the run, of which ``train/loss``, ``val/SET/loss``, ``progress/NAME/loss`` of all sets but
             the base line, and ``induction_strength`` are drawn.
         summary: content of ``summary.json``, of which ``onset``, ``plateau``, ``strongest_heads`` and ``members`` are
-            read, and the loss's unit of ``objective``; a missing one is not drawn.
+            read, the loss's unit of ``objective``, and the x-axis of ``axis``; a missing one is not drawn.
     """
     with figure_style():
         figure = blank_figure(10, 4.375, dpi=160)
@@ -92,7 +93,7 @@ def _draw_run_losses(axes: Axes, history: History, summary: Mapping[str, Any]) -
     axes.set_title(f"{scale.titled('Loss')}; dashed: progress measures" if measured else title)
     heights = [end.y for end in ends]
     lowest = min(0.0, 1.06 * min([bottom, *heights]))
-    _set_axes(axes, history, top=1.06 * max([top, 1e-3, *heights]) if ends else 1.0, bottom=lowest)
+    _set_axes(axes, history, TimeAxis.of(summary), 1.06 * max([top, 1e-3, *heights]) if ends else 1.0, lowest)
     _label_ends(axes, ends)
     _mark_onsets(axes, summary, labelled=True)
 
@@ -139,7 +140,9 @@ def _mark_onsets(axes: Axes, summary: Mapping[str, Any], labelled: bool) -> None
         values = [onsets[0]["value"]]
         axes.axvspan(onsets[0]["low"], onsets[0]["high"], color=ACCENT, alpha=0.16, linewidth=0, zorder=1)
         axes.axvline(values[0], color=ACCENT, linewidth=1.1, zorder=2.5)
-        text = f"onset at {values[0]:,.0f} sequences\n95 %: {onsets[0]['low']:,.0f} to {onsets[0]['high']:,.0f}"
+        axis = TimeAxis.of(summary)
+        at, low, high = (onsets[0][key] / axis.sequences for key in ("value", "low", "high"))
+        text = f"onset at {at:,.0f} {axis.unit}\n95 %: {low:,.0f} to {high:,.0f}"
     if labelled:
         _write_beside(axes, min(values), max(values), text)
 
@@ -176,7 +179,8 @@ def _draw_heads(axes: Axes, history: History, summary: Mapping[str, Any]) -> Non
     else:
         axes.set_title("Induction strength of each member's strongest head")
         ends = _strongest_heads(axes, x, strength)
-    _set_axes(axes, history, top=max(1.0, float(strength.max())), bottom=min(-0.05, 1.1 * float(strength.min())))
+    bottom = min(-0.05, 1.1 * float(strength.min()))
+    _set_axes(axes, history, TimeAxis.of(summary), max(1.0, float(strength.max())), bottom)
     _label_ends(axes, ends)
     _mark_onsets(axes, summary, labelled=False)
 
@@ -239,13 +243,16 @@ def _thin_and_bold(
     axes.plot(x, bold, color=colour, linewidth=1.5, zorder=4)
 
 
-def _set_axes(axes: Axes, history: History, top: float, bottom: float = 0.0) -> None:
+def _set_axes(axes: Axes, history: History, time: TimeAxis, top: float, bottom: float) -> None:
     last = max((history[name].steps[-1] for name in history.names()), default=1)
-    axes.set_xlim(0, max(last, 1) * history.batch_size)
+    end = max(last, 1) * history.batch_size
+    axes.set_xlim(0, end)
     axes.set_ylim(bottom, top)
-    axes.set_xlabel("training sequences")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
+    axes.set_xlabel(f"training {time.unit}")
+    # lines are drawn over sequences, and marked in round numbers of the unit
+    ticks = np.asarray(MaxNLocator(6).tick_values(0, end / time.sequences)) * time.sequences
+    axes.xaxis.set_major_locator(FixedLocator(ticks[ticks <= end]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x / time.sequences)))
     axes.yaxis.set_major_locator(MaxNLocator(6))
 
 

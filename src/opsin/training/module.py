@@ -92,14 +92,16 @@ class OpsinModule(pl.LightningModule):
         steps_per_batch: optimizer steps that one Lightning batch carries.
         log_every: optimizer steps over which one logged training value is averaged; divides
             ``steps_per_batch``.
-        probe_size: sequences of the probe that trackers measure on.
-        evaluation_size: sequences of each evaluation set.
+        probe_size: sequences of the probe that trackers measure on, the first of its evaluation set; all of a smaller
+            set of a fixed size.
+        evaluation_size: sequences of each evaluation set that is drawn; one of a fixed size is evaluated whole.
         compile: fuse the whole step into one compiled graph; ``auto`` does so when a compiler is
             present and the run has at least 5,000 optimizer steps.
         threads: threads of this process; small models want one.
         idle: what happens when a writer was active and never changed an activation.
         network: model that every member has, in place of ``transformer``: any subclass of ``Model``.
         initial: for each member, whose weights it starts from; its own initialisation where None.
+        probe: evaluation set of the task that the probe is taken from; ``train`` where None.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class OpsinModule(pl.LightningModule):
         initial: list[Start | None] | None = None,
         optimizer: Optimizer | None = None,
         network: Model | None = None,
+        probe: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -133,12 +136,15 @@ class OpsinModule(pl.LightningModule):
         self.has_short_form = optimizer is None
         self.lr_scheduler = lr_scheduler
         self.steps_per_batch, self.log_every = steps_per_batch, log_every
-        self.probe_size, self.evaluation_size = probe_size, evaluation_size
+        self.probe_set, self.probe_size, self.evaluation_size = probe, probe_size, evaluation_size
         self.compile_setting, self.threads, self.idle = compile, threads, idle
         check_settings(self)
         self.optimizer = AdamW(learning_rate, weight_decay, betas, eps) if optimizer is None else optimizer
         check_optimizer(self.optimizer, len(self.seeds))
-        sets = {"probe_size": probe_size, "evaluation_size": evaluation_size}
+        sets = {
+            "probe_size": self._probe_sequences(),
+            "evaluation_size": max(map(self._set_sequences, task.evaluations)),
+        }
         check_run_sizes(self.network, task, len(self.seeds), sets, self.optimizer)
         self.sites = self.network.sites(task)
         self.initial_weights: list[str | None] = []
@@ -375,7 +381,7 @@ class OpsinModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._build_passes()
-        self.probe = self.forward_passes.evaluation_set("train", self.probe_size)
+        self.probe = self.forward_passes.evaluation_set(self.probe_set or "train", self._probe_sequences())
         run_step = choose_step(self.step, self.compile_setting, self.trainer.max_steps)
         self._compiled = run_step is not self.step
         if self._surroundings_before is not None:
@@ -544,7 +550,14 @@ class OpsinModule(pl.LightningModule):
 
     def evaluation_set(self, name: str) -> Batch:
         """The sequences of one of the task's evaluation sets, those that validation sees."""
-        return self.forward_passes.evaluation_set(name, self.evaluation_size)
+        return self.forward_passes.evaluation_set(name, self._set_sequences(name))
+
+    def _set_sequences(self, name: str) -> int:
+        """Sequences of an evaluation set: all of one that has a fixed number of them."""
+        return self.task.set_size(f"eval/{name}") or self.evaluation_size
+
+    def _probe_sequences(self) -> int:
+        return min(self.probe_size, self.task.set_size(f"eval/{self.probe_set or 'train'}") or self.probe_size)
 
     def on_validation_start(self) -> None:
         if self._is_fitting:

@@ -58,7 +58,7 @@ class ForwardPasses:
         """Fixed sequences of an evaluation set, equal for every member and every run of the task.
 
         Args:
-            name: evaluation set of the task; ``train`` has the distribution of training and makes the probe.
+            name: evaluation set of the task; ``train`` has the distribution of training.
             size: number of sequences B.
         """
         if (name, size) not in self._evaluation_sets:

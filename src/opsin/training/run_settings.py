@@ -64,6 +64,7 @@ class TrainedModule(Protocol):
     lr_scheduler: Callable[..., Any] | None
     steps_per_batch: int
     log_every: int
+    probe_set: str | None
     probe_size: int
     evaluation_size: int
     threads: int
@@ -90,6 +91,8 @@ def run_settings(module: TrainedModule, plan: Plan, trainer: Any) -> dict[str, A
     found |= _optimizer_settings(module)
     for name in ("gradient_clip", "steps_per_batch", "probe_size", "evaluation_size"):
         found[f"model.{name}"] = getattr(module, name)
+    if module.probe_set is not None:
+        found["model.probe"] = module.probe_set
     if module.lr_scheduler is not None:
         _add_scheduler("model.lr_scheduler", _scheduler(module), found)
     found |= _interventions(plan)
@@ -215,6 +218,12 @@ def _add_parts(name: str, value: Any, found: dict[str, Any], depth: int) -> None
 
 
 def _settings_of(value: Any) -> dict[str, Any]:
+    """The settings of a part by name; one that runs of earlier versions did not have only where it was chosen."""
+    added = getattr(value, "added_settings", {})
+    return {name: part for name, part in _all_settings_of(value).items() if name not in added or part != added[name]}
+
+
+def _all_settings_of(value: Any) -> dict[str, Any]:
     if isinstance(value, Task) and value.settings:
         return dict(value.settings)
     if isinstance(value, Model):

@@ -34,6 +34,7 @@ class Settings(Protocol):
     eps: float
     steps_per_batch: int
     log_every: int
+    probe_set: str | None
     probe_size: int
     evaluation_size: int
     threads: int
@@ -50,6 +51,10 @@ def check_settings(module: Settings) -> None:
         ConfigError: names the setting.
     """
     check_objective(module.task)
+    module.task.time_axis  # noqa: B018 - refuses epochs of a task without any
+    sets = module.task.evaluations
+    if module.probe_set is not None and module.probe_set not in sets:
+        raise ConfigError("model.probe", module.probe_set, f"null, or an evaluation set of the task: {', '.join(sets)}")
     if not module.has_short_form:
         refuse_short_form({name: getattr(module, name) for name in SHORT_FORM if not _is_default(module, name)})
     for name in ("learning_rate", "weight_decay"):
