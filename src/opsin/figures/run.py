@@ -139,7 +139,9 @@ def _mark_onsets(axes: Axes, summary: Mapping[str, Any], labelled: bool) -> None
         values = [onsets[0]["value"]]
         axes.axvspan(onsets[0]["low"], onsets[0]["high"], color=ACCENT, alpha=0.16, linewidth=0, zorder=1)
         axes.axvline(values[0], color=ACCENT, linewidth=1.1, zorder=2.5)
-        text = f"onset at {values[0]:,.0f} sequences\n95 %: {onsets[0]['low']:,.0f} to {onsets[0]['high']:,.0f}"
+        text = (
+            f"onset at {values[0]:,.0f} sequences\n95 %, this run: {onsets[0]['low']:,.0f} to {onsets[0]['high']:,.0f}"
+        )
     if labelled:
         _write_beside(axes, min(values), max(values), text)
 
