@@ -1,4 +1,4 @@
-"""When the phase change happened: in the loss and in every head, announced while training and written to the run.
+"""Whether and when there was a phase change: in the loss, other measures and every head, announced while training.
 
 Legend: M members, n records of a metric.
 """
@@ -6,8 +6,9 @@ Legend: M members, n records of a metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
@@ -17,20 +18,16 @@ from opsin.callbacks.readers.heads import InductionHeads
 from opsin.errors import ConfigError
 from opsin.interventions.selection import check_share
 from opsin.metrics.cusum import Watch, watch
-from opsin.metrics.onset import Transition, find_transition
-from opsin.records.schema import TRAIN_LOSS
-from opsin.task import EXACT, Task
-from opsin.training.module import OpsinModule
-from opsin.training.observers import Event
+from opsin.metrics.onset import Direction, Transition, find_transition
+from opsin.metrics.phase_change import CHANGE_SHARE, LEAVING_SHARE, CurveReading, read_curve, stayed
+from opsin.records.schema import TRAIN_LOSS, number_name
+from opsin.task import Task
+from opsin.training.module import OpsinModule, callbacks_of
+from opsin.training.monitors import nearest_metric
+from opsin.training.observers import Event, recorded_metrics
 
 PHASE_CHANGE = "phase change"
 """Kind of the announced events."""
-
-LEAVING_SHARE = 0.1
-"""Share of the way from the plateau to the best loss at which the loss has left the plateau."""
-
-CHANGE_SHARE = 0.25
-"""Share of that way which makes a fall a phase change and not a drift, while training and at the end."""
 
 FINAL_SHARE = 0.05
 """Share of the record whose mean is the final loss."""
@@ -38,82 +35,179 @@ FINAL_SHARE = 0.05
 BEST_LOSS_SEQUENCES = 128
 """Sequences over which the best loss is measured."""
 
+RECORDS_GROW_BY = 1.05
+"""Growth of the record, as a factor, after which a curve without a named level is looked at again."""
+
+FEWEST_LOOKED_AT = 20
+"""Records of the first such look."""
+
+
+@dataclass(frozen=True)
+class WatchedMeasure:
+    """A recorded number in whose curve a change is looked for.
+
+    Args:
+        name: metric as in ``metrics.csv``, with ``/LAYER:HEAD`` after that of a head.
+        metric: name of the metric without the head.
+        index: layer and head; empty for a metric with one number a member.
+        direction: sign of the change; None for either.
+        level: level that the curve should leave, in its unit; None leaves it to the curve.
+        best: level of a complete change; None where none is known.
+    """
+
+    name: str
+    metric: str
+    index: tuple[int, ...]
+    direction: Direction | None
+    level: float | None
+    best: float | None
+
+    def read(self, x: np.ndarray, y: np.ndarray, n_bootstrap: int = 200) -> CurveReading:
+        """What the curve of one member did.
+
+        Args:
+            x: training sequences seen at each record.
+            y: values of the member's curve.
+            n_bootstrap: replicates from which the intervals come.
+        """
+        levels = {"named": self.level, "best": self.best}
+        return read_curve(x, y, **levels, direction=self.direction, n_bootstrap=n_bootstrap)
+
+
+@dataclass
+class _Follower:
+    """How far a measure has been read, and what is remembered of each member.
+
+    Two tests of each member: when it left the named level, and whether that grew into a change.
+    """
+
+    leaving: list[Watch]
+    passing: list[Watch]
+    announced: list[bool]
+    records_read: int = 0
+
+    @classmethod
+    def of(cls, members: int) -> _Follower:
+        return cls([Watch()] * members, [Watch()] * members, [False] * members)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "taken": self.records_read,
+            "leaving": [state.to_dict() for state in self.leaving],
+            "passing": [state.to_dict() for state in self.passing],
+            "announced": list(self.announced),
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> _Follower:
+        passing = [Watch(**state) for state in saved["passing"]]
+        # a checkpoint of an earlier version announced whatever passed
+        announced = saved.get("announced", [state.announced is not None for state in passing])
+        return cls([Watch(**state) for state in saved["leaving"]], passing, list(announced), saved["taken"])
+
 
 class PhaseChange(Reader):
-    """Onset, midpoint and end of the loss drop and of each head's rise, each with an uncertainty.
+    """Onset, midpoint and end of a phase change in any recorded measure, with uncertainties, or what there was instead.
 
-    While training, the first lasting fall of a member's loss by a quarter of the way from the plateau to the best loss
-    (that of the task's exact predictor, the objective's lowest where it has none) is announced as an ``Event`` of kind
+    A phase change leaves a plateau that was held; a smooth descent, which passes every level, is none
+    (``opsin.metrics.phase_change``). The level is the task's best strategy without look-up, or ``plateau``; where the
+    curve stayed on another level than that, or none is named, it is the curve's own. While training, a member's first
+    lasting change by a quarter of the way (to the best loss: that of the task's exact predictor, the objective's lowest
+    where it has none; without either, of the range of the curve) is announced as an ``Event`` of kind
     ``"phase change"``. At the end of training the module's summary receives, for one member at its top and for several
     as a list under ``members``:
 
-    - ``onset``, ``midpoint``, ``end``: ``{"value", "low", "high"}`` in sequences, 95 % intervals; None
-      where the loss did not lastingly change,
-    - ``plateau``, ``final_loss``: in the objective's unit; the latter the mean of the last 5 % of the record,
+    - ``onset``, ``midpoint``, ``end``: ``{"value", "low", "high"}`` in sequences, 95 % intervals of this run's curve,
+      which say nothing of other seeds; None without a phase change,
+    - ``plateau``, ``final_loss``: in the objective's unit; the latter the mean of the last 5 % of the record (of the
+      training loss where ``metric`` is no loss),
+    - ``changes``: for each measure its ``verdict`` (``phase change``, ``smooth``, ``not by the end``), ``trend`` at the
+      end (``falling``, ``rising``, ``level``), ``final`` level, ``plateau``, ``direction``, ``change`` and its
+      ``steps``: one, or several with plateaus between them,
+    - ``delays``: for each measure of ``beside`` that changed, midpoint less that of ``metric`` in ``sequences``, and
+      their ``ratio``,
     - ``heads``: for each ``"layer:head"`` its final induction ``strength`` and, if it formed,
       ``onset``, ``midpoint`` and ``end`` of its rise; None if it did not. Empty without ``InductionHeads``,
     - ``strongest_heads``: heads that formed, strongest first,
     - ``evaluations``: last value of every metric of each evaluation set.
 
     Args:
-        metric: loss in which the change is looked for: ``train/loss``, or ``val/SET/loss`` of an evaluation set.
-        plateau: loss before the change; None takes the task's best strategy without look-up.
+        metric: measure in which the change is looked for, as in ``metrics.csv``; ``METRIC/LAYER:HEAD`` for a head.
+        plateau: level before the change, in the measure's unit; None takes the task's best strategy without look-up.
         head_threshold: final induction strength from which a head counts as formed.
+        direction: whether ``metric`` falls or rises; None takes that in which the objective's measures improve, and
+            either for what the objective does not know.
+        beside: further measures, whose changes are looked for in the same way and compared with that of ``metric``.
 
     Raises:
-        ConfigError: a value out of its range or, when training starts, a metric that is no loss of the run.
+        ConfigError: a value out of its range or, when training starts, a measure that the run does not record.
     """
 
-    def __init__(self, metric: str = TRAIN_LOSS, plateau: float | None = None, head_threshold: float = 0.3) -> None:
+    def __init__(
+        self,
+        metric: str = TRAIN_LOSS,
+        plateau: float | None = None,
+        head_threshold: float = 0.3,
+        direction: Direction | None = None,
+        beside: list[str] | None = None,
+    ) -> None:
         if plateau is not None and not math.isfinite(plateau):
-            raise ConfigError("PhaseChange.plateau", plateau, "a finite loss, or null")
+            raise ConfigError("PhaseChange.plateau", plateau, "a finite level, or null")
         check_share("PhaseChange.head_threshold", head_threshold)
         if head_threshold == 0:
             raise ConfigError("PhaseChange.head_threshold", head_threshold, "more than 0")
-        self.metric, self.plateau, self.head_threshold = metric, plateau, head_threshold
-        self._forget(0)
-
-    def _forget(self, members: int) -> None:
-        self._records_read = 0
-        # two tests of each member: when it left the plateau, and whether that grew into a change
-        self._leaving, self._passing = [Watch()] * members, [Watch()] * members
+        if direction not in (None, *get_args(Direction)):
+            raise ConfigError("PhaseChange.direction", direction, "fall, rise, or null")
+        self.metric, self.plateau, self.head_threshold, self.direction = metric, plateau, head_threshold, direction
+        self.beside = list(beside or ())
+        for index, name in enumerate(self.beside):
+            if name in [metric, *self.beside[:index]]:
+                raise ConfigError("PhaseChange.beside", name, "a measure that is not watched already")
+        self._followers: dict[str, _Follower] = {}
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(metric=self.metric, plateau=self.plateau, head_threshold=self.head_threshold)
+        chosen = {"direction": self.direction, "beside": self.beside}
+        further = {name: value for name, value in chosen.items() if value}
+        settings = {"metric": self.metric, "plateau": self.plateau, "head_threshold": self.head_threshold}
+        return self._generate_state_key(**settings, **further)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "taken": self._records_read,
-            "leaving": [state.to_dict() for state in self._leaving],
-            "passing": [state.to_dict() for state in self._passing],
-        }
+        states = {name: follower.to_dict() for name, follower in self._followers.items()}
+        return {**states.pop(self.metric), **({"beside": states} if states else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._records_read = state_dict["taken"]
-        self._leaving = [Watch(**state) for state in state_dict["leaving"]]
-        self._passing = [Watch(**state) for state in state_dict["passing"]]
+        states = {self.metric: state_dict, **state_dict.get("beside", {})}
+        self._followers = {name: _Follower.from_dict(state) for name, state in states.items()}
 
     def member_state(self, state: dict[str, Any], member: int) -> dict[str, Any]:
         """The state of a run that has this member alone."""
-        return {**state, **{name: [state[name][member]] for name in ("leaving", "passing")}}
+        lists = {name: [values[member]] for name, values in state.items() if isinstance(values, list)}
+        beside = {name: self.member_state(row, member) for name, row in state.get("beside", {}).items()}
+        return {**state, **lists, **({"beside": beside} if beside else {})}
 
     def check(self, module: OpsinModule) -> None:
-        losses = [TRAIN_LOSS, *(f"val/{name}/loss" for name in module.task.evaluations)]
-        if self.metric not in losses:
-            raise ConfigError("PhaseChange.metric", self.metric, "one of " + ", ".join(losses))
-        _check_levels(module.task, self.metric, self.plateau)
+        self._measures = self._watched(module)
+
+    def _watched(self, module: OpsinModule) -> list[WatchedMeasure]:
+        shapes = recorded_metrics(self._callbacks, module.sites, module.task, validates=True)
+        numbers = {number_name(name, i): (name, i) for name, shape in shapes.items() for i in np.ndindex(shape)}
+        found = []
+        for name in (self.metric, *self.beside):
+            if name not in numbers:
+                field = "metric" if name == self.metric else "beside"
+                raise ConfigError(f"PhaseChange.{field}", name, nearest_metric(name, list(numbers)))
+            main = name == self.metric
+            chosen = (self.plateau, self.direction) if main else (None, None)
+            found.append(_measure(module.task, name, *numbers[name], *chosen))
+        return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._callbacks = callbacks_of(trainer)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            task = self._module.task
-            level = task.plateau if self.plateau is None else self.plateau
-            assert level is not None
-            best = best_loss(task, self.metric, level)
-            assert best is not None
-            self._level, self._best = level, best
-            self._forget(self._module.n_members)
+            members = self._module.n_members
+            self._followers = {measure.name: _Follower.of(members) for measure in self._measures}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._read_new_records(self._module)
@@ -127,42 +221,40 @@ class PhaseChange(Reader):
     # ---- while training -------------------------------------------------------------------------
 
     def _read_new_records(self, module: OpsinModule) -> None:
-        if self.metric not in module.history:
-            return
-        series = module.history[self.metric]
-        for index in range(self._records_read, len(series.steps)):
-            # counted as read before it is announced: a handler may save a checkpoint
-            self._records_read = index + 1
-            for member, loss in enumerate(series.values[index].tolist()):
-                if math.isfinite(loss):
-                    self._update(module, member, series.steps[index], loss)
+        for measure in self._measures:
+            if measure.metric in module.history:
+                self._follow(module, measure, self._followers[measure.name])
 
-    def _update(self, module: OpsinModule, member: int, step: int, loss: float) -> None:
-        x = float(step * module.history.batch_size)
-        levels = {"before": self._level, "after": self._best}
-        self._leaving[member], _ = watch(self._leaving[member], x, loss, way=LEAVING_SHARE, **levels)
-        self._passing[member], fires = watch(self._passing[member], x, loss, way=CHANGE_SHARE, **levels)
-        if fires:
-            # a sample beyond the further way is beyond the nearer one, so that test is in excess, too
-            where = f" in member {member}" if module.n_members > 1 else ""
-            left = f"the loss left its plateau at about {self._leaving[member].since:,.0f} sequences"
-            message = f"{PHASE_CHANGE}{where}: {left}"
-            module.announce(Event(PHASE_CHANGE, step, member, f"{message} (noticed at {x:,.0f})"))
+    def _follow(self, module: OpsinModule, measure: WatchedMeasure, follower: _Follower) -> None:
+        series = module.history[measure.metric]
+        for row in range(follower.records_read, len(series.steps)):
+            # counted as read before it is announced: a handler may save a checkpoint
+            follower.records_read = row + 1
+            for member, value in enumerate(np.moveaxis(series.values[row], 0, -1)[measure.index].tolist()):
+                if math.isfinite(value) and not follower.announced[member]:
+                    left = _left_at(module, measure, follower, member, row, value)
+                    if left is not None:
+                        follower.announced[member] = True
+                        _announce(module, measure, member, series.steps[row], left)
 
     # ---- at the end -------------------------------------------------------------------------------
 
     def _member_summary(self, module: OpsinModule, member: int) -> dict[str, Any]:
-        x, loss = _curve(module, self.metric, (member,))
-        least = CHANGE_SHARE * (self._level - self._best)
-        change = find_transition(x, loss, before=self._level, minimum_change=least, direction="fall")
+        watched = self._measures
+        readings = [item.read(*_curve(module, item.metric, (member, *item.index))) for item in watched]
+        (main, reading), is_loss = (watched[0], readings[0]), _is_loss(watched[0].metric)
+        _, loss = _curve(module, main.metric if is_loss else TRAIN_LOSS, (member,))
+        plateau = main.level if reading.plateau is None else reading.plateau
         heads = self._heads(module, member)
         formed = [name for name, head in heads.items() if head["strength"] >= self.head_threshold]
         last = max(1, math.ceil(FINAL_SHARE * len(loss)))
         return {
             **module.ended.get(member, {}),
-            **_transition_times(change),
-            "plateau": float(self._level),
+            **_transition_times(reading.change),
+            "plateau": float(plateau) if is_loss and plateau is not None else None,
             "final_loss": float(loss[-last:].mean()) if len(loss) else None,
+            "changes": {item.name: found.to_dict() for item, found in zip(watched, readings, strict=True)},
+            "delays": _delays(watched, readings),
             "heads": heads,
             "strongest_heads": sorted(formed, key=lambda name: -heads[name]["strength"]),
             "evaluations": _last_evaluations(module, member),
@@ -186,6 +278,89 @@ class PhaseChange(Reader):
         return {"strength": float(strength[-1]), **_transition_times(rise)}
 
 
+# ---- measures -----------------------------------------------------------------------------------------
+
+
+def _is_loss(metric: str) -> bool:
+    return metric.rpartition("/")[2] == "loss"
+
+
+def _measure(
+    task: Task, name: str, metric: str, index: tuple[int, ...], plateau: float | None, direction: Direction | None
+) -> WatchedMeasure:
+    """What is known of a measure: its direction, the level it should leave, and the best there is."""
+    if not _is_loss(metric):
+        return WatchedMeasure(name, metric, index, direction or _improves(task, metric), plateau, None)
+    lowest = task.objective.lowest
+    if plateau is not None and lowest is not None and plateau <= lowest and direction != "rise":
+        raise ConfigError("PhaseChange.plateau", plateau, f"a loss above {lowest:g}, or null")
+    level = task.plateau if plateau is None else plateau
+    if level is not None and lowest is not None and level <= lowest:
+        level = None
+    known = level is not None and direction != "rise"
+    best = best_loss(task, metric, level) if known and level is not None else None
+    return WatchedMeasure(name, metric, index, direction or "fall", level, best)
+
+
+def _improves(task: Task, metric: str) -> Direction | None:
+    """Direction in which a measure of the objective improves; None for what is none."""
+    name = metric.rpartition("/")[2]
+    ways: dict[str, Direction] = {"up": "rise", "down": "fall"}
+    return next((ways[measure.better] for measure in task.objective.measures if measure.name == name), None)
+
+
+def _left_at(
+    module: OpsinModule, measure: WatchedMeasure, follower: _Follower, member: int, row: int, value: float
+) -> float | None:
+    """Sequences after which a held plateau was left, where the newest record says that one was; else None."""
+    x = float(module.history[measure.metric].steps[row] * module.history.batch_size)
+    if measure.level is not None and measure.best is not None and follower.passing[member].announced is None:
+        levels = {"before": measure.level, "after": measure.best}
+        follower.leaving[member], _ = watch(follower.leaving[member], x, value, way=LEAVING_SHARE, **levels)
+        follower.passing[member], fires = watch(follower.passing[member], x, value, way=CHANGE_SHARE, **levels)
+        return _left_named_level(module, measure, follower, member, row) if fires else None
+    # no level to compare each record with: the curve is read whole, ever more rarely
+    if not _is_looked_at(row + 1):
+        return None
+    reading = measure.read(*_curve(module, measure.metric, (member, *measure.index), row + 1), n_bootstrap=0)
+    return None if reading.change is None else reading.change.onset.value
+
+
+def _left_named_level(
+    module: OpsinModule, measure: WatchedMeasure, follower: _Follower, member: int, row: int
+) -> float | None:
+    # a sample beyond the further way is beyond the nearer one, so that both tests are in excess
+    left, passed = follower.leaving[member].since, follower.passing[member].since
+    assert measure.level is not None and measure.best is not None and left is not None and passed is not None
+    curve = _curve(module, measure.metric, (member, *measure.index), row + 1)
+    return left if stayed(*curve, (measure.level, measure.best), left, passed - left, CHANGE_SHARE) else None
+
+
+def _is_looked_at(count: int) -> bool:
+    """Whether a curve of so many records is read whole; the same however records come."""
+    looks = math.floor(math.log(count) / math.log(RECORDS_GROW_BY))
+    before = math.floor(math.log(max(count - 1, 1)) / math.log(RECORDS_GROW_BY))
+    return count >= FEWEST_LOOKED_AT and looks > before
+
+
+def _announce(module: OpsinModule, measure: WatchedMeasure, member: int, step: int, left: float) -> None:
+    where = f" in member {member}" if module.n_members > 1 else ""
+    curve = "the loss" if _is_loss(measure.metric) else measure.name
+    noticed = f"{float(step * module.history.batch_size):,.0f}"
+    message = f"{PHASE_CHANGE}{where}: {curve} left its plateau at about {left:,.0f} sequences (noticed at {noticed})"
+    module.announce(Event(PHASE_CHANGE, step, member, message))
+
+
+def _delays(measures: Sequence[WatchedMeasure], readings: Sequence[CurveReading]) -> dict[str, dict[str, float]]:
+    """Midpoint of every further change against that of the first measure."""
+    first, found = readings[0].change, {}
+    for measure, reading in zip(measures[1:], readings[1:], strict=True):
+        if first is not None and reading.change is not None:
+            now, then = reading.change.midpoint.value, first.midpoint.value
+            found[measure.name] = {"sequences": now - then, "ratio": now / then}
+    return found
+
+
 def best_loss(task: Task, metric: str, plateau: float) -> float | None:
     """Loss of the best predictor the task knows, on the sequences of a metric; the objective's lowest without one.
 
@@ -206,26 +381,14 @@ def best_loss(task: Task, metric: str, plateau: float) -> float | None:
     return loss if loss < plateau else task.objective.lowest
 
 
-def _check_levels(task: Task, metric: str, chosen: float | None) -> None:
-    """Refuse a plateau that there is none of, or that nothing lies below."""
-    level, lowest, name = task.plateau if chosen is None else chosen, task.objective.lowest, type(task).__name__
-    if level is None:
-        raise ConfigError("PhaseChange.plateau", None, f"a loss: {name} names no baselines")
-    if lowest is not None and level <= lowest:
-        no_plateau = ": this task needs no look-up, so that its loss has no plateau of its own"
-        expected = f"a loss above {lowest:g}" + (no_plateau if chosen is None else ", or null")
-        raise ConfigError("PhaseChange.plateau", chosen, expected)
-    if best_loss(task, metric, level) is None:
-        expected = f"a task with a reference {EXACT!r} below the plateau: this loss has no lower bound"
-        raise ConfigError("PhaseChange", f"{name} with {type(task.objective).__name__}", expected)
-
-
-def _curve(module: OpsinModule, metric: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences seen and values ``[n]`` of one member or head; empty if the metric was never recorded."""
+def _curve(
+    module: OpsinModule, metric: str, index: tuple[int, ...], count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences seen and the first values ``[n]`` of one member or head; empty if the metric was never recorded."""
     if metric not in module.history:
         return np.zeros(0), np.zeros(0)
     steps, values = module.history[metric].arrays()
-    curve = np.moveaxis(values, 0, -1)[index]
+    steps, curve = steps[:count], np.moveaxis(values, 0, -1)[index][:count]
     # a member that has ended has no numbers after its end
     known = np.isfinite(curve)
     return module.history.sequences(steps)[known], curve[known]

@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.callbacks.readers.base import ProbeReader
-from opsin.callbacks.readers.phase_change import CHANGE_SHARE, best_loss
+from opsin.callbacks.readers.phase_change import best_loss
 from opsin.errors import ConfigError, log
 from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
+from opsin.metrics.phase_change import CHANGE_SHARE
 from opsin.model.sites import SiteTable
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 from opsin.task import Task

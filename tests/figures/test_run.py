@@ -64,7 +64,7 @@ def test_the_onset_stands_in_both_panels_with_its_interval_as_a_band():
         (band,) = axes.patches
         assert (band.get_x(), band.get_x() + band.get_width()) == (30_000, 34_000)
     loss, heads = figure.axes
-    assert "onset at 32,000 sequences\n95 %: 30,000 to 34,000" in texts(loss)
+    assert "onset at 32,000 sequences\n95 %, this run: 30,000 to 34,000" in texts(loss)
     assert loss.get_xlabel() == heads.get_xlabel() == "training sequences"
 
 

@@ -67,6 +67,15 @@ def test_a_chunk_of_one_member_has_its_fields_at_the_top(tables):
     assert tables(per_chunk=1)["members"] == tables()["members"]
 
 
+def test_a_member_that_descended_smoothly_had_no_plateau_whatever_level_is_named(tables):
+    smooth, flat = ({"train/accuracy": {"verdict": verdict}} for verdict in ("smooth", "not by the end"))
+    changed = [record(None, 0.6, changes=smooth), record(None, 0.6, changes=smooth, plateau=None)]
+    changed += [record(None, 0.6, changes=flat, plateau=None), record(None, 0.6, plateau=None)]
+    found = tables(records=[*changed, *RECORDS[4:]])
+    outcomes = [row["outcome"] for row in found["members"]]
+    assert outcomes == ["no plateau", "no plateau", "not formed", None, "formed", "formed"]
+
+
 def test_a_diverged_member_is_counted_and_enters_no_mean(tables):
     records = [*RECORDS[:5], DIVERGED]
     losses = [fall(onset_of(record)) for record in records[:5]]

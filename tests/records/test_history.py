@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from opsin.errors import ConfigError
 from opsin.records.folder import RunFolder, write_atomically
 from opsin.records.history import History, history_from_table, tidy_rows
 from opsin.records.schema import METRICS_COLUMNS
@@ -260,3 +261,18 @@ def test_a_table_on_a_full_disk_stays_as_long_as_it_was(tmp_path, monkeypatch):
     assert folder.metrics.read_bytes() == before
     history.write_out()
     assert folder.metrics.read_bytes().startswith(before + b"30,")
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2, 3, 4), (2, 0)], ids=["no member", "an axis nobody declared", "empty"])
+def test_values_that_no_row_could_hold_are_refused_in_one_line(shape):
+    history = History(batch_size=32)
+    with pytest.raises(ConfigError, match=r"metric neurons: got 'values of shape .*', expected 1 to 3 axes") as refused:
+        history.record("neurons", 10, np.zeros(shape))
+    assert len(str(refused.value).splitlines()) == 1 and history.names() == []
+
+
+def test_a_metric_keeps_the_shape_of_its_first_record():
+    history = recorded()
+    with pytest.raises(ConfigError, match=r"metric train/loss: got 'values of shape \(2, 1\)', expected \(2,\), the"):
+        history.record("train/loss", 30, np.zeros((2, 1)))
+    assert table(history) == table(recorded())

@@ -78,13 +78,62 @@ def test_it_says_plainly_when_nothing_changed():
     assert lines[1] == "heads         none formed; strongest 1:2 with induction strength 0.79"
 
 
+READING = {
+    "verdict": "phase change",
+    "change": {**RISE, "before": 0.693, "after": 0.0},
+    "steps": [{**RISE, "before": 0.693, "after": 0.0}],
+    "plateau": 0.693,
+    "final": 0.512,
+    "trend": "level",
+    "direction": "fall",
+}
+
+
+@pytest.mark.parametrize(
+    ("reading", "line"),
+    [
+        ({"verdict": "not by the end", "trend": "falling"}, "not by the end; 0.512 and still falling"),
+        ({"verdict": "not by the end"}, "none: the loss did not lastingly leave its plateau at 0.693 nats"),
+        ({"verdict": "smooth"}, "none: a smooth descent, which left no plateau that was held; 0.512 at the end"),
+        (
+            {"verdict": "smooth", "direction": "rise", "trend": "rising"},
+            "none: a smooth rise, which left no plateau that was held; 0.512 and still rising",
+        ),
+    ],
+)
+def test_it_says_what_a_curve_did_in_place_of_a_phase_change(reading, line):
+    changes = {"train/loss": {**READING, "change": None, "steps": [], **reading}}
+    lines = report({**MEMBER, **NONE, "strongest_heads": [], "changes": changes, "delays": {}, **RUN})
+    assert lines[0] == f"phase change  {line}"
+
+
+def test_steps_an_unfinished_change_and_measures_side_by_side_are_said():
+    changes = {
+        "train/accuracy": {**READING, "steps": READING["steps"] * 2, "trend": "rising"},
+        "val/classes/accuracy": {**READING, "change": {**RISE, "midpoint": estimate(167_400)}},
+        "train/loss": {**READING, "change": None, "verdict": "not by the end", "trend": "falling"},
+    }
+    delays = {"val/classes/accuracy": {"sequences": 136_400.0, "ratio": 5.4}}
+    lines = [line[14:] for line in report({**MEMBER, "changes": changes, "delays": delays, **RUN})]
+    assert lines[3:9] == [
+        "in 2 steps, midpoints 31,000 [30,000 to 33,000], 31,000 [30,000 to 33,000]",
+        "not over by the end; 0.512 and still rising",
+        "of train/accuracy",
+        "train/accuracy 31,000 [30,000 to 33,000]",
+        "val/classes/accuracy 167,400 [166,400 to 169,400]: delay 136,400, 5.4x",
+        "train/loss not by the end; 0.512 and still falling",
+    ]
+
+
 def test_a_population_is_summed_up_member_by_member():
     lines = report({"members": [MEMBER, {**MEMBER, **NONE, "strongest_heads": []}] * 3, **RUN})
     assert lines[0] == "phase change  in 3 of 6 members, onset from 25,505 to 25,505 training sequences"
     assert "onset 25,505 [24,505 to 27,505], strongest head 1:2 0.79, final loss 0.0076" in lines[1]
     assert "no change, final loss 0.0076" in lines[2]
     assert "and 2 more, in summary.json" in lines[5]
-    nobody = report({"members": [{**MEMBER, **NONE}] * 2})
+    smooth = {**READING, "verdict": "smooth", "trend": "falling"}
+    nobody = report({"members": [{**MEMBER, **NONE, "changes": {"train/loss": smooth}}] * 2})
+    assert "a smooth descent, still falling" in nobody[1]
     assert nobody[0] == "phase change  none in any of 2 members"
 
 

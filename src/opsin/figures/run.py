@@ -142,7 +142,7 @@ def _mark_onsets(axes: Axes, summary: Mapping[str, Any], labelled: bool) -> None
         axes.axvline(values[0], color=ACCENT, linewidth=1.1, zorder=2.5)
         axis = TimeAxis.of(summary)
         at, low, high = (onsets[0][key] / axis.sequences for key in ("value", "low", "high"))
-        text = f"onset at {at:,.0f} {axis.unit}\n95 %: {low:,.0f} to {high:,.0f}"
+        text = f"onset at {at:,.0f} {axis.unit}\n95 %, this run: {low:,.0f} to {high:,.0f}"
     if labelled:
         _write_beside(axes, min(values), max(values), text)
 

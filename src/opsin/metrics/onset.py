@@ -70,6 +70,7 @@ def find_transition(
     y: Real[np.ndarray, " _"],
     *,
     before: float | None = None,
+    before_error: float = 0.0,
     after: float | None = None,
     minimum_change: float,
     direction: Direction | None = None,
@@ -82,9 +83,10 @@ def find_transition(
     Args:
         x: sequences seen ``[N]``, strictly ascending, any spacing.
         y: values of the curve ``[N]``; samples that are not finite are ignored.
-        before: level before the change (a task's plateau), exact. None estimates it: of the levels near which
+        before: level before the change (a task's plateau). None estimates it: of the levels near which
             the curve spent ``LASTING_SHARE`` of the record, twice as long as near some level between it and the final
             one, that of the greatest time x distance from the final; else the median of the first ``LASTING_SHARE``.
+        before_error: standard error of ``before``, in units of y; 0 where the level is exact.
         after: level of a complete change. None, or one towards which the curve made less than 90 % of the way,
             means the curve's own final level, the median of the last 2 ``LASTING_SHARE``.
         minimum_change: smallest ``|after - before|`` that counts, above 0, in units of y.
@@ -105,7 +107,8 @@ def find_transition(
     if minimum_change <= 0 or n_bootstrap < 0 or seed < 0 or not 0 < level < 1:
         raise ValueError("onset: expected minimum_change > 0, n_bootstrap >= 0, seed >= 0 and 0 < level < 1")
     x, y = _finite(x, y)
-    levels = _levels(_averaged(x, y)[1], before, after, minimum_change, direction) if len(x) >= FEWEST_SAMPLES else None
+    known = None if before is None else (before, before_error)
+    levels = _levels(averaged(x, y)[1], known, after, minimum_change, direction) if len(x) >= FEWEST_SAMPLES else None
     if levels is None:
         return None
     (start, final), errors = levels
@@ -119,12 +122,12 @@ def _locate(
     x: np.ndarray, z: np.ndarray, drawn: Float[np.ndarray, "R 2"], rng: np.random.Generator, level: float
 ) -> tuple[Estimate, Estimate, Estimate] | None:
     """The three crossings, given replicated errors of the two levels; None if the change did not last."""
-    coarse = _averaged(x, z)[1]
+    coarse = averaged(x, z)[1]
     window = _window(coarse)
     if window is None:
         return None
     first, last, end_from = (i * len(x) // len(coarse) for i in window)  # from bins to samples
-    fine, z = _averaged(x[first:last], z[first:last])
+    fine, z = averaged(x[first:last], z[first:last])
     x, low = fine, int(np.searchsorted(fine, x[end_from]))
     values, gaps = _three_crossings(x, z[None], np.zeros((1, 3)), low)
     shifts = drawn @ np.array([[1 - way for way in WAYS], WAYS])  # an error of a level moves a way by its share
@@ -148,7 +151,7 @@ def monotone(y: Float[np.ndarray, " N"]) -> tuple[Float[np.ndarray, " P"], Int[n
     return np.array(means), np.array(sizes)
 
 
-def _averaged(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
+def averaged(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
     """Means over at most ``MOST_SAMPLES`` runs of neighbouring samples, equally long to within one."""
     if len(x) <= MOST_SAMPLES:
         return x, y
@@ -167,11 +170,15 @@ def _finite(x: Real[np.ndarray, " N"], y: Real[np.ndarray, " _"]) -> tuple[np.nd
 
 
 def _levels(
-    y: np.ndarray, before: float | None, after: float | None, minimum_change: float, direction: Direction | None
+    y: np.ndarray,
+    before: tuple[float, float] | None,
+    after: float | None,
+    minimum_change: float,
+    direction: Direction | None,
 ) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """The two levels of a credible change and their standard errors (0 if given); None without one."""
-    final, final_error = _level(y[-2 * lasting_samples(len(y)) :])
-    start, start_error = (before, 0.0) if before is not None else _plateau(y, final, minimum_change, direction)
+    final, final_error = level_and_error(y[-2 * lasting_samples(len(y)) :])
+    start, start_error = before if before is not None else _plateau(y, final, minimum_change, direction)
     change = final - start
     if abs(change) < max(minimum_change, CREDIBLE_ERRORS * math.hypot(start_error, final_error)):
         return None
@@ -187,7 +194,7 @@ def lasting_samples(n: int) -> int:
     return max(3, math.ceil(LASTING_SHARE * n))
 
 
-def _level(y: Float[np.ndarray, " N"]) -> tuple[float, float]:
+def level_and_error(y: Float[np.ndarray, " N"]) -> tuple[float, float]:
     """Median and its standard error, widened for noise that is correlated from sample to sample."""
     centred = y - y.mean()
     power = float(centred @ centred)
@@ -208,11 +215,11 @@ def _plateau(y: np.ndarray, final: float, minimum_change: float, direction: Dire
     stays = (time >= lasting_samples(len(y))) & (valley <= 0.5 * time) & (np.abs(grid - final) >= minimum_change)
     stays &= (direction is None) | ((grid > final) == (direction == "fall"))
     if not stays.any():
-        return _level(y[: lasting_samples(len(y))])
+        return level_and_error(y[: lasting_samples(len(y))])
     # time x distance: neither the brief untrained level nor a late, lower shelf hides the main plateau
     best = grid[np.where(stays, time * np.abs(grid - final), -1.0).argmax()]
     away = np.abs(y - best)
-    return _level(y[away <= away.min() + 2 * width])
+    return level_and_error(y[away <= away.min() + 2 * width])
 
 
 def _window(z: Float[np.ndarray, " N"]) -> tuple[int, int, int] | None:

@@ -10,8 +10,9 @@ Metrics that the recipe compares are quantities by their own names: the last val
 as it should.
 
 **Outcomes.** An onset that is missing is counted, never skipped: ``formed`` has an onset, ``no plateau`` ended more
-than a quarter below its plateau without an onset that could be located, ``not formed`` did not leave its plateau by
-the end of the run (its onset is censored). A diverged or unfinished member has no outcome and enters no mean.
+than a quarter below its plateau without an onset that could be located, or changed without a plateau that was held,
+``not formed`` did not leave its plateau by the end of the run (its onset is censored). A diverged or unfinished member
+has no outcome and enters no mean.
 
 Legend: M members, n records of the loss.
 """
@@ -115,12 +116,14 @@ def _way_down(plateau: float | None, share: float, scale: LossScale) -> float | 
 
 
 def _outcome(member: TrainedMember, plateau: float | None, final: float | None, scale: LossScale) -> str | None:
-    if plateau is None or final is None:
+    reading = next(iter((member.record.get("changes") or {}).values()), None)
+    if final is None or (plateau is None and reading is None):
         return None
     if member.record.get("onset"):
         return FORMED
     fallen = _way_down(plateau, FALLEN, scale)
-    return NO_PLATEAU if fallen is not None and final < fallen else NOT_FORMED
+    smooth = reading is not None and reading["verdict"] == "smooth"
+    return NO_PLATEAU if smooth or (fallen is not None and final < fallen) else NOT_FORMED
 
 
 def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> float | None:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from opsin.errors import ConfigError
 from opsin.records.schema import ROW_AXES
 
 NEVER = np.iinfo(np.int64).max
@@ -162,14 +163,28 @@ class History:
             metric: name of the metric, as in ``metrics.csv``.
             step: optimizer steps finished when it was measured.
             values: one number a member, ``[M]``, or one a head, ``[M, layers, heads]``; copied.
+
+        Raises:
+            ConfigError: values without a member axis, with more axes than the table has, or of another shape than the
+                metric's earlier records.
         """
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu().numpy()
         # a copy: what was measured must not change with the tensor it was read from
         numbers = np.array(values, dtype=np.float32)
+        self._check_shape(metric, numbers.shape)
         self._series.setdefault(metric, Series()).add(step, numbers, self._count)
         self._count += 1
         self._unwritten.append((step, metric, numbers))
+
+    def _check_shape(self, metric: str, shape: tuple[int, ...]) -> None:
+        """Refuse what no row of the table could hold, or what is not the metric that it was."""
+        if not 1 <= len(shape) <= len(ROW_AXES) or 0 in shape:
+            expected = f"1 to {len(ROW_AXES)} axes, none of them empty: {', '.join(ROW_AXES)}"
+            raise ConfigError(f"metric {metric}", f"values of shape {shape}", expected)
+        if metric in self._series and shape != (before := self._series[metric].values[-1].shape):
+            expected = f"{before}, the shape of its earlier records"
+            raise ConfigError(f"metric {metric}", f"values of shape {shape}", expected)
 
     def __contains__(self, metric: str) -> bool:
         return metric in self._series

@@ -24,7 +24,7 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
     if "members" in summary:
         rows += _population_rows(summary["members"]) if "onset" in summary["members"][0] else []
     elif "onset" in summary:
-        rows += _change_rows(summary) + _head_rows(summary) + _loss_rows(summary)
+        rows += _change_rows(summary) + _beside_rows(summary) + _head_rows(summary) + _loss_rows(summary)
     if "wall_time_seconds" in summary:
         rows.append(("time", f"{_duration(summary['wall_time_seconds'])}, {summary['sequences']:,} sequences"))
     rows.append(("files", str(folder)))
@@ -32,9 +32,10 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _change_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    changes = list(record.get("changes", {}).items())
+    name, reading = changes[0] if changes else ("", {})
     if record["onset"] is None:
-        plateau = LossScale.of(record).with_unit(f"{record['plateau']:.3f}")
-        return [("phase change", f"none: the loss did not lastingly leave its plateau at {plateau}")]
+        return [("phase change", _no_change(record, reading))]
     names = ("onset", "midpoint", "end")
     numbers = [[f"{record[name][key]:,.0f}" for key in ("value", "low", "high")] for name in names]
     width = [max(len(row[i]) for row in numbers) for i in range(3)]
@@ -42,8 +43,56 @@ def _change_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{name:<8}  {value:>{width[0]}}  [{low:>{width[1]}} to {high:>{width[2]}}]"
         for name, (value, low, high) in zip(names, numbers, strict=True)
     ]
-    texts[0] += "  training sequences [95 % interval]"
-    return list(zip(("phase change", "", ""), texts, strict=True))
+    texts[0] += "  training sequences [95 % interval, of this run alone]"
+    if len(steps := reading.get("steps", [])) > 1:
+        texts.append(
+            f"in {len(steps)} steps, midpoints {', '.join(_value_and_interval(step['midpoint']) for step in steps)}"
+        )
+    if reading.get("trend", "level") != "level":
+        texts.append(f"not over by the end; {reading['final']:.3g} {_at_the_end(reading)}")
+    if name.rpartition("/")[2] not in ("", "loss"):
+        texts.append(f"of {name}")
+    return [("" if i else "phase change", text) for i, text in enumerate(texts)]
+
+
+def _no_change(record: Mapping[str, Any], reading: Mapping[str, Any]) -> str:
+    """What the curve did in place of a phase change; a summary of an earlier version does not say."""
+    if not reading or (reading["verdict"], reading["trend"]) == ("not by the end", "level"):
+        if record["plateau"] is not None:
+            plateau = LossScale.of(record).with_unit(f"{record['plateau']:.3f}")
+            return f"none: the loss did not lastingly leave its plateau at {plateau}"
+        return "none"
+    end = f"{reading['final']:.3g} {_at_the_end(reading)}"
+    if reading["verdict"] == "not by the end":
+        return f"not by the end; {end}"
+    return f"none: {_smooth_change(reading)}, which left no plateau that was held; {end}"
+
+
+def _at_the_end(reading: Mapping[str, Any]) -> str:
+    return "at the end" if reading["trend"] == "level" else f"and still {reading['trend']}"
+
+
+def _smooth_change(reading: Mapping[str, Any]) -> str:
+    return "a smooth descent" if reading["direction"] == "fall" else "a smooth rise"
+
+
+def _value_and_interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:,.0f} [{estimate['low']:,.0f} to {estimate['high']:,.0f}]"
+
+
+def _beside_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Further measures, side by side: the midpoint of each and its delay against the first."""
+    rows = []
+    for index, (name, reading) in enumerate(record.get("changes", {}).items()):
+        text = (
+            _value_and_interval(reading["change"]["midpoint"])
+            if reading["change"]
+            else _no_change({"plateau": None}, reading)
+        )
+        delay = record["delays"].get(name)
+        later = "" if delay is None else f": delay {delay['sequences']:,.0f}, {delay['ratio']:.3g}x"
+        rows.append(("" if index else "measures", f"{name} {text}{later}"))
+    return rows if len(rows) > 1 else []
 
 
 def _head_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -65,7 +114,7 @@ def _head_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _head(name: str, head: Mapping[str, Any]) -> str:
     rise = head["midpoint"]
-    when = "no single rise" if rise is None else f"{rise['value']:,.0f} [{rise['low']:,.0f} to {rise['high']:,.0f}]"
+    when = "no single rise" if rise is None else _value_and_interval(rise)
     return f"{name:<6} {head['strength']:.2f}  {when}"
 
 
@@ -91,13 +140,22 @@ def _population_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
         rows = [("phase change", f"in {len(changed)} of {len(members)} members, onset from {span} training sequences")]
     for index, member in enumerate(members[:MOST_LISTED]):
         onset, best = member["onset"], member["strongest_heads"][:1]
-        when = f"onset {onset['value']:,.0f} [{onset['low']:,.0f} to {onset['high']:,.0f}]" if onset else "no change"
+        when = (
+            f"onset {onset['value']:,.0f} [{onset['low']:,.0f} to {onset['high']:,.0f}]" if onset else _shortly(member)
+        )
         head = f", strongest head {best[0]} {member['heads'][best[0]]['strength']:.2f}" if best else ""
         loss = "" if member["final_loss"] is None else f", final loss {member['final_loss']:.4f}"
         rows.append((f"  member {index}", when + head + loss))
     if len(members) > MOST_LISTED:
         rows.append(("", f"and {len(members) - MOST_LISTED} more, in summary.json"))
     return rows
+
+
+def _shortly(member: Mapping[str, Any]) -> str:
+    """Why a member has no onset, in a few words."""
+    reading: Mapping[str, Any] = next(iter(member.get("changes", {}).values()), {})
+    found = _smooth_change(reading) if reading.get("verdict") == "smooth" else "no change"
+    return found if reading.get("trend", "level") == "level" else f"{found}, still {reading['trend']}"
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,9 @@ from opsin.callbacks.readers.snapshots import Snapshots
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
 from opsin.objective import CrossEntropy, LogCrossEntropy
+from opsin.reports.run import final_report
 from opsin.tasks import FewShot, GaussianClusters, Kind, Repeats
 from opsin.training.module import OpsinModule
-from tests.helpers.killers import SaveAt
 from tests.helpers.toys import train
 
 BATCH, LOG = 32, 10
@@ -137,17 +138,126 @@ def test_the_last_evaluations_are_in_the_summary():
     assert replay(module, drop(2000, STEPS)[:, None], PhaseChange()).summary["evaluations"] == {"train": {"loss": 0.25}}
 
 
-@pytest.mark.parametrize("saved_at", [30, 60])
-def test_a_resumed_run_announces_and_reports_what_an_uninterrupted_one_does(tmp_path, saved_at):
-    # every loss is below these plateaus: one is announced between the two checkpoints, one later
-    def callbacks():
-        return [InductionHeads(every=10), PhaseChange(plateau=9.0), PhaseChange(metric="train/loss", plateau=2.4)]
+@pytest.mark.parametrize("cut", [120, 230, 390])
+@pytest.mark.parametrize("plateau", [None, 3.0], ids=["level of the task", "level of the curve"])
+def test_a_reader_that_is_resumed_announces_and_reports_what_one_left_alone_does(cut, plateau):
+    losses = np.stack([drop(1000, STEPS), drop(3000, STEPS, 2)], 1)
+    whole = replay(tiny([1, 2]), losses, PhaseChange(plateau=plateau))
+    module, first, second = tiny([1, 2]), PhaseChange(plateau=plateau), PhaseChange(plateau=plateau)
+    replay(module, losses[:cut], first)
+    second.setup(SimpleNamespace(callbacks=[]), module, "fit")
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for index, loss in enumerate(losses[cut:], cut + 1):
+        module.history.record("train/loss", index * LOG, loss)
+        second.on_train_batch_end(None, module)
+    second.on_train_end(None, module)
+    assert len(whole.events) == 2 and module.events == whole.events
+    assert module.summary == whole.summary
 
-    path = tmp_path / "middle.ckpt"
-    whole = train(tiny([1, 2]), 100, *callbacks(), SaveAt(saved_at, path))
-    resumed = train(tiny([1, 2]), 100, *callbacks(), resume=str(path))
-    assert len(whole.events) >= 2 and whole.events == resumed.events
-    assert whole.summary == resumed.summary
+
+def test_the_state_of_an_earlier_version_loads_and_does_not_announce_again():
+    losses, callback, module = drop(1000, STEPS)[:, None], PhaseChange(), tiny()
+    replay(module, losses[:300], callback)
+    old = {name: value for name, value in callback.state_dict().items() if name != "announced"}
+    later = PhaseChange()
+    later.setup(SimpleNamespace(callbacks=[]), module, "fit")
+    later.load_state_dict(old)
+    assert later.state_dict() == callback.state_dict() and len(module.events) == 1
+
+
+def test_a_member_takes_its_part_of_the_state_with_it():
+    callback = PhaseChange(beside=["train/accuracy"])
+    replay(tiny([4, 5]), np.stack([drop(1000, STEPS), drop(1e9, STEPS)], 1), callback)
+    state = callback.member_state(callback.state_dict(), 1)
+    assert state["announced"] == [False] and len(state["passing"]) == 1
+    assert len(state["beside"]["train/accuracy"]["leaving"]) == 1
+
+
+# ---- any measure, and what is no phase change ---------------------------------------------------------
+
+
+def recorded(curve: np.ndarray, callback: PhaseChange, metric: str = "train/loss") -> OpsinModule:
+    """A run of one member whose metric is this curve."""
+    module = tiny()
+    callback.setup(SimpleNamespace(callbacks=[]), module, "fit")
+    for index, value in enumerate(curve, 1):
+        module.history.record(metric, index * LOG, np.array([value]))
+        callback.on_train_batch_end(None, module)
+    callback.on_train_end(None, module)
+    return module
+
+
+def test_a_smooth_descent_through_the_plateau_is_announced_by_nobody_and_has_no_onset():
+    noise = np.random.default_rng(0).normal(0, 0.02, len(STEPS))
+    module = recorded(1.6 * np.exp(-STEPS / 800) + noise, PhaseChange())
+    assert module.events == [] and module.summary["onset"] is None
+    assert module.summary["changes"]["train/loss"]["verdict"] == "smooth"
+    assert module.summary["plateau"] == pytest.approx(PLATEAU)
+
+
+def test_a_loss_that_falls_when_the_run_ends_is_said_to():
+    noise = np.random.default_rng(0).normal(0, 0.02, len(STEPS))
+    module = recorded(PLATEAU - 0.0005 * np.maximum(STEPS - 3700, 0) + noise, PhaseChange())
+    reading = module.summary["changes"]["train/loss"]
+    assert (reading["verdict"], reading["trend"]) == ("not by the end", "falling")
+    text = final_report(module.summary, Path("run")).splitlines()[0]
+    assert text == f"phase change  not by the end; {reading['final']:.3g} and still falling"
+
+
+def test_a_curve_that_stays_above_the_named_plateau_leaves_its_own():
+    module = recorded(drop(2000, STEPS) * 0.9 / PLATEAU, PhaseChange(plateau=0.5))
+    assert module.summary["plateau"] == pytest.approx(0.9, abs=0.01)
+    assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=20 * BATCH)
+    (event,) = module.events
+    assert 2000 < event.step < 2400
+
+
+def test_an_accuracy_rises_and_its_measure_says_so():
+    accuracy = 1 - 0.8 * drop(2000, STEPS)
+    module = recorded(accuracy, PhaseChange(metric="train/accuracy"), "train/accuracy")
+    reading = module.summary["changes"]["train/accuracy"]
+    assert (reading["verdict"], reading["direction"]) == ("phase change", "rise")
+    assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=20 * BATCH)
+    # what is drawn and tabled beside losses is no accuracy
+    assert module.summary["plateau"] is None and module.summary["final_loss"] is None
+    (event,) = module.events
+    assert event.message.startswith("phase change: train/accuracy left its plateau at about 6")
+    assert (
+        recorded(accuracy, PhaseChange("train/accuracy", direction="fall"), "train/accuracy").summary["onset"] is None
+    )
+
+
+def test_two_measures_side_by_side_have_a_delay():
+    module, callback = tiny(), PhaseChange("train/accuracy", beside=["val/classes/accuracy"])
+    callback.setup(SimpleNamespace(callbacks=[]), module, "fit")
+    curves = (1 - drop(300, STEPS), 1 - drop(1620, STEPS, 1))
+    for index, (train_value, test_value) in enumerate(zip(*curves, strict=True), 1):
+        module.history.record("train/accuracy", index * LOG, np.array([train_value]))
+        module.history.record("val/classes/accuracy", index * LOG, np.array([test_value]))
+        callback.on_train_batch_end(None, module)
+    callback.on_train_end(None, module)
+    delay = module.summary["delays"]["val/classes/accuracy"]
+    assert delay["ratio"] == pytest.approx(5.4, rel=0.03)
+    assert delay["sequences"] == pytest.approx(1320 * BATCH, rel=0.03)
+    assert [event.message.split()[2] for event in module.events] == ["train/accuracy", "val/classes/accuracy"]
+    text = final_report(module.summary, Path("run"))
+    assert f": delay {delay['sequences']:,.0f}, {delay['ratio']:.3g}x" in text
+
+
+def test_the_strength_of_one_head_is_a_measure():
+    module, callback = tiny(), PhaseChange(metric="induction_strength/1:0")
+    callback.setup(SimpleNamespace(callbacks=[InductionHeads()]), module, "fit")
+    for step in STEPS.tolist():
+        strength = np.full((1, 2, 2), 0.01)
+        strength[0, 1, 0] = 0.9 / (1 + np.exp(-(step - 2000) / 50))
+        module.history.record("induction_strength", step, strength)
+    callback.on_train_end(None, module)
+    assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
+
+
+def test_a_measure_that_is_watched_already_is_refused():
+    with pytest.raises(ConfigError, match=r"PhaseChange.beside: got 'train/loss', expected a measure that is not"):
+        PhaseChange(beside=["train/loss"])
 
 
 def test_its_state_loads_with_weights_only():
@@ -161,31 +271,31 @@ def test_its_state_loads_with_weights_only():
 
 def test_different_settings_have_different_state_keys():
     settings = [{}, {"plateau": 0.5}, {"metric": "val/train/loss"}, {"head_threshold": 0.5}]
+    settings += [{"direction": "fall"}, {"beside": ["train/accuracy"]}]
     assert len({PhaseChange(**setting).state_key for setting in settings}) == len(settings)
 
 
-def test_a_metric_that_is_no_loss_of_the_run_is_refused_before_training():
-    with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'train/los', expected one of train/loss, val/"):
+def test_a_metric_that_the_run_does_not_record_is_refused_before_training():
+    with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'train/los', .*; the nearest is 'train/loss' of"):
         PhaseChange(metric="train/los").setup(SimpleNamespace(callbacks=[]), tiny(), "fit")
 
 
-@pytest.mark.parametrize("setting", [{"plateau": float("inf")}, {"head_threshold": 0.0}, {"head_threshold": 1.5}])
+@pytest.mark.parametrize("setting", [{"plateau": float("inf")}, {"head_threshold": 0.0}, {"direction": "up"}])
 def test_a_setting_that_cannot_work_is_refused(setting):
     with pytest.raises(ConfigError, match="PhaseChange"):
         PhaseChange(**setting)
 
 
-def test_a_loss_without_a_lower_bound_needs_a_predictor_that_is_better_than_the_plateau():
-    def module(task):
-        task.objective = LogCrossEntropy()
-        return OpsinModule(task, Transformer(layers=2, width=16, heads=2), compile=False)
-
-    with pytest.raises(ConfigError, match="PhaseChange: got 'FewShot with LogCrossEntropy', expected a task with a"):
-        train(module(tiny().task), 1, PhaseChange(plateau=0.1))
+def test_a_loss_without_a_lower_bound_has_the_best_of_a_predictor_or_the_range_of_its_curve():
     task = Repeats(positions=24, longest=8, batch_size=BATCH)
-    train(module(task), 1, PhaseChange(plateau=1.5))
+    task.objective = LogCrossEntropy()
     exact = np.log(CrossEntropy().member_loss(task.exact(batch := task.batch(0, 0, "eval/train", 128)), batch))
     assert best_loss(task, "train/loss", 1.5) == pytest.approx(exact.item())
+    task = tiny().task
+    task.objective = LogCrossEntropy()
+    module = OpsinModule(task, Transformer(layers=2, width=16, heads=2), compile=False)
+    module = replay(module, np.log(drop(2000, STEPS) + 0.1)[:, None], PhaseChange(plateau=0.1))
+    assert module.summary["changes"]["train/loss"]["verdict"] == "phase change" and len(module.events) == 1
 
 
 def test_a_plateau_that_no_loss_lies_below_is_refused_before_training():
@@ -195,16 +305,16 @@ def test_a_plateau_that_no_loss_lies_below_is_refused_before_training():
 
 def test_it_and_snapshots_leave_the_weights_as_they_are_to_the_last_bit(tmp_path):
     plain = train(tiny([1, 2]), 60).parameters_by_name()
-    watchers = InductionHeads(every=10), PhaseChange(plateau=9.0), Snapshots(ring=3, every=7), KeepRun(tmp_path)
-    watched = train(tiny([1, 2]), 60, *watchers)
-    assert watched.events and list(tmp_path.glob("snapshots/*.pt"))
+    readers = InductionHeads(every=10), PhaseChange(), Snapshots(ring=3, every=7), KeepRun(tmp_path)
+    watched = train(tiny([1, 2]), 60, *readers)
+    assert watched.summary and list(tmp_path.glob("snapshots/*.pt"))
     for name, tensor in watched.parameters_by_name().items():
         assert torch.equal(tensor, plain[name]), name
 
 
-def test_a_task_whose_loss_has_no_plateau_is_refused_before_it_trains():
+def test_a_task_whose_loss_has_no_plateau_leaves_that_of_its_curve():
     # one label stands in the whole context, so that no look-up is needed
     task = FewShot(exemplars=GaussianClusters(classes=20, features=16), kinds=[Kind(matches=2)], train_classes=12)
     module = OpsinModule(task, Transformer(width=16, heads=2), compile=False)
-    with pytest.raises(ConfigError, match=r"PhaseChange\.plateau"):
-        PhaseChange().setup(SimpleNamespace(callbacks=[]), module, "fit")
+    module = replay(module, drop(2000, STEPS)[:, None], PhaseChange())
+    assert module.summary["plateau"] == pytest.approx(PLATEAU, abs=0.01) and len(module.events) == 1
