@@ -126,6 +126,7 @@ class Kind:
         _require(self.matches >= 1, "Kind.matches", self.matches, "at least 1 (no_support leaves the class out)")
         copies = self.distractor_copies
         _require(copies is None or copies >= 1, "Kind.distractor_copies", copies, "at least 1, or null")
+        _require(self.among is None or self.among >= 1, "Kind.among", self.among, "at least 1, or null")
         for name in ("no_support", "random_query", "label_flip"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"Kind.{name}", value, "a probability")

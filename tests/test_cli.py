@@ -173,7 +173,7 @@ WRONG = {
     "an archive that is none": ([*OMNIGLOT, ARCHIVES + "[bad.zip]"], ["Omniglot.archives", "'bad.zip'"]),
     "a metric nobody measures": (
         ["--trainer.callbacks+=opsin.callbacks.PhaseChange", CALLBACK + "metric=val/none/loss"],
-        ["PhaseChange.metric", "'val/none/loss'", "val/classes/loss"],
+        ["PhaseChange.metric", "'val/none/loss'", "val/train/loss"],
     ),
     "a misspelled setting": (["--model.learning_rats", "1"], ["--model.learning_rats"]),
     "an abbreviated setting": (["--model.learning_rat", "1"], ["--model.learning_rat"]),

@@ -169,4 +169,4 @@ def test_the_axis_counts_what_the_task_says_in_round_numbers():
     # 2,000 steps of 32 sequences are 400 epochs of 160; lines stay where their sequences are
     assert [tick / 160 for tick in loss.get_xticks()] == [0, 80, 160, 240, 320, 400]
     assert [loss.xaxis.get_major_formatter()(tick, 0) for tick in loss.get_xticks()][1] == "80"
-    assert "onset at 200 epochs\n95 %: 188 to 212" in texts(loss)
+    assert "onset at 200 epochs\n95 %, this run: 188 to 212" in texts(loss)
