@@ -181,12 +181,13 @@ LEARNING = {f"Transformer {name}": (model, ToyTokens()) for name, model in mixtu
 LEARNING |= {name: case for name, case in CASES.items() if not isinstance(case[0], Transformer)}
 
 
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model", "task"), LEARNING.values(), ids=LEARNING)
-def test_a_member_is_the_run_of_its_own_seed(model, task):
+def test_a_member_is_the_run_of_its_own_seed(model, task, steps):
     def final(seeds):
         values = {name: x.double() for name, x in init_parameters(model, task, seeds).items()}
-        training = Training(model, task, values, rate=1e-3, seeds=seeds, steps=200)
-        for step in range(200):
+        training = Training(model, task, values, rate=1e-3, seeds=seeds, steps=steps)
+        for step in range(steps):
             training.update(step)
         return training.values
 

@@ -24,8 +24,6 @@ from tests.helpers.killers import KillAt, Killed
 from tests.helpers.regression import OBJECTIVES, Pairs
 from tests.helpers.toys import Training, train, weights
 
-STEPS = 200
-MODEL = Transformer(layers=1, width=8, heads=2, positions="learned", max_positions=6)
 
 KINDS = {
     name
@@ -43,12 +41,13 @@ def test_every_objective_is_tried():
     assert {type(item).__name__ for item in OBJECTIVES.values()} == KINDS
 
 
+@pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_member_among_others_is_the_run_of_its_own(name):
+def test_a_member_among_others_is_the_run_of_its_own(name, steps):
     seeds, rates, slot = [3, 4, 3], [0.003, 0.002, 0.001], 1
     blink = {"site": "blocks.0.hook_attn_out", "value": 0.1, "schedule": Schedule(period=40, ramp=5)}
-    together = train(module(name, seeds, rates).double(), STEPS, Clamp(**blink))
-    alone = train(module(name, seeds[slot : slot + 1], rates[slot : slot + 1]).double(), STEPS, Clamp(**blink))
+    together = train(module(name, seeds, rates).double(), steps, Clamp(**blink))
+    alone = train(module(name, seeds[slot : slot + 1], rates[slot : slot + 1]).double(), steps, Clamp(**blink))
     for parameter, values in together.parameters_by_name().items():
         single = alone.parameters_by_name()[parameter][0]
         assert (values[slot] - single).abs().max() <= 1e-12 * single.abs().max().clamp(min=1), parameter

@@ -100,16 +100,17 @@ def everything(model):
     )
 
 
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
 @every_choice
-def test_a_member_learns_what_it_learns_alone(kind, settings):
+def test_a_member_learns_what_it_learns_alone(kind, settings, steps):
     task, (together, alone) = few_shot(), differing(kind, settings, 3)
     start, last = weights(TINY, task, (0, 1, 2)), 2
     single = {name: value[last:] for name, value in start.items()}
     runs = [
-        Training(TINY, task, start, optimizer=together, seeds=(0, 1, 2), clip=1.0, steps=200),
-        Training(TINY, task, single, optimizer=alone[last], seeds=[last], clip=1.0, steps=200),
+        Training(TINY, task, start, optimizer=together, seeds=(0, 1, 2), clip=1.0, steps=steps),
+        Training(TINY, task, single, optimizer=alone[last], seeds=[last], clip=1.0, steps=steps),
     ]
-    for k in range(200):
+    for k in range(steps):
         results = [run.update(k)[:, -1] for run in runs]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
     for name, value in runs[1].values.items():

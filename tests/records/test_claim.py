@@ -91,7 +91,8 @@ def test_a_claim_is_not_its_forked_childs(folder, holder):
     process.wait()
     # the child lives and sleeps
     os.killpg(process.pid, 0)
-    Claim(folder, patience=0).release()
+    # which has let go as soon as it runs
+    Claim(folder, patience=30).release()
 
 
 def test_whoever_waits_gets_the_folder_when_it_is_free(folder, holder):
