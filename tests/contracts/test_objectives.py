@@ -24,6 +24,7 @@ from tests.helpers.killers import KillAt, Killed
 from tests.helpers.regression import OBJECTIVES, Pairs
 from tests.helpers.toys import Training, train, weights
 
+MODEL = Transformer(layers=1, width=8, heads=2, positions="learned", max_positions=6)
 
 KINDS = {
     name
