@@ -2,6 +2,7 @@
 
 from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
+from opsin.tasks.modular_arithmetic import ModularArithmetic, PermutationTable
 from opsin.tasks.repeats import Repeats
 from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
 from opsin.tasks.trigger_bigrams import TriggerBigrams
@@ -13,7 +14,9 @@ __all__ = [
     "FewShot",
     "GaussianClusters",
     "Kind",
+    "ModularArithmetic",
     "Omniglot",
+    "PermutationTable",
     "Repeats",
     "TriggerBigrams",
 ]
