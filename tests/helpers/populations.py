@@ -88,6 +88,7 @@ def write_population(
     for number, held in enumerate(chunks):
         folder = RunFolder(path / "chunks" / f"{number:02d}")
         history = History(BATCH)
+        history.declare("induction_strength", {"layer": 2, "head": 2})
         shapes = losses or [fall(onset_of(row)) for row in records]
         values = np.stack([shapes[member](x * BATCH) for member in held], 1)
         for step, value in zip(x.tolist(), values, strict=True):
