@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from opsin.records.folder import RunFolder
-from opsin.records.history import History, tidy_rows
+from opsin.records.history import History
+from opsin.records.table import tidy_rows
 
 PLATEAU, BATCH = 0.7, 10
 NONE = {"onset": None, "midpoint": None, "end": None}

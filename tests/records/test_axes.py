@@ -19,8 +19,9 @@ from opsin.records.axes import (
     table_header,
 )
 from opsin.records.folder import RunFolder
-from opsin.records.history import History, history_from_table
+from opsin.records.history import History
 from opsin.records.schema import METRICS_COLUMNS
+from opsin.records.table import history_from_table
 from tests.records.test_history import recorded, same_records
 
 KNOWN = ("layer", "head", "neuron", "position", "frequency", "feature", "class")

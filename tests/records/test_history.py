@@ -11,8 +11,9 @@ import torch
 
 from opsin.errors import ConfigError
 from opsin.records.folder import RunFolder, write_atomically
-from opsin.records.history import History, Record, history_from_table, tidy_rows
+from opsin.records.history import History, Record
 from opsin.records.schema import METRICS_COLUMNS
+from opsin.records.table import history_from_table, tidy_rows
 
 
 def recorded(final=20):

@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from opsin.errors import ConfigError, log
 from opsin.records.events import read_events
 from opsin.records.folder import write_atomically
-from opsin.records.history import axes_of_mark, history_from_table
+from opsin.records.history import axes_of_mark
 from opsin.records.schema import (
     EVENTS_FILE,
     LAST_CHECKPOINT,
@@ -35,6 +35,7 @@ from opsin.records.schema import (
     SPARE_BYTES,
     SPARE_ROOM,
 )
+from opsin.records.table import history_from_table
 from opsin.records.user_files import check_regular, reason
 
 SEAL = b"opsin sha256 "

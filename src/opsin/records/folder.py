@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from opsin.records.axes import axes_of_header, table_header
-from opsin.records.history import Records, tidy_rows
+from opsin.records.history import Records
 from opsin.records.recipe_text import dump_recipe
 from opsin.records.schema import (
     CHUNKS_FOLDER,
@@ -28,6 +28,7 @@ from opsin.records.schema import (
     ROW_AXES,
     SUMMARY_FILE,
 )
+from opsin.records.table import tidy_rows
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is being written; one that is left over is the half of a killed process."""

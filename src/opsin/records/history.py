@@ -15,9 +15,8 @@ Legend: M members, n records of a metric.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, overload
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
-from opsin.records.axes import Axes, axes_of_header, check_axes, sizes_in_words, table_axes, table_header
+from opsin.records.axes import Axes, axes_of_header, check_axes, sizes_in_words, table_axes
 from opsin.records.schema import ROW_AXES
 
 NEVER = np.iinfo(np.int64).max
@@ -335,7 +334,7 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and names, for a checkpoint that loads with ``weights_only=True``."""
-        return _as_state(self._series)
+        return state_of_series(self._series)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore; everything counts as unwritten, in the order of recording.
@@ -377,7 +376,8 @@ def axes_of_mark(mark: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(mark.get("axes", ROW_AXES))
 
 
-def _as_state(series_of: Mapping[str, Series]) -> dict[str, Any]:
+def state_of_series(series_of: Mapping[str, Series]) -> dict[str, Any]:
+    """The state of a history that has these series, by metric, as ``History.load_state_dict`` takes it."""
     state = {}
     for name, series in series_of.items():
         steps, values = (torch.from_numpy(array) for array in series.arrays())
@@ -388,99 +388,3 @@ def _as_state(series_of: Mapping[str, Series]) -> dict[str, Any]:
             "axes": list(series.axes),
         }
     return state
-
-
-# ---- the lines of a table -----------------------------------------------------------------------------
-
-
-def tidy_rows(records: Records, batch_size: int, axes: Sequence[str] = ROW_AXES) -> Iterator[str]:
-    """CSV lines, one per number; axes a metric does not have stay empty.
-
-    Args:
-        records: records in the order in which they were made.
-        batch_size: sequences of a training step, which turn steps into sequences.
-        axes: names of the axes that the table has columns for.
-    """
-    column = {name: index for index, name in enumerate(axes)}
-    for step, metric, values, further in records:
-        columns = [column[name] for name in (axes[0], *further)]
-        about = f"{step},{step * batch_size},{metric},"
-        for index, value in zip(np.ndindex(values.shape), values.ravel().tolist(), strict=True):
-            cells = [""] * len(axes)
-            for slot, number in zip(columns, index, strict=True):
-                cells[slot] = str(number)
-            yield f"{about}{','.join(cells)},{float(value)!r}"
-
-
-def history_from_table(path: Path, length: int, sha256: str, axes: Sequence[str] = ROW_AXES) -> dict[str, Any] | None:
-    """The state of the history that a table mirrored when it was marked; None where it is not that table.
-
-    The table may have been begun anew since, with columns for more axes. Numbers come back exactly: the table has the
-    shortest text that names each float32 as a double.
-
-    Args:
-        path: path of the table.
-        length: number of bytes that counted.
-        sha256: SHA-256 of these bytes, in hexadecimal digits.
-        axes: names of the axes that the table had columns for.
-    """
-    try:
-        content = _marked_bytes(path, length, tuple(axes))
-    except OSError:
-        return None
-    if len(content) != length or hashlib.sha256(content).hexdigest() != sha256:
-        return None
-    found: dict[str, Series] = {}
-    records = _records_of(content.decode().split("\n")[1:-1], axes)
-    for number, (step, metric, values, further) in enumerate(records):
-        found.setdefault(metric, Series(axes=further)).add(step, values, number)
-    return _as_state(found)
-
-
-def _marked_bytes(path: Path, length: int, axes: tuple[str, ...]) -> bytes:
-    """The first bytes of a table, as they were when it had columns for these axes alone."""
-    with path.open("rb") as file:
-        header = file.readline()
-        found = axes_of_header(header.decode(errors="replace"))
-        if found is None or found == axes or not {*axes} <= {*found}:
-            return header + file.read(max(length - len(header), 0))
-        lines = [f"{table_header(axes)}\n".encode()]
-        total, kept = len(lines[0]), [found.index(name) for name in axes]
-        while total < length and (line := file.readline()):
-            about, *cells = line.rsplit(b",", len(found) + 1)
-            lines.append(b",".join((about, *(cells[column] for column in kept), cells[-1])))
-            total += len(lines[-1])
-    return b"".join(lines)
-
-
-def _records_of(lines: Iterable[str], axes: Sequence[str]) -> Iterator[Record]:
-    """The records that lines of a table were written from: each begins with the row whose axes are all 0."""
-    step, metric, rows = 0, "", list[list[str]]()
-    for line in lines:
-        first, _, following = line.split(",", 2)
-        name, *cells = following.rsplit(",", len(axes) + 1)
-        if rows and all(cell in ("", "0") for cell in cells[:-1]):
-            yield _as_record(step, metric, rows, axes)
-            rows = []
-        step, metric = int(first), name
-        rows.append(cells)
-    if rows:
-        yield _as_record(step, metric, rows, axes)
-
-
-def _as_record(step: int, metric: str, rows: Sequence[Sequence[str]], axes: Sequence[str]) -> Record:
-    """One record from its rows, the last of which has the largest index of every axis."""
-    last = rows[-1]
-    member, *further = (column for column, cell in enumerate(last[:-1]) if cell)
-    # values may have been declared in another order than that of the columns: the last axis moves first
-    slowest_first = sorted(further, key=lambda column: -_first_move(rows, column))
-    moves = [_first_move(rows, column) for column in further if last[column] != "0"]
-    columns = further if moves == sorted(moves, reverse=True) else slowest_first
-    numbers = np.array([row[-1] for row in rows], dtype=np.float64).astype(np.float32)
-    values = numbers.reshape([int(last[column]) + 1 for column in (member, *columns)])
-    return Record(step, metric, values, tuple(axes[column] for column in columns))
-
-
-def _first_move(rows: Sequence[Sequence[str]], column: int) -> int:
-    """The first row of a record whose index along an axis is not 0."""
-    return next((number for number, row in enumerate(rows) if row[column] != "0"), len(rows))
