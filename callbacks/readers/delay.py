@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from opsin.callbacks.readers.base import Reader
 from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.records.history import NEVER
 from opsin.training.module import OpsinModule, callbacks_of
 from opsin.training.monitors import nearest_metric
@@ -47,16 +48,16 @@ class Delay(Reader):
         # one object, by which the history knows what it has answered
         self._reached = partial(_reaches, level)
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {f"delay/{name}": () for name in (*self.metrics, "ratio")}
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return {f"delay/{name}": {} for name in (*self.metrics, "ratio")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._callbacks, self._validates = callbacks_of(trainer), bool(trainer.limit_val_batches)
         super().setup(trainer, pl_module, stage)
 
     def check(self, module: OpsinModule) -> None:
-        shapes = recorded_metrics(self._callbacks, module.sites, module.task, self._validates)
-        numbers = [name for name, shape in shapes.items() if not shape]
+        recorded = recorded_metrics(self._callbacks, module.sites, module.task, self._validates)
+        numbers = [name for name, axes in recorded.items() if not axes]
         for setting, metric in self.metrics.items():
             if metric not in numbers:
                 raise ConfigError(f"Delay.{setting}", metric, nearest_metric(metric, numbers))

@@ -32,6 +32,7 @@ from opsin.metrics.fourier import (
     trig_coefficients,
 )
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Bank, Batch, Task
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
@@ -70,6 +71,12 @@ class FourierStructure(ProbeReader):
     - ``restricted_loss``: cross-entropy (nats) on all pairs of logits with key frequencies alone;
     - ``excluded_loss``: cross-entropy (nats) on the training pairs of logits without them.
 
+    With the axis ``frequency``, whose index k - 1 is that of frequency k, ``[M, F]`` each:
+
+    - ``power``: share of the embedding's power in each frequency;
+    - ``coefficient``: inner product of the logits with cos w(answer - c), of length 1;
+    - ``loss_without``: cross-entropy (nats) on the training pairs of logits without this frequency alone.
+
     The run folder receives ``fourier.png``, which W&B shows while training. The module's summary receives under
     ``fourier`` the final ``key_frequencies``, strongest first, for several members as a list.
 
@@ -106,10 +113,16 @@ class FourierStructure(ProbeReader):
         if self.key_frequencies > most:
             raise ConfigError("FourierStructure.key_frequencies", self.key_frequencies, f"at most {most} of them")
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
         neurons = ["neuron_share"] if self._neurons(sites) else []
         numbers = ["gini", "key_share", *neurons, "logit_share", "restricted_loss", "excluded_loss"]
-        return {f"{self.name}/{number}": () for number in numbers}
+        return {f"{self.name}/{number}": {} for number in numbers}
+
+    def task_records(self, task: Task) -> dict[str, Axes]:
+        if not isinstance(task, PairTable):
+            return {}
+        axes = {"frequency": task.modulus // 2}
+        return {f"{self.name}/{number}": axes for number in ("power", "coefficient", "loss_without")}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # it looks at the table, not at the probe
@@ -128,7 +141,7 @@ class FourierStructure(ProbeReader):
         logits = scored_logits(activations[LOGITS], self._table)[:, :, -1, : self._modulus].double()
         power = self._power(activations[EMBEDDING])
         key = strongest_frequencies(power, self.key_frequencies)
-        numbers = {"gini": gini(power), "key_share": share_in(power, key)}
+        numbers = {"gini": gini(power), "key_share": share_in(power, key), "power": power / power.sum(1, keepdim=True)}
         for site in self._neurons(self._module.sites):
             numbers["neuron_share"] = self._concentration(activations[site][:, :, -1])
         numbers |= self._of_logits(logits, key)
@@ -142,13 +155,20 @@ class FourierStructure(ProbeReader):
         pairs = (self._modulus, self._modulus)
         return neuron_concentration(activation.double().unflatten(1, pairs)).nanmean(1)
 
-    def _of_logits(self, logits: Float[Tensor, "M B P"], key: Bool[Tensor, "M F"]) -> dict[str, Float[Tensor, " M"]]:
+    def _of_logits(self, logits: Float[Tensor, "M B P"], key: Bool[Tensor, "M F"]) -> dict[str, Tensor]:
         answers, trained = self._answers, self._trained
-        without = excluded(logits, answers, key)[:, trained]
+        coefficients = trig_coefficients(logits, answers)
+
+        def excluding(chosen: Bool[Tensor, "M F"]) -> Float[Tensor, " M"]:
+            return _loss_on_pairs(excluded(logits, answers, chosen)[:, trained], answers[trained])
+
+        alone = torch.eye(key.shape[1], dtype=torch.bool, device=key.device)[:, None].expand(-1, len(key), -1)
         return {
-            "logit_share": share_of_logits(trig_coefficients(logits, answers), logits),
+            "coefficient": coefficients,
+            "logit_share": share_of_logits(coefficients, logits),
             "restricted_loss": _loss_on_pairs(restricted(logits, answers, key), answers),
-            "excluded_loss": _loss_on_pairs(without, answers[trained]),
+            "excluded_loss": excluding(key),
+            "loss_without": torch.stack([excluding(chosen) for chosen in alone], 1),
         }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from opsin.callbacks.readers.base import ProbeReader
 from opsin.metrics.weight_norms import ALL, norms_by_kind
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.training.observers import Observation
 
 
@@ -25,8 +26,8 @@ class WeightNorms(ProbeReader):
     def __init__(self, every: int = 50) -> None:
         super().__init__(every)
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {f"weight_norm/{kind}": () for kind in (*dict.fromkeys(_kinds(sites).values()), ALL)}
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return {f"weight_norm/{kind}": {} for kind in (*dict.fromkeys(_kinds(sites).values()), ALL)}
 
     def measure(self, seen: Observation) -> None:
         found = norms_by_kind(self._module.parameters_by_name(), _kinds(self._module.sites))

@@ -75,34 +75,45 @@ PANELS = (
 
 
 def fourier_figure(history: History, members: Sequence[int], named: bool) -> Figure:
-    """A column for each member, over optimizer steps: accuracies, shares of a few frequencies, losses.
+    """A column for each member, over optimizer steps: accuracies, shares of a few frequencies, losses, all frequencies.
 
     Args:
-        history: records of the run; a metric that it lacks is not drawn.
+        history: records of the run, ``fourier/power`` among them; another metric that it lacks is not drawn.
         members: numbers of the members that are drawn.
         named: whether the number of each stands above its column.
     """
-    wide, tall, apart = 4.4 if len(members) == 1 else 2.5, 1.35, 0.42  # inches
+    wide, tall, beside, between = 4.4 if len(members) == 1 else 2.5, 1.35, 0.21, 0.42  # inches
+    rows = len(PANELS) + 1
     margins = Margins(left=0.65, right=1.7, top=0.4, bottom=0.5)
-    width, height = margins.around(
-        len(members) * wide + (len(members) - 1) * apart / 2, len(PANELS) * tall + (len(PANELS) - 1) * apart
-    )
+    across = len(members) * (wide + beside) - beside
+    width, height = margins.around(across, rows * tall + (rows - 1) * between)
     with figure_style({"axes.titlepad": 6}):
         figure = blank_figure(width, height, dpi=160)
-        for row, panel in enumerate(PANELS):
-            bottom = height - margins.top - tall - row * (tall + apart)
-            columns = [
-                add_panel(figure, margins.left + index * (wide + apart / 2), bottom, wide, tall)
-                for index in range(len(members))
-            ]
-            _draw_row(columns, panel, history, members)
-            is_last = row == len(PANELS) - 1
+        for row in range(rows):
+            bottom = margins.bottom + (rows - 1 - row) * (tall + between)
+            lefts = [margins.left + index * (wide + beside) for index in range(len(members))]
+            columns = [add_panel(figure, left, bottom, wide, tall) for left in lefts]
+            if row < len(PANELS):
+                _draw_row(columns, PANELS[row], history, members)
+            else:
+                scale = add_panel(figure, margins.left + across + 0.1, bottom, 0.1, tall)
+                _draw_powers(columns, scale, history, members)
             for axes, member in zip(columns, members, strict=True):
-                axes.tick_params(labelbottom=is_last)
-                axes.set_xlabel("optimizer steps" if is_last else "")
+                _set_steps(axes, history["fourier/power"].steps[-1], is_last=row == rows - 1)
                 if named and row == 0:
                     axes.text(1, 1.05, f"member {member}", transform=axes.transAxes, ha="right", fontsize=8)
+            for axes in columns[1:]:
+                axes.tick_params(labelleft=False)
     return figure
+
+
+def _set_steps(axes: Axes, last: int, is_last: bool) -> None:
+    """Optimizer steps along x, with numbers below the last row alone."""
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.tick_params(labelbottom=is_last)
+    axes.set_xlabel("optimizer steps" if is_last else "")
 
 
 def _draw_row(columns: Sequence[Axes], panel: Panel, history: History, members: Sequence[int]) -> None:
@@ -114,20 +125,31 @@ def _draw_row(columns: Sequence[Axes], panel: Panel, history: History, members: 
             shown = np.maximum(values[:, member], LEAST_LOSS) if panel.is_loss else values[:, member]
             axes.plot(steps, shown, color=line.colour, linewidth=1.4)
             highest = max([highest, *shown[np.isfinite(shown)]])
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     for axes in columns:
         if panel.is_loss:
             _set_decades(axes, highest)
         else:
             axes.set_ylim(-0.03, 1.03)
-    for axes in columns[1:]:
-        axes.tick_params(labelleft=False)
     columns[0].set_title(panel.title)
     beside = {"transform": columns[-1].transAxes, "va": "top", "fontsize": 7}
     for index, line in enumerate(panel.lines):
         columns[-1].text(1.04, 0.97 - 0.25 * index, line.text, color=line.colour, **beside)
+
+
+def _draw_powers(columns: Sequence[Axes], scale: Axes, history: History, members: Sequence[int]) -> None:
+    """Shares of the embedding's power as shades, a row a frequency."""
+    steps, power = history["fourier/power"].arrays()  # n M F
+    frequencies, most = np.arange(1, power.shape[2] + 1), float(np.nanmax(power[:, list(members)], initial=1e-9))
+    for axes, member in zip(columns, members, strict=True):
+        shades = axes.pcolormesh(
+            steps, frequencies, power[:, member].T, shading="nearest", cmap="Blues", vmin=0, vmax=most
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(visible=False)
+    columns[0].set_title("Power of the embedding by frequency")
+    bar = columns[0].figure.colorbar(shades, cax=scale)
+    bar.set_label("share of the power", fontsize=7)
+    bar.outline.set_visible(False)
 
 
 def _set_decades(axes: Axes, highest: float) -> None:

@@ -25,7 +25,7 @@ class Scripted(Delay):
     """A delay between numbers that are written down beforehand."""
 
     def records(self, sites):
-        return {**super().records(sites), "one": (), "two": ()}
+        return {**super().records(sites), "one": {}, "two": {}}
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:

@@ -107,3 +107,21 @@ def test_a_run_without_such_a_table_is_refused_in_one_line(task, network, messag
     with pytest.raises(ConfigError, match=message) as caught:
         train(module(task, network), 1, FourierStructure(1, 3))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_by_frequency_add_up_to_those_of_all():
+    model = train(module(), 10, FourierStructure(5, 3))
+    assert model.history.axes("fourier/power") == {"frequency": 3}
+    np.testing.assert_allclose(last(model, "power").sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.sort(last(model, "power"), 1)[:, ::-1][:, :3].sum(1), last(model, "key_share"), rtol=1e-5
+    )
+    batch = TASK.table(TASK.bank()).shared_by(2)
+    logits = model.observe(batch, ["hook_logits"])["hook_logits"][:, :, -1].double()
+    centred = logits - logits.mean(-1, keepdim=True)
+    share = np.square(last(model, "coefficient")).sum(1) / centred.square().sum((1, 2)).numpy()
+    np.testing.assert_allclose(share, last(model, "logit_share"), rtol=1e-4)
+    trained, second = TASK.examples_of("train"), torch.tensor([[False, True, False]]).expand(2, -1)
+    answers = batch.targets[0, :, 0]
+    expected = losses(excluded(logits, answers, second)[:, trained], answers[trained])
+    np.testing.assert_allclose(last(model, "loss_without")[:, 1], expected, rtol=1e-5)
