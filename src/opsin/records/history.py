@@ -254,7 +254,7 @@ class History:
 
         Args:
             metric: name of the metric, of which there may be no record.
-            step: optimizer steps finished.
+            step: optimizer steps finished when it was measured.
         """
         return metric in self._series and self._series[metric].steps[-1] == step
 
