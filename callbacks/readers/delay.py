@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from lightning.pytorch import LightningModule, Trainer
 
 from opsin.callbacks.readers.base import Reader
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, check_number
 from opsin.model.sites import SiteTable
 from opsin.records.axes import Axes
 from opsin.records.history import NEVER
@@ -36,7 +36,8 @@ class Delay(Reader):
         level: level that each is to reach from below.
 
     Raises:
-        ConfigError: the same metric twice or, when training starts, one that the run does not record.
+        ConfigError: the same metric twice, or a level that is no number; when training starts, a metric that the run
+            does not record.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Delay(Reader):
     ) -> None:
         if first == second:
             raise ConfigError("Delay.second", second, "another metric than the first")
+        check_number("Delay.level", level, "a finite number")
         self.metrics = {"first": first, "second": second}
         # one object, by which the history knows what it has answered
         self._reached = partial(_reaches, level)
