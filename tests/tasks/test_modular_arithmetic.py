@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from opsin.errors import ConfigError
+from opsin.model.mlp import MLP
+from opsin.model.transformer import Transformer
 from opsin.objective import CrossEntropy, LogCrossEntropy, least_margin
+from opsin.optimizers import SGD
 from opsin.tasks import ModularArithmetic, PermutationTable
+from opsin.training.module import OpsinModule
+from tests.helpers.toys import train
 
 FORMULAS = {
     "a + b": lambda a, b, p: a + b,
@@ -151,3 +156,18 @@ def test_the_loss_is_the_chosen_one_in_the_chosen_precision(loss, kind, in_float
     expected = math.log(5) if loss == "cross_entropy" else math.log(math.log(5))
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert [measure.name for measure in task.objective.measures_of(batch)] == ["accuracy", "margin"]
+
+
+def test_a_network_of_one_hot_inputs_learns_the_training_pairs_by_the_logarithm_of_the_loss():
+    task = ModularArithmetic(5, equals=False, loss="log_cross_entropy")
+    model = OpsinModule(task, network=MLP(width=32), optimizer=SGD(learning_rate=0.1), compile=False)
+    assert model.sites.weights["blocks.0.mlp.W_in"].shape == (10, 32)
+    train(model, 150)
+    assert model.history["train/accuracy"].values[-1][0] == 1
+    assert model.history["train/loss"].values[-1][0] < -3
+
+
+def test_a_minibatch_trains_too():
+    model = train(OpsinModule(PermutationTable(3, batch_size=6), Transformer(1, 8, 2), compile=False), 50)
+    losses = model.history["train/loss"].values.block
+    assert losses[-1] < losses[0] and model.task.time_axis.sequences == 18
