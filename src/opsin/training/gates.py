@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opsin.errors import DivergedError, IdleError, log
 from opsin.interventions.apply import Constants
+from opsin.interventions.feedback import followed_series
 from opsin.interventions.intervention import Intervention, Supply
 from opsin.interventions.plan import Plan, PlannedIntervention, PlannedRow
 from opsin.records.history import History
@@ -122,7 +123,8 @@ class GateController:
 
     def _newly_measured(self, step: int) -> bool:
         """Whether a feedback has a record of just this many steps."""
-        return any(name in self.history and self.history[name].steps[-1] == step for name in self._followed)
+        followed = (followed_series(name, self.history) for name in self._followed)
+        return any(len(series.steps) > 0 and series.steps[-1] == step for series in followed)
 
     def _announce_feedback(self, step: int) -> None:
         """Record and announce every feedback whose strength is another than at the step before."""
@@ -133,8 +135,7 @@ class GateController:
             was = before.strength if step else np.zeros(len(self.seeds))
             metric = f"feedback/{name}/strength"
             # a checkpoint saved while this step ran has its records already
-            recorded = metric in self.history and self.history[metric].steps[-1] == step
-            if recorded or (now.strength == was)[covers].all():
+            if self.history.ends_at(metric, step) or (now.strength == was)[covers].all():
                 continue
             self.history.record(metric, step, now.strength * covers)
             self.history.record(f"feedback/{name}/value", step, now.value)

@@ -117,6 +117,7 @@ def test_every_member_has_its_own_event_and_summary():
 
 def test_only_heads_that_end_above_the_threshold_have_formed():
     module, callback = tiny(), PhaseChange(head_threshold=0.3)
+    module.history.declare("induction_strength", {"layer": 2, "head": 2})
     for step in range(0, 4001, 50):
         strength = np.full((1, 2, 2), 0.01)
         strength[0, 1] = [0.9 / (1 + np.exp(-(step - 2000) / 50)), 0.4 / (1 + np.exp(-(step - 3000) / 50))]
@@ -247,12 +248,31 @@ def test_two_measures_side_by_side_have_a_delay():
 def test_the_strength_of_one_head_is_a_measure():
     module, callback = tiny(), PhaseChange(metric="induction_strength/1:0")
     callback.setup(SimpleNamespace(callbacks=[InductionHeads()]), module, "fit")
+    module.history.declare("induction_strength", {"layer": 2, "head": 2})
     for step in STEPS.tolist():
         strength = np.full((1, 2, 2), 0.01)
         strength[0, 1, 0] = 0.9 / (1 + np.exp(-(step - 2000) / 50))
         module.history.record("induction_strength", step, strength)
     callback.on_train_end(None, module)
     assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
+
+
+def test_one_neuron_of_a_position_is_a_measure():
+    class Norms:
+        def records(self, sites):
+            return {"norm": {"neuron": 3, "position": 2}}
+
+    module, callback = tiny(), PhaseChange(metric="norm/2:0")
+    callback.setup(SimpleNamespace(callbacks=[Norms()]), module, "fit")
+    module.history.declare("norm", {"neuron": 3, "position": 2})
+    for step in STEPS.tolist():
+        norm = np.full((1, 3, 2), 0.01)
+        norm[0, 2, 0] = 0.9 / (1 + np.exp(-(step - 2000) / 50))
+        module.history.record("norm", step, norm)
+    callback.on_train_end(None, module)
+    assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
+    with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'norm/3:0', expected a metric that this run"):
+        PhaseChange(metric="norm/3:0").setup(SimpleNamespace(callbacks=[Norms()]), module, "fit")
 
 
 def test_a_measure_that_is_watched_already_is_refused():
