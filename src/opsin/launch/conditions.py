@@ -27,6 +27,7 @@ from opsin.population.chunks import (
     condition_recipe,
 )
 from opsin.population.optimizers import ADAMW, optimizer_class
+from opsin.records.axes import Axes
 from opsin.records.folder import write_yaml
 from opsin.training.module import callbacks_of
 from opsin.training.monitors import nearest_metric
@@ -151,17 +152,17 @@ class ConditionBuilder:
         return {key: value for key, value in self.conditions.settings[name].items() if key not in OF_WRITERS}
 
 
-def check_compared(compare: Sequence[str], recorded: Mapping[str, tuple[int, ...]]) -> None:
+def check_compared(compare: Sequence[str], recorded: Mapping[str, Axes]) -> None:
     """Refuse to compare what runs do not record with one number a member, as a measure of another objective.
 
     Args:
         compare: names of the metrics that should be compared.
-        recorded: shape of each metric that a run records, without the axis of members, by name.
+        recorded: axes of each metric that a run records, without that of members, by name.
 
     Raises:
         ConfigError: names the metric, and the nearest that is recorded.
     """
-    numbers = [name for name, shape in recorded.items() if not shape]
+    numbers = [name for name, axes in recorded.items() if not axes]
     for name in compare:
         if name not in numbers:
             raise ConfigError("population.compare", name, nearest_metric(name, numbers))
