@@ -26,7 +26,7 @@ def tiny_sweep():
     return recipe
 
 
-def test_a_sweep_ends_after_a_kill_as_one_left_alone_with_one_table_and_one_map(tmp_path):
+def test_a_sweep_ends_after_a_kill_as_one_left_alone_with_one_table_and_one_map_and_can_be_forked(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_sweep(), sort_keys=False))
     start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
     opsin(*start, "whole", folder=tmp_path)
@@ -53,3 +53,7 @@ def test_a_sweep_ends_after_a_kill_as_one_left_alone_with_one_table_and_one_map(
     chunks = {row["condition"]: row["chunk"] for row in rows}
     assert chunks["learning_rate=0.0001 burstiness=1"] == chunks["learning_rate=0.0003 burstiness=1"]
     assert len(set(chunks.values())) == 3, "other heads and other burstinesses train apart, rates together"
+    opsin("fork", "whole", "--member", "0", "--at", "30", "--run_folder", "branch", folder=tmp_path)
+    assert json.loads((tmp_path / "branch" / "population.json").read_text())["fork"]["replay_equals_run"]
+    branch = yaml.safe_load((tmp_path / "branch" / "config.yaml").read_text())
+    assert branch["model"]["transformer"]["init_args"]["heads"] == 4
