@@ -1,8 +1,8 @@
 """The conditions of a population before it is trained: each is built as it will be, and what is alike only once.
 
 Building a run takes a fifth of a second, which a grid of a thousand conditions has not. Conditions that differ by
-hyper-parameters of the optimizer alone are one graph: the first of them is built whole, and the hyper-parameters of the
-others together, as those of the members of one run.
+hyper-parameters of the optimizer alone are one graph: the first of them is built whole, and with it a member of each
+other, as the members of one run.
 """
 
 from __future__ import annotations
@@ -68,16 +68,11 @@ class ConditionBuilder:
             groups[self._what_shapes_it(name)].append(name)
         graphs: dict[str, Hashable] = {}
         fits = []
-        for first, *more in groups.values():
-            built = self._built(first, self._recipe_of(first))
-            graphs |= dict.fromkeys((first, *more), self._graph_of(first, built))
+        for names in groups.values():
+            built = self._built_together(names)
+            graphs |= dict.fromkeys(names, self._graph_of(names[0], built))
             fits.append(members_that_fit(built.module, self.recipe["population"].get("processes") or cores()))
-            if not self._is_window(first):
-                self._check_hyper(more)
         return graphs, min(fits)
-
-    def _recipe_of(self, name: str) -> dict[str, Any]:
-        return chunk_recipe(self.recipe, self.conditions.settings, self.members[name])
 
     def _is_window(self, name: str) -> bool:
         return self.conditions.windows.get(name) is not None
@@ -129,24 +124,30 @@ class ConditionBuilder:
         parts = [self._shared_of(name), kind, optimizer.graph_settings() if kind else {}]
         return (_as_text(parts), *built.plan.other_passes())
 
-    def _check_hyper(self, names: Sequence[str]) -> None:
-        """Build conditions that differ by hyper-parameters from one that was built; one by one if one is wrong."""
-        settings = {name: self._without_writers(name) for name in names}
-        for start in range(0, len(names), BUILT_TOGETHER):
-            together = names[start : start + BUILT_TOGETHER]
-            members = [self.members[name][0] for name in together]
-            error = self._error_of(together[0], chunk_recipe(self.recipe, settings, members))
-            if error is not None:
-                for name in together:
-                    self._built(name, self._recipe_of(name))
-                raise error
+    def _built_together(self, names: Sequence[str]) -> BuiltRun:
+        """The run of the first of some conditions that are alike, with a member of each other; of windows that alone.
 
-    def _error_of(self, name: str, recipe: Mapping[str, Any]) -> ConfigError | None:
+        Where one is wrong they are built one by one, so that the error names it.
+        """
+        first, *more = names[:1] if self._is_window(names[0]) else names
+        settings = {name: self._without_writers(name) for name in more} | {first: self.conditions.settings[first]}
+        runs = []
+        for start in range(0, max(len(more), 1), BUILT_TOGETHER):
+            together = more[start : start + BUILT_TOGETHER]
+            members = [*self.members[first], *(self.members[name][0] for name in together)]
+            run = self._run_or_error(first, chunk_recipe(self.recipe, settings, members))
+            if isinstance(run, ConfigError):
+                for name in (first, *together):
+                    self._built(name, chunk_recipe(self.recipe, self.conditions.settings, self.members[name]))
+                raise run
+            runs.append(run)
+        return runs[0]
+
+    def _run_or_error(self, name: str, recipe: Mapping[str, Any]) -> BuiltRun | ConfigError:
         try:
-            self._built(name, recipe)
+            return self._built(name, recipe)
         except ConfigError as error:
             return error
-        return None
 
     def _without_writers(self, name: str) -> dict[str, Any]:
         return {key: value for key, value in self.conditions.settings[name].items() if key not in OF_WRITERS}
