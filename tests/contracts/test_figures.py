@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from opsin.objective import LossScale
 from opsin.reports.population import finish_population, population_report
 from tests.contracts.figures import Drawn, collected, figure_functions
 from tests.contracts.house import report
+from tests.contracts.readers import TASKS
 from tests.helpers.populations import record, write_population
 
 SLACK = 1.0
@@ -24,8 +26,8 @@ SLACK = 1.0
 
 
 @pytest.fixture(scope="module")
-def drawn(read, tmp_path_factory) -> Drawn:
-    """Figures of a run with every reader, of a population, and of one with windows, by their functions."""
+def drawn(runs, tmp_path_factory) -> Drawn:
+    """Figures of a run of every task with its readers, of a population, and of one with windows, by their functions."""
     folder = tmp_path_factory.mktemp("populations")
     names = ("none", "copy", "a condition with quite a long name")
     members = [(name, seed) for name in names for seed in range(2)]
@@ -33,9 +35,11 @@ def drawn(read, tmp_path_factory) -> Drawn:
     grid = {"none": None, "copy": {"start": 0, "length": 2000}, names[2]: {"start": 4000, "length": 2000}}
     with collected() as found:
         for windows in (None, grid):
-            path = write_population(folder / str(windows is None), members, records, grid=windows)
+            compare = {"algorithm/change": [range(6), [math.nan] * 6]}
+            path = write_population(folder / str(windows is None), members, records, grid=windows, compare=compare)
             assert population_report(finish_population(path), path, LossScale("nats", 0.0))
-    return {name: [*read.drawn[name], *figures] for name, figures in found.items()}
+    of_runs = [runs.read(task).drawn for task in TASKS]
+    return {name: [*(figure for run in of_runs for figure in run[name]), *figures] for name, figures in found.items()}
 
 
 def test_some_function_draws_a_figure():
