@@ -15,6 +15,7 @@ from opsin.callbacks.readers.base import ProbeReader, Requirement, needs_neurons
 from opsin.errors import ConfigError
 from opsin.metrics.activity import always_on, by_position, by_tokens, dead
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Batch
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation
@@ -86,9 +87,9 @@ class ActivationSparsity(ProbeReader):
     def _lacking_rows(self, module: OpsinModule) -> str | None:
         return None if self.sites(module.sites) else f"a {type(module.network).__name__}"
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
         layers = [sites[site].layer for site in self.sites(sites)]
-        return {f"neurons/{layer}/{kind}": () for layer in layers for kind in self.kinds}
+        return {f"neurons/{layer}/{kind}": {} for layer in layers for kind in self.kinds}
 
     def measure(self, seen: Observation) -> None:
         counts = {}

@@ -11,10 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsin.callbacks.readers.base import Requirement, check_count
-from opsin.callbacks.readers.heads import HeadTracker, pattern_sites
+from opsin.callbacks.readers.heads import HeadTracker, head_axes, pattern_sites
 from opsin.callbacks.readers.last_layer import last_layer_sites
 from opsin.metrics.heads import attention_sink, with_attention_sunk
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Batch, Truth
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation
@@ -67,9 +68,8 @@ class AttentionSinks(HeadTracker):
 
         return [Requirement("AttentionSinks.effect_every", lacking, "null: this model has no MLP")]
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        shape = (sites.layers, sites.size("H"))
-        return super().records(sites) | ({} if self.effect_every is None else {SINK_EFFECT: shape})
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return super().records(sites) | ({} if self.effect_every is None else {SINK_EFFECT: head_axes(sites)})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         table = self._module.sites

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import Observation
@@ -64,11 +65,17 @@ class Reader(Callback):
         """What it needs beside activations, with its settings as they are."""
         return []
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Metrics it records, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        """Metrics it records, and the axes of one member's values.
+
+        Returns:
+            Name to size of every axis, in the order of the values: ``{}`` for one number a member,
+            ``{"layer": 2, "head": 8}`` for heads. ``neuron``, ``position``, ``frequency``, ``feature``, ``class`` and
+            any other name in lower case become columns of ``metrics.csv``.
+        """
         return {}
 
-    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+    def task_records(self, task: Task) -> dict[str, Axes]:
         """Further metrics, which depend on the task: its objective's measures, its references."""
         return {}
 

@@ -26,6 +26,7 @@ from opsin.metrics.calibration import (
     mean_loss,
 )
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import EXACT, Batch, Task
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
@@ -97,16 +98,16 @@ class Calibration(ProbeReader):
         halves = Requirement("model.probe_size", lacking, "at least 2, to fit on one half and measure on one")
         return [needs_classes("Calibration"), halves]
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
         names = [f"calibration/{name}" for name in PROBE_METRICS]
         for name in ("none", *self.fit) if self.fit else ():
             names += [f"calibration/{name}/ece", f"calibration/{name}/loss"]
         names += [f"calibration/{name}/temperature" for name in self.fit if name != "vector"]
         names += ["calibration/neural_clamping/perturbation"] if "neural_clamping" in self.fit else []
-        return dict.fromkeys(names, ())
+        return {name: {} for name in names}
 
-    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
-        return {"calibration/exact_entropy": ()} if EXACT in task.references() else {}
+    def task_records(self, task: Task) -> dict[str, Axes]:
+        return {"calibration/exact_entropy": {}} if EXACT in task.references() else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exact_entropy: Tensor | None = None

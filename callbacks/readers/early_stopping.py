@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin.callbacks.readers.base import check_count
 from opsin.errors import ConfigError
-from opsin.interventions.feedback import PER_HEAD, Feedback
+from opsin.interventions.feedback import PER_HEAD, Feedback, followed_series
 from opsin.records.schema import FINISHED_EARLY, TRAIN_LOSS
 from opsin.training.module import OpsinModule, callbacks_of, opsin_module
 from opsin.training.observers import recorded_metrics
@@ -28,7 +28,8 @@ class StopWhen(Callback):
     summary; when all have ended the run ends. It is looked at after every Lightning batch.
 
     Args:
-        metric: metric that decides, as in ``metrics.csv``: ``train/loss``, ``val/SET/loss``, ``induction_strength``.
+        metric: metric that decides, as in ``metrics.csv``: ``train/loss``, ``val/SET/loss``, ``induction_strength``;
+            ``METRIC/I:J`` for one number of a metric with further axes.
         head: ``"layer:head"`` for a metric with one value per head.
         above: level that the value must exceed; exactly one of ``above`` and ``below`` is given.
         below: level that the value must be less than.
@@ -87,9 +88,7 @@ class StopWhen(Callback):
 
     def _holds(self, module: OpsinModule) -> Bool[np.ndarray, " M"]:
         """Which members' last records all fulfil the condition."""
-        if self.condition.metric not in module.history:
-            return np.zeros(module.n_members, dtype=bool)
-        values = module.history[self.condition.metric].values
+        values = followed_series(self.condition.metric, module.history).values
         if len(values) < self.in_a_row:
             return np.zeros(module.n_members, dtype=bool)
         return np.all([self.condition.holds(record) for record in islice(reversed(values), self.in_a_row)], axis=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from opsin.callbacks.readers.base import ProbeReader, Requirement, needs_labels
 from opsin.metrics.heads import induction_strength, previous_token_strength
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Truth
 from opsin.training.observers import Observation
 
@@ -21,6 +22,11 @@ from opsin.training.observers import Observation
 def pattern_sites(table: SiteTable) -> list[str]:
     """The attention pattern of every layer; that of a first one too where there are none, which refuses the run."""
     return [f"blocks.{layer}.attn.hook_pattern" for layer in range(max(1, table.layers))]
+
+
+def head_axes(table: SiteTable) -> Axes:
+    """The axes of what has one number a head."""
+    return {"layer": table.layers, "head": table.size("H")}
 
 
 class HeadTracker(ProbeReader):
@@ -44,8 +50,8 @@ class HeadTracker(ProbeReader):
     def requirements(self) -> list[Requirement]:
         return [needs_labels(type(self).__name__)]
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {self.metric: (sites.layers, sites.size("H"))}
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return {self.metric: head_axes(sites)}
 
     def measure(self, seen: Observation) -> None:
         patterns = [seen.activations[site] for site in pattern_sites(self._module.sites)]

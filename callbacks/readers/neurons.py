@@ -31,6 +31,7 @@ from opsin.metrics.cusum import Watch, watch
 from opsin.metrics.mean_ablation import Effect, Mediator, candidates, control_level, finite_unigram
 from opsin.metrics.neuron_weights import NullShare, logit_var, null_share, weight_norm
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.records.folder import write_atomically
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event, Observation
@@ -129,8 +130,8 @@ class NeuronTracker(ProbeReader):
     def requirements(self) -> list[Requirement]:
         return needs_read_out(type(self).__name__)
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {f"{self.name}/{number}": () for number in self.numbers}
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return {f"{self.name}/{number}": {} for number in self.numbers}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

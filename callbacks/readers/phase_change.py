@@ -20,7 +20,8 @@ from opsin.interventions.selection import check_share
 from opsin.metrics.cusum import Watch, watch
 from opsin.metrics.onset import Direction, Transition, find_transition
 from opsin.metrics.phase_change import CHANGE_SHARE, LEAVING_SHARE, CurveReading, read_curve, stayed
-from opsin.records.schema import TRAIN_LOSS, number_name
+from opsin.records.axes import find_number, number_names
+from opsin.records.schema import TRAIN_LOSS
 from opsin.task import Task
 from opsin.training.module import OpsinModule, callbacks_of
 from opsin.training.monitors import nearest_metric
@@ -47,9 +48,9 @@ class WatchedMeasure:
     """A recorded number in whose curve a change is looked for.
 
     Args:
-        name: metric as in ``metrics.csv``, with ``/LAYER:HEAD`` after that of a head.
-        metric: name of the metric without the head.
-        index: layer and head; empty for a metric with one number a member.
+        name: metric as in ``metrics.csv``, with ``/LAYER:HEAD`` after that of a head, ``/I:J`` by whatever axes it has.
+        metric: name of the metric without the index.
+        index: layer and head, or the index along other axes; empty for a metric with one number a member.
         direction: sign of the change; None for either.
         level: level that the curve should leave, in its unit; None leaves it to the curve.
         best: level of a complete change; None where none is known.
@@ -132,7 +133,8 @@ class PhaseChange(Reader):
     - ``evaluations``: last value of every metric of each evaluation set.
 
     Args:
-        metric: measure in which the change is looked for, as in ``metrics.csv``; ``METRIC/LAYER:HEAD`` for a head.
+        metric: measure in which the change is looked for, as in ``metrics.csv``; ``METRIC/LAYER:HEAD`` for a head,
+            ``METRIC/I:J`` for one number of a metric with other axes.
         plateau: level before the change, in the measure's unit; None takes the task's best strategy without look-up.
         head_threshold: final induction strength from which a head counts as formed.
         direction: whether ``metric`` falls or rises; None takes that in which the objective's measures improve, and
@@ -190,16 +192,16 @@ class PhaseChange(Reader):
         self._measures = self._watched(module)
 
     def _watched(self, module: OpsinModule) -> list[WatchedMeasure]:
-        shapes = recorded_metrics(self._callbacks, module.sites, module.task, validates=True)
-        numbers = {number_name(name, i): (name, i) for name, shape in shapes.items() for i in np.ndindex(shape)}
+        recorded = recorded_metrics(self._callbacks, module.sites, module.task, validates=True)
         found = []
         for name in (self.metric, *self.beside):
-            if name not in numbers:
+            number = find_number(name, recorded)
+            if number is None:
                 field = "metric" if name == self.metric else "beside"
-                raise ConfigError(f"PhaseChange.{field}", name, nearest_metric(name, list(numbers)))
+                raise ConfigError(f"PhaseChange.{field}", name, nearest_metric(name, number_names(recorded)))
             main = name == self.metric
             chosen = (self.plateau, self.direction) if main else (None, None)
-            found.append(_measure(module.task, name, *numbers[name], *chosen))
+            found.append(_measure(module.task, name, *number, *chosen))
         return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

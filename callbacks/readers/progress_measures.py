@@ -18,6 +18,7 @@ from opsin.interventions.build_plan import Writer
 from opsin.metrics.onset import find_transition
 from opsin.metrics.phase_change import CHANGE_SHARE
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.records.schema import BASE_LINE, TRAIN_LOSS
 from opsin.task import Task
 from opsin.training.objective import step_metrics
@@ -66,12 +67,12 @@ class ProgressMeasures(ProbeReader):
             raise ConfigError(SETS_FIELD, measures, "at least one name with a list of writers")
         self.measures = {name: _writers_of_set(name, callbacks) for name, callbacks in measures.items()}
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        return {_loss_metric(name): () for name in (BASE_LINE, *self.measures)}
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        return {_loss_metric(name): {} for name in (BASE_LINE, *self.measures)}
 
-    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
+    def task_records(self, task: Task) -> dict[str, Axes]:
         measured = [metric.removeprefix("train/") for metric in step_metrics(task)[1:-1]]
-        return {f"progress/{name}/{measure}": () for name in (BASE_LINE, *self.measures) for measure in measured}
+        return {f"progress/{name}/{measure}": {} for name in (BASE_LINE, *self.measures) for measure in measured}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

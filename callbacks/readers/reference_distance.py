@@ -14,6 +14,7 @@ from opsin.callbacks.readers.base import ProbeReader, Requirement
 from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
 from opsin.objective import entry_mean
+from opsin.records.axes import Axes
 from opsin.task import Task
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
@@ -77,8 +78,8 @@ class ReferenceDistance(ProbeReader):
                 expected = f"{shape}, one output of a model for every scored position"
                 raise ConfigError(f"{type(task).__name__}.references.{name}", f"shape {found}", expected)
 
-    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
-        return {_metric(task, name): () for name in self._names(task)}
+    def task_records(self, task: Task) -> dict[str, Axes]:
+        return {_metric(task, name): {} for name in self._names(task)}
 
     def _names(self, task: Task) -> list[str]:
         return list(task.references()) if self.references is None else self.references

@@ -24,7 +24,7 @@ from opsin.errors import ConfigError, log
 from opsin.figures.attention import attention_figure, position_names
 from opsin.figures.style import PICTURED_MEMBERS, as_image
 from opsin.metrics.heads import induction_strength
-from opsin.records.schema import number_name
+from opsin.records.axes import Axes, logged_numbers
 from opsin.training.module import callbacks_of
 from opsin.training.observers import Event, Pictured
 
@@ -41,7 +41,8 @@ class WeightsAndBiases(Reader):
     Read-only: the weights are the same with and without it.
 
     Keys are those of ``metrics.csv``, ``METRIC/LAYER:HEAD`` for a head and ``METRIC/max`` for the
-    strongest. Pictures are ``attention``, and those of other callbacks under their names. Every member of
+    strongest; of a metric with more than 64 other numbers, as of neurons or positions, ``METRIC/max`` and
+    ``METRIC/mean`` alone. Pictures are ``attention``, and those of other callbacks under their names. Every member of
     several is a run of its own, with its own settings (but a sweep's agent has one run, which receives member 0 or the
     summary of the population); those of a population are called ``CONDITION seed N`` and
     tagged with both, and a run of job type ``summary`` joins them when the population ends.
@@ -150,7 +151,7 @@ class WeightsAndBiases(Reader):
             series, read = history[metric], self._records_read.get(metric, 0)
             for step, values in zip(series.steps[read:], series.values[read:], strict=True):
                 for run, member_values in zip(self._runs, values, strict=False):
-                    run.add(step, scalars(metric, member_values))
+                    run.add(step, scalars(metric, history.axes(metric), member_values))
             self._records_read[metric] = len(series.steps)
 
     def _draw(self, step: int, members: Iterable[int]) -> None:
@@ -238,9 +239,13 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def scalars(metric: str, values: np.ndarray) -> dict[str, float]:
-    """One member's ``[]`` or ``[layers, heads]`` as one number per key: ``train/loss``, ``induction_strength/1:3``."""
-    numbers = {number_name(metric, index): float(values[index]) for index in np.ndindex(values.shape)}
-    if values.ndim:
-        numbers[f"{metric}/max"] = float(values.max())
-    return numbers
+def scalars(metric: str, axes: Axes, values: np.ndarray) -> dict[str, float]:
+    """One member's values as one number per key (``train/loss``, ``induction_strength/1:3``), and the largest of many.
+
+    Args:
+        metric: name of the metric.
+        axes: axes of the values, name to size.
+        values: values of the member, with these axes.
+    """
+    largest = {f"{metric}/max": float(values.max())} if values.ndim else {}
+    return largest | logged_numbers(metric, axes, values)

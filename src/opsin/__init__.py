@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from opsin.model.transformer import Transformer
     from opsin.objective import BinaryCrossEntropy, CrossEntropy, LogCrossEntropy, Measure, Objective, SquaredError
     from opsin.optimizers.base import Optimizer
+    from opsin.records.axes import Axes
     from opsin.records.history import History
     from opsin.task import Reference, Task
     from opsin.tasks.shared.next_token import NextToken
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 LAZY_NAMES = {
     "ActivationWriter": "opsin.callbacks.writers.base",
     "AssociativeMemory": "opsin.model.associative_memory",
+    "Axes": "opsin.records.axes",
     "Batch": "opsin.batch",
     "BinaryCrossEntropy": "opsin.objective",
     "BirthTransformer": "opsin.model.birth",
@@ -82,6 +84,7 @@ __all__ = [
     "MLP",
     "ActivationWriter",
     "AssociativeMemory",
+    "Axes",
     "Batch",
     "BinaryCrossEntropy",
     "BirthTransformer",

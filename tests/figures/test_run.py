@@ -22,6 +22,7 @@ ONSET = {"value": 32_000.0, "low": 30_000.0, "high": 34_000.0}
 
 def history(members: int = 1, heads: bool = True, held_out: bool = True) -> History:
     recorded = History(batch_size=32)
+    recorded.declare("induction_strength", {"layer": 2, "head": 3})
     for step in range(0, 2001, 50):
         rise = 1 / (1 + np.exp(-(step - 1000) / 80))
         if heads:

@@ -20,6 +20,7 @@ def history(**metrics):
     found = History(4)
     for name, records in metrics.items():
         for step, values in records.items():
+            found.declare(name, dict(zip(("layer", "head"), np.shape(values)[1:], strict=False)))
             found.record(name, step, np.atleast_1d(np.array(values, dtype=np.float64)))
     return found
 

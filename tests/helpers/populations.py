@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from opsin.records.folder import RunFolder
-from opsin.records.history import History, tidy_rows
+from opsin.records.history import History
+from opsin.records.table import tidy_rows
 
 PLATEAU, BATCH = 0.7, 10
 NONE = {"onset": None, "midpoint": None, "end": None}
@@ -88,6 +89,7 @@ def write_population(
     for number, held in enumerate(chunks):
         folder = RunFolder(path / "chunks" / f"{number:02d}")
         history = History(BATCH)
+        history.declare("induction_strength", {"layer": 2, "head": 2})
         shapes = losses or [fall(onset_of(row)) for row in records]
         values = np.stack([shapes[member](x * BATCH) for member in held], 1)
         for step, value in zip(x.tolist(), values, strict=True):

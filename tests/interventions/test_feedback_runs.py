@@ -21,7 +21,7 @@ class Wave(pl.Callback):
         self.every = every
 
     def records(self, sites):
-        return {"wave": ()}
+        return {"wave": {}}
 
     def on_fit_start(self, trainer, pl_module):
         self.module = opsin_module(pl_module)
@@ -102,7 +102,7 @@ def test_what_is_in_force_before_anything_is_measured_is_recorded_as_such():
 def test_a_head_that_gives_way_to_a_stronger_one_is_told_of():
     class Turns(Wave):
         def records(self, sites):
-            return {"turns": (2, 2)}
+            return {"turns": {"layer": 2, "head": 2}}
 
         def note(self, seen):
             values = torch.full((1, 2, 2), 0.5)

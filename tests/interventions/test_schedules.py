@@ -141,8 +141,15 @@ def planned(schedule, batch_size):
     return plan, owns
 
 
-def history_of(recorded, batch_size, until=STEPS):
+def with_heads(batch_size):
+    """An empty history of a run with one value a head."""
     history = History(batch_size)
+    history.declare("strength", {"layer": 2, "head": 2})
+    return history
+
+
+def history_of(recorded, batch_size, until=STEPS):
+    history = with_heads(batch_size)
     for step, metric, values in recorded:
         if step <= until:
             history.record(metric, step, values)
@@ -164,10 +171,10 @@ def test_feedback_multiplies_the_window_by_what_it_says_of_the_records_so_far(sc
 def test_a_run_that_is_resumed_has_the_strengths_of_one_that_is_not(schedule, recorded, resumed_at):
     plan, _ = planned(schedule, 1)
     whole = plan.gates(0, STEPS, MEMBERS, history_of(recorded, 1))
-    history, gates = History(1), []
+    history, gates = with_heads(1), []
     for step in range(STEPS):
         if step == resumed_at:
-            saved, history = history.state_dict(), History(1)
+            saved, history = history.state_dict(), with_heads(1)
             history.load_state_dict(saved)
         # as in a run: what is measured after so many steps is there before the next, and not earlier
         for at, metric, values in recorded:

@@ -59,7 +59,7 @@ class SizeOfSum(ProbeReader):
         return ["bag.hook_sum"]
 
     def records(self, sites):
-        return {"size_of_sum": ()}
+        return {"size_of_sum": {}}
 
     def measure(self, seen):
         size = seen.activations["bag.hook_sum"].abs().flatten(1).amax(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,9 @@ from opsin.metrics.compare import bootstrap_interval, mean_interval
 from opsin.objective import LogCrossEntropy, LossScale, SquaredError
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
+from opsin.records.folder import RunFolder
+from opsin.records.history import History
+from opsin.records.table import history_from_table
 from opsin.reports.population import finish_population, population_report
 from tests.helpers.populations import PLATEAU, fall, nan_after, onset_of, record, write_population
 
@@ -208,6 +213,31 @@ def concatenated(path) -> pd.DataFrame:
 def test_the_merged_table_is_what_pandas_would_concatenate(tables):
     tables(per_chunk=4, losses=[nan_after(fall(6000.0), 3000), *[fall(5000.0)] * 5])
     pd.testing.assert_frame_equal(pd.read_csv(tables.path / "metrics.csv"), concatenated(tables.path))
+
+
+def with_norms(folder: Path, axis: str) -> None:
+    """Give a chunk's table a column for an axis, and a metric of two numbers a member that has it."""
+    table = folder / "metrics.csv"
+    mark = {"bytes": table.stat().st_size, "sha256": hashlib.sha256(table.read_bytes()).hexdigest()}
+    history = History(10)
+    history.load_state_dict(history_from_table(table, mark["bytes"], mark["sha256"]))
+    history.declare("norm", {axis: 2})
+    members = len(history["train/loss"].values[0])
+    history.record("norm", 2000, np.arange(members * 2.0).reshape(members, 2))
+    history.keep_in(RunFolder(folder))
+
+
+def test_chunks_with_different_axes_become_one_table_with_the_columns_of_all(tables):
+    tables(per_chunk=2)
+    with_norms(tables.path / "chunks/02", "position")
+    with_norms(tables.path / "chunks/01", "concept")
+    merge_metrics(read_population(tables.path))
+    merged = pd.read_csv(tables.path / "metrics.csv")
+    assert [*merged.columns[3:]] == ["member", "layer", "head", "position", "concept", "value"]
+    pd.testing.assert_frame_equal(merged, concatenated(tables.path)[merged.columns])
+    norms = merged[merged.metric == "norm"].set_index("member").sort_index()
+    assert norms.value.tolist() == [0, 1, 2, 3] * 2 and norms.index.tolist() == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert norms.concept.dropna().tolist() == norms.position.dropna().tolist() == [0, 1, 0, 1]
 
 
 def test_the_half_line_of_a_killed_chunk_is_dropped(tables):

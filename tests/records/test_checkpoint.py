@@ -287,6 +287,7 @@ def test_every_checkpoint_and_snapshot_knows_its_run_its_step_and_its_members(ru
 
 def test_the_size_of_a_checkpoint_does_not_grow_over_twenty_thousand_recorded_steps(tmp_path):
     history, sizes = History(4), {}
+    history.declare("heads", {"layer": 2, "head": 2})
     history.keep_in(RunFolder(tmp_path))
     for step in range(1, 20_001):
         history.record("train/loss", step, np.full(2, step, np.float32))

@@ -11,14 +11,16 @@ import torch
 
 from opsin.errors import ConfigError
 from opsin.records.folder import RunFolder, write_atomically
-from opsin.records.history import History, history_from_table, tidy_rows
+from opsin.records.history import History, Record
 from opsin.records.schema import METRICS_COLUMNS
+from opsin.records.table import history_from_table, tidy_rows
 
 
 def recorded(final=20):
     """Two metrics of two members, one of them per head (2 layers, 3 heads)."""
     generator = torch.Generator().manual_seed(0)
     history = History(batch_size=32)
+    history.declare("heads/induction", {"layer": 2, "head": 3})
     for step in range(10, final + 1, 10):
         history.record("train/loss", step, torch.rand(2, generator=generator))
         history.record("heads/induction", step, torch.rand(2, 2, 3, generator=generator).numpy())
@@ -117,7 +119,7 @@ def test_pandas_reads_the_table_in_one_line_with_exact_values(tmp_path):
 def test_numbers_that_are_none_are_written_as_such(tmp_path):
     folder = RunFolder(tmp_path)
     folder.start_metrics()
-    folder.append_metrics([(1, "loss", np.array([np.nan, np.inf, -np.inf], np.float32))], 1)
+    folder.append_metrics([Record(1, "loss", np.array([np.nan, np.inf, -np.inf], np.float32))], 1)
     assert pd.read_csv(folder.metrics).value.tolist() == pytest.approx([np.nan, np.inf, -np.inf], nan_ok=True)
 
 
@@ -171,6 +173,8 @@ def test_a_write_that_fails_keeps_the_old_content(tmp_path, content, error):
 def awkward():
     """Records that a table could lose: extreme numbers, twice one metric at one step, metrics of every shape."""
     history = History(batch_size=7)
+    history.declare("a/head", {"layer": 3, "head": 5})
+    history.declare("a/layer", {"layer": 3})
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 2**32, 600, dtype=np.uint32).view(np.float32)
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4028235e38, 0.1, 1 / 3], np.float32)
@@ -190,11 +194,16 @@ def test_a_history_comes_back_from_its_table_to_the_bit(tmp_path):
     mark = folder.mark()
     back = History(7)
     back.load_state_dict(history_from_table(folder.metrics, mark["bytes"], mark["sha256"]))
-    for (step, name, values), (step_again, name_again, again) in zip(history.records(), back.records(), strict=True):
-        assert (step, name, values.shape) == (step_again, name_again, again.shape)
-        assert values.tobytes() == again.tobytes() or np.isnan(values).any()
-        assert np.array_equal(values, again, equal_nan=True)
-    assert back.names() == history.names()
+    assert same_records(history, back) and back.names() == history.names()
+
+
+def same_records(history, other):
+    """Whether two histories have the same numbers of the same axes, to the bit, in the same order."""
+    for record, again in zip(history.records(), other.records(), strict=True):
+        assert (record.step, record.metric, record.axes) == (again.step, again.metric, again.axes)
+        assert np.array_equal(record.values, again.values, equal_nan=True)
+        assert record.values.tobytes() == again.values.tobytes() or np.isnan(record.values).any()
+    return True
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b.replace(b"a/head", b"a/heap", 1), lambda b: b""])
@@ -263,12 +272,62 @@ def test_a_table_on_a_full_disk_stays_as_long_as_it_was(tmp_path, monkeypatch):
     assert folder.metrics.read_bytes().startswith(before + b"30,")
 
 
-@pytest.mark.parametrize("shape", [(), (2, 2, 3, 4), (2, 0)], ids=["no member", "an axis nobody declared", "empty"])
-def test_values_that_no_row_could_hold_are_refused_in_one_line(shape):
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), "an axis of the members, and those declared: neuron (4), position (3)"),
+        ((2, 4, 3, 5), "an axis of the members, and those declared: neuron (4), position (3)"),
+        ((2, 4), "an axis of the members, and those declared: neuron (4), position (3)"),
+        ((2, 3, 4), "an axis of the members, and those declared: neuron (4), position (3)"),
+        ((0, 4, 3), "an axis of the members, and those declared: neuron (4), position (3)"),
+    ],
+)
+def test_values_of_another_shape_than_was_declared_are_refused_in_one_line(shape, expected):
     history = History(batch_size=32)
-    with pytest.raises(ConfigError, match=r"metric neurons: got 'values of shape .*', expected 1 to 3 axes") as refused:
-        history.record("neurons", 10, np.zeros(shape))
-    assert len(str(refused.value).splitlines()) == 1 and history.names() == []
+    history.declare("norm", {"neuron": 4, "position": 3})
+    with pytest.raises(ConfigError) as refused:
+        history.record("norm", 10, np.zeros(shape))
+    assert str(refused.value) == f"metric norm: got 'values of shape {shape}', expected {expected}"
+    assert history.names() == []
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 8), (2, 1, 1, 1, 1)])
+def test_axes_that_nobody_declared_are_refused_in_one_line(shape):
+    history = History(batch_size=32)
+    with pytest.raises(
+        ConfigError, match=r"^metric x: got 'values of shape .*', expected one number a member, \(M,\): "
+    ):
+        history.record("x", 10, np.zeros(shape))
+    history.record("x", 10, np.zeros(2))
+    assert history.axes("x") == {}
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ((2, 8), "axes of metric x: got (2, 8), expected sizes by name, as in {'layer': 2, 'head': 8}, {} for none"),
+        ({"Layer": 2}, "metric x, name of an axis: got 'Layer', expected lower-case letters, digits and underscores"),
+        ({"a,b": 2}, "metric x, name of an axis: got 'a,b'"),
+        ({"member": 2}, "metric x, name of an axis: got 'member'"),
+        ({"value": 2}, "metric x, name of an axis: got 'value'"),
+        ({"neuron": 0}, "metric x, size of axis neuron: got 0, expected a whole number from 1 on"),
+        ({"neuron": 1.5}, "metric x, size of axis neuron: got 1.5"),
+    ],
+)
+def test_axes_that_could_not_be_columns_are_refused_in_one_line(axes, message):
+    with pytest.raises(ConfigError) as refused:
+        History(batch_size=32).declare("x", axes)
+    assert str(refused.value).startswith(message) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_metric_keeps_the_axes_that_it_was_declared_with():
+    history = recorded()
+    history.declare("heads/induction", {"layer": 2, "head": 3})
+    for axes in ({"head": 3, "layer": 2}, {"layer": 2, "head": 4}, {"neuron": 6}, {}):
+        with pytest.raises(
+            ConfigError, match=r"^axes of metric heads/induction: .* expected layer \(2\), head \(3\), as"
+        ):
+            history.declare("heads/induction", axes)
 
 
 def test_a_metric_keeps_the_shape_of_its_first_record():

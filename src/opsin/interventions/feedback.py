@@ -18,12 +18,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from opsin.errors import ConfigError
+from opsin.records.axes import Axes, find_number, sizes_in_words, split_number
 from opsin.records.history import History, Series
+from opsin.records.schema import ROW_AXES, number_name
 
 T = TypeVar("T", bound=Any)
 Mode = Literal["while", "start", "stop", "scale"]
 PER_HEAD = ("own", "strongest")
 HEAD = re.compile(r"\d+:\d+")
+HEAD_AXES = ROW_AXES[1:]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Feedback:
 
     Args:
         metric: what is read, named as in ``metrics.csv``: ``induction_strength``, ``train/loss``,
-            ``val/SET/loss`` or anything else that the run records.
+            ``val/SET/loss`` or anything else that the run records; ``METRIC/I:J`` for one number of a metric with
+            further axes, by its indices.
         head: for a metric with one value per head: ``"layer:head"`` reads that head; ``own`` lets every
             head that the writer acts on follow its own value; ``strongest`` acts, among the heads that
             the writer acts on, on none but the one whose value is the largest in the same record (the
@@ -134,24 +138,32 @@ class Feedback:
     def _sign(self) -> int:
         return -1 if self.above is None else 1
 
-    def check(self, writer: str, recorded: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, writer: str, recorded: Mapping[str, Axes]) -> None:
         """Refuse what the run does not measure.
 
         Args:
             writer: name of the callback, for messages.
-            recorded: metrics of the run, and the shape of one member's values.
+            recorded: metrics of the run, and the axes of one member's values.
 
         Raises:
-            ConfigError: an unknown metric, a head for a metric that has none or the reverse, or no such head.
+            ConfigError: an unknown metric, a head for a metric that has none or the reverse, or no such head or index.
         """
         name = f"{writer}.schedule.feedback"
-        if self.metric not in recorded:
-            raise ConfigError(f"{name}.metric", self.metric, f"what this run records: {', '.join(recorded)}")
-        shape = recorded[self.metric]
-        if not shape and self.head is not None:
-            raise ConfigError(f"{name}.head", self._head_as_written, f"null: {self.metric} has one value per member")
-        if not shape:
+        if find_number(self.metric, recorded) is not None:
+            if self.head is not None:
+                expected = f"null: {self.metric} has one value per member"
+                raise ConfigError(f"{name}.head", self._head_as_written, expected)
             return
+        metric = self.metric if self.metric in recorded else split_number(self.metric)[0]
+        if metric not in recorded:
+            raise ConfigError(f"{name}.metric", self.metric, f"what this run records: {', '.join(recorded)}")
+        if self.metric not in recorded or tuple(recorded[metric]) != HEAD_AXES:
+            axes = recorded[metric]
+            expected = f"{number_name(metric, (0,) * len(axes))} or so: one number by its {sizes_in_words(axes)}"
+            raise ConfigError(f"{name}.metric", self.metric, expected if axes else f"{metric}, one value per member")
+        self._check_head(name, tuple(recorded[metric].values()))
+
+    def _check_head(self, name: str, shape: tuple[int, ...]) -> None:
         expected = f"layer:head with layer 0 to {shape[0] - 1} and head 0 to {shape[1] - 1}, own or strongest"
         if self.head is None or (self.head in PER_HEAD and not isinstance(self, HeadFeedback)):
             raise ConfigError(f"{name}.head", self.head, f"{expected}; the latter two where heads are selected")
@@ -162,7 +174,7 @@ class Feedback:
 
     def strengths(self, first: int, count: int, members: int, history: History) -> Float[np.ndarray, "S M"]:
         """Strength at steps ``first .. first + count - 1``, from the records that the history holds now."""
-        series = history[self.metric] if self.metric in history else Series()
+        series = followed_series(self.metric, history)
         begin, end = (bisect_right(series.steps, step) for step in (first, first + count - 1))
         strengths = np.tile(self._strength(series, begin - 1, members), (count, 1))
         for index in range(begin, end):
@@ -171,7 +183,7 @@ class Feedback:
 
     def reading(self, step: int, members: int, history: History) -> Reading:
         """Strength at one step, and what it follows from."""
-        series = history[self.metric] if self.metric in history else Series()
+        series = followed_series(self.metric, history)
         index = bisect_right(series.steps, step) - 1
         strength = self._strength(series, index, members)
         if index < 0:
@@ -201,12 +213,14 @@ class Feedback:
         return self._chosen(values) & (self._sign * (self._value(values) - self.level) > 0)
 
     def _value(self, values: Float[np.ndarray, "M ..."]) -> Float[np.ndarray, " M"]:
-        at = () if self._at is None else self._at
-        return values[(slice(None), *at)].astype(np.float64)
+        # a metric with one number a member may be called as if it were one of many
+        index: tuple[Any, ...] = (slice(None), *self._index[: values.ndim - 1])
+        return values[index].astype(np.float64)
 
     @cached_property
-    def _at(self) -> tuple[int, int] | None:
-        return None if self.head is None else _pair(self.head)
+    def _index(self) -> tuple[int, ...]:
+        """Index of the number that is read among those of a member."""
+        return split_number(self.metric)[1] if self.head is None else _pair(self.head)
 
     def _chosen(self, values: Float[np.ndarray, "M ..."]) -> Bool[np.ndarray, " M"]:
         """In which members this head is the one that may act."""
@@ -252,6 +266,17 @@ class HeadFeedback(Feedback):
     @property
     def _subject(self) -> str:
         return super()._subject + (f", as the strongest of {len(self.rivals)}," if self.rivals else "")
+
+
+def followed_series(metric: str, history: History) -> Series:
+    """The records of what is followed; none before the first.
+
+    Args:
+        metric: name of a metric, or of one number of it, ``METRIC/I:J``.
+        history: what the run has measured so far.
+    """
+    name = metric if metric in history else split_number(metric)[0]
+    return history[name] if name in history else Series()
 
 
 def _pair(head: str) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from opsin.interventions.intervention import Intervention, Source, Supply, Value
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.weights import WeightChange
 from opsin.model.parameters import NamedWeight
+from opsin.records.axes import Axes
 from opsin.records.history import History
 from opsin.task import Task
 
@@ -245,11 +246,11 @@ class Plan:
             found.setdefault(label, row)
         return found
 
-    def check_feedback(self, recorded: Mapping[str, tuple[int, ...]]) -> None:
+    def check_feedback(self, recorded: Mapping[str, Axes]) -> None:
         """Refuse feedback from what the run does not measure.
 
         Args:
-            recorded: metrics of the run, and the shape of one member's values.
+            recorded: metrics of the run, and the axes of one member's values.
 
         Raises:
             ConfigError: names the setting.

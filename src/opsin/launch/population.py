@@ -36,6 +36,7 @@ from opsin.population.chunks import (
 from opsin.population.folder import chunk_folder, read_document, read_population
 from opsin.population.optimizers import PER_MEMBER, lists_of_members
 from opsin.population.settings import Population
+from opsin.records.axes import Axes
 from opsin.records.checkpoint import load_saved
 from opsin.records.folder import write_json, write_yaml
 from opsin.records.recipe_text import parse_recipe
@@ -112,9 +113,9 @@ def check_population(
             raise ConfigError("population.windows.starts", start, expected)
 
 
-def _check_compared(compare: Sequence[str], recorded: Mapping[str, tuple[int, ...]]) -> None:
+def _check_compared(compare: Sequence[str], recorded: Mapping[str, Axes]) -> None:
     """Refuse to compare what runs do not record with one number a member, as a measure of another objective."""
-    numbers = [name for name, shape in recorded.items() if not shape]
+    numbers = [name for name, axes in recorded.items() if not axes]
     for name in compare:
         if name not in numbers:
             raise ConfigError("population.compare", name, nearest_metric(name, numbers))

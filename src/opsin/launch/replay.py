@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -21,6 +21,7 @@ from opsin.records.checkpoint import DamagedError, last_checkpoints, load_saved,
 from opsin.records.folder import write_yaml
 from opsin.records.recipe_text import read_recipe
 from opsin.records.schema import CONFIG_FILE, METRICS_FILE
+from opsin.records.table import axes_of_table, rows_of_table
 from opsin.records.user_files import UNREADABLE, real_path, reason
 from opsin.training.module import callbacks_of
 from opsin.training.same_run import check_same_run
@@ -251,9 +252,10 @@ def _run_silently(cli: OpsinCLI) -> None:
 
 
 def first_difference(replayed: Path, original: Path) -> str | None:
-    """The step of the first line in which two tables differ; None where there is none.
+    """The step of the first row in which two tables differ; None where there is none.
 
-    A line that is missing at the end of the original is no difference: that run was killed before it.
+    A row that is missing at the end of the original is no difference: that run was killed before it. Neither is a
+    metric that the original lacks, which an earlier version did not record, nor a column that one of them has.
 
     Args:
         replayed: ``metrics.csv`` of the replay.
@@ -261,11 +263,18 @@ def first_difference(replayed: Path, original: Path) -> str | None:
     """
     if not original.exists():
         return None
-    with replayed.open() as replayed_lines, original.open() as original_lines:
-        for line, expected in zip_longest(replayed_lines, original_lines):
-            # a process killed while it wrote leaves half a line
-            if line is None or expected is None or not expected.endswith("\n"):
-                return None
-            if line != expected:
-                return line.split(",", 1)[0]
+    known = {row.metric for row in rows_of_table(original)}
+    for row, expected in zip_longest(_indexed_rows(replayed, known), _indexed_rows(original, known)):
+        if row is None or expected is None:
+            return None
+        if row != expected:
+            return min((about.split(",", 1)[0] for about in (row[0], expected[0])), key=int)
     return None
+
+
+def _indexed_rows(table: Path, metrics: Container[str]) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Rows of some metrics with the index of each by the names of its axes, whatever columns the table has."""
+    axes = axes_of_table(table)
+    for row in rows_of_table(table):
+        if row.metric in metrics:
+            yield row.about, {name: cell for name, cell in zip(axes, row.cells, strict=True) if cell}, row.value

@@ -34,6 +34,7 @@ from opsin.model.protocol import Model
 from opsin.model.sites import SiteTable
 from opsin.optimizers.base import Optimizer
 from opsin.population.chunks import Chunking, UntrainedPopulation, chunk_recipe
+from opsin.records.axes import Axes
 from opsin.records.folder import write_yaml
 from opsin.records.schema import RECIPE_FILE
 from opsin.task import Task
@@ -169,14 +170,14 @@ class StepTimer(Callback):
     """Seconds per optimizer step from the second Lightning batch on; ends the trial after ``BATCHES``.
 
     Args:
-        recorded: names and shapes of the metrics that the recipe's readers, which a trial lacks, would record:
+        recorded: names and axes of the metrics that the recipe's readers, which a trial lacks, would record:
             schedules may follow them.
     """
 
-    def __init__(self, recorded: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, recorded: Mapping[str, Axes]) -> None:
         self.recorded = dict(recorded)
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
         """Metrics that schedules of the trial may follow; none is recorded."""
         return self.recorded
 

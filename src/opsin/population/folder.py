@@ -6,7 +6,7 @@ A population's folder holds
                       metrics whose last values are compared, where the recipe names some; and, where the conditions
                       form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
     chunks/00, ...    ordinary run folders, one a chunk; a member is at index ``slot`` of its chunk's members
-    metrics.csv       the chunks' tables with the population's member numbers
+    metrics.csv       the chunks' tables with the population's member numbers, and the columns of all of them
 
 and what ``opsin.population.tables`` and ``opsin.figures.population`` write.
 
@@ -18,22 +18,22 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
 from opsin.objective import LossScale
+from opsin.records.axes import table_axes, table_header
 from opsin.records.folder import write_atomically
 from opsin.records.schema import (
     CHUNKS_FOLDER,
     COMPLETE,
     FINISHED_EARLY,
-    METRICS_COLUMNS,
     METRICS_FILE,
     POPULATION_FILE,
     STATUSES,
@@ -41,6 +41,7 @@ from opsin.records.schema import (
     TRAIN_LOSS,
     UNFINISHED,
 )
+from opsin.records.table import axes_of_table, rows_of_table
 from opsin.records.user_files import UNREADABLE, read_settings, reason
 
 
@@ -221,7 +222,7 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
 
 
 def merge_metrics(population: TrainedPopulation) -> Losses:
-    """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers.
+    """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers and all their columns.
 
     Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
     killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
@@ -230,7 +231,7 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
         The losses and the last values that the tables hold.
 
     Raises:
-        ConfigError: a chunk's table has other columns, or a row of a slot that no member has.
+        ConfigError: a chunk's table is none of numbers, or a row of a slot that no member has.
     """
     kept = _KeptNumbers(
         [(array("q"), array("d")) for _ in population.members],
@@ -239,10 +240,16 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
         population.scale,
     )
 
+    chunks = sorted({member.chunk for member in population.members})
+    sources = {chunk: chunk_folder(population.path, chunk) / METRICS_FILE for chunk in chunks}
+    sources = {chunk: source for chunk, source in sources.items() if source.exists()}
+    axes = table_axes(name for source in sources.values() for name in axes_of_table(source))
+
     def merge(table: BinaryIO) -> None:
-        table.write(f"{','.join(METRICS_COLUMNS)}\n".encode())
-        for chunk in sorted({member.chunk for member in population.members}):
-            _merge_chunk(population, chunk, table, kept)
+        table.write(f"{table_header(axes)}\n".encode())
+        for chunk, source in sources.items():
+            members = {str(m.slot): m.member for m in population.members if m.chunk == chunk}
+            _merge_chunk(source, members, axes, table, kept)
 
     write_atomically(population.path / METRICS_FILE, merge)
     return kept.losses()
@@ -282,24 +289,17 @@ class _KeptNumbers:
         return Losses(sequences, values, self.last, self.scale)
 
 
-def _merge_chunk(population: TrainedPopulation, chunk: int, merged: BinaryIO, kept: _KeptNumbers) -> None:
-    source = chunk_folder(population.path, chunk) / METRICS_FILE
-    if not source.exists():
-        return
-    members = {str(m.slot): m.member for m in population.members if m.chunk == chunk}
-    with source.open() as lines:
-        for step, sequences, metric, slot, rest in _table_rows(lines, source):
-            if slot not in members:
-                raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
-            member = members[slot]
-            merged.write(f"{step},{sequences},{metric},{member},{rest}".encode())
-            if metric == TRAIN_LOSS or metric in kept.last:
-                kept.keep(metric, member, sequences, float(rest.rsplit(",", 1)[1]))
-
-
-def _table_rows(lines: TextIO, source: Path) -> Iterator[list[str]]:
-    header = lines.readline().rstrip("\n")
-    if header != ",".join(METRICS_COLUMNS):
-        raise ConfigError(str(source), header, "the columns " + ",".join(METRICS_COLUMNS))
-    # a process killed while it wrote leaves half a line, without its end
-    return (line.split(",", 4) for line in lines if line.endswith("\n"))
+def _merge_chunk(
+    source: Path, members: Mapping[str, int], axes: Sequence[str], merged: BinaryIO, kept: _KeptNumbers
+) -> None:
+    """Append a chunk's table, with the members' numbers by their slots, and empty cells for axes that it lacks."""
+    column = {name: index for index, name in enumerate(axes_of_table(source))}
+    order = [column.get(name) for name in axes[1:]]
+    for row in rows_of_table(source):
+        about, (slot, *_), value = row
+        if slot not in members:
+            raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
+        cells = ["" if index is None else row.cells[index] for index in order]
+        merged.write(",".join((about, str(members[slot]), *cells, value)).encode())
+        if row.metric == TRAIN_LOSS or row.metric in kept.last:
+            kept.keep(row.metric, members[slot], about.split(",", 2)[1], float(value))

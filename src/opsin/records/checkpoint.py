@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from opsin.errors import ConfigError, log
 from opsin.records.events import read_events
 from opsin.records.folder import write_atomically
-from opsin.records.history import history_from_table
+from opsin.records.history import axes_of_mark
 from opsin.records.schema import (
     EVENTS_FILE,
     LAST_CHECKPOINT,
@@ -35,6 +35,7 @@ from opsin.records.schema import (
     SPARE_BYTES,
     SPARE_ROOM,
 )
+from opsin.records.table import history_from_table
 from opsin.records.user_files import check_regular, reason
 
 SEAL = b"opsin sha256 "
@@ -292,7 +293,7 @@ def with_history(saved: dict[str, Any], path: Path, field: str = "ckpt_path") ->
     mark, folder = opsin["metrics"], path.absolute().parent
     nearby = [Path(os.path.normpath(folder / mark["path"])), folder.parent / METRICS_FILE, folder / METRICS_FILE]
     table = next((candidate for candidate in nearby if candidate.is_file()), nearby[0])
-    history = history_from_table(table, mark["bytes"], mark["sha256"])
+    history = history_from_table(table, mark["bytes"], mark["sha256"], axes_of_mark(mark))
     if history is None:
         found = "differs from what it counts on" if table.exists() else "is missing"
         raise DamagedError(field, path, f"its table {os.path.relpath(table)} {found}", changed=True)

@@ -14,20 +14,21 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import yaml
 
-from opsin.records.history import tidy_rows
+from opsin.records.axes import axes_of_header, table_header
+from opsin.records.history import Records
 from opsin.records.recipe_text import dump_recipe
 from opsin.records.schema import (
     CHUNKS_FOLDER,
     CONFIG_FILE,
     LAST_CHECKPOINT,
-    METRICS_COLUMNS,
     METRICS_FILE,
     POPULATION_FILE,
+    ROW_AXES,
     SUMMARY_FILE,
 )
+from opsin.records.table import tidy_rows
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is being written; one that is left over is the half of a killed process."""
@@ -75,22 +76,25 @@ class RunFolder:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._bytes, self._digest = 0, hashlib.sha256()
+        self.axes: tuple[str, ...] = ROW_AXES
 
     @property
     def metrics(self) -> Path:
         """The tidy table of numbers."""
         return self.path / METRICS_FILE
 
-    def start_metrics(self, records: Sequence[tuple[int, str, np.ndarray]] = (), batch_size: int = 1) -> None:
+    def start_metrics(self, records: Records = (), batch_size: int = 1, axes: Sequence[str] = ROW_AXES) -> None:
         """Begin the table anew, with what has been recorded so far; a reader sees the old one or the new one.
 
         Args:
-            records: step, name of the metric, and its values ``[M, ...]`` of each record.
+            records: records in the order in which they were made.
             batch_size: sequences of a training step, which turn steps into sequences.
+            axes: names of the axes that the table has columns for, in their order.
         """
-        header = ",".join(METRICS_COLUMNS)
-        content = "".join(line + "\n" for line in (header, *tidy_rows(records, batch_size))).encode()
+        lines = (table_header(axes), *tidy_rows(records, batch_size, axes))
+        content = "".join(line + "\n" for line in lines).encode()
         write_atomically(self.metrics, content)
+        self.axes = tuple(axes)
         self._bytes, self._digest = len(content), hashlib.sha256(content)
 
     def continue_metrics(self, length: int) -> None:
@@ -102,20 +106,22 @@ class RunFolder:
         os.truncate(self.metrics, length)
         self._bytes, self._digest = length, hashlib.sha256()
         with self.metrics.open("rb") as file:
+            self.axes = axes_of_header(file.readline().decode()) or ROW_AXES
+            file.seek(0)
             while part := file.read(1 << 20):
                 self._digest.update(part)
 
-    def append_metrics(self, records: Sequence[tuple[int, str, np.ndarray]], batch_size: int) -> None:
+    def append_metrics(self, records: Records, batch_size: int) -> None:
         """Append records and hand them to the operating system, so that a killed process loses none.
 
         Args:
-            records: step, name of the metric, and its values ``[M, ...]`` of each record.
+            records: records in the order in which they were made, of axes that the table has columns for.
             batch_size: sequences of a training step, which turn steps into sequences.
 
         Raises:
             OSError: the disk is full; the table is as it was before.
         """
-        content = "".join(line + "\n" for line in tidy_rows(records, batch_size)).encode()
+        content = "".join(line + "\n" for line in tidy_rows(records, batch_size, self.axes)).encode()
         if not content:
             return
         try:
@@ -129,10 +135,11 @@ class RunFolder:
         self._digest.update(content)
 
     def mark(self) -> dict[str, Any]:
-        """Path, length and SHA-256 of the table, which is on the disk when this returns."""
+        """Path, axes, length and SHA-256 of the table, which is on the disk when this returns."""
         with self.metrics.open("rb") as file:
             os.fsync(file.fileno())
-        return {"path": str(self.metrics.absolute()), "bytes": self._bytes, "sha256": self._digest.hexdigest()}
+        mark = {"path": str(self.metrics.absolute()), "axes": list(self.axes)}
+        return {**mark, "bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write one JSON document into the folder."""

@@ -3,7 +3,7 @@
 A run's folder holds
 
     config.yaml     the resolved configuration
-    metrics.csv     step, sequences, metric, member, layer, head, value: one row per number
+    metrics.csv     step, sequences, metric, member, layer, head, further axes, value: one row per number
     events.csv      step, member, kind, message: one row per event, such as a phase change
     snapshots/      weights at chosen steps
     checkpoints/    what a resume needs
@@ -15,18 +15,18 @@ Legend: M members, n records of a metric.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
+from opsin.records.axes import Axes, axes_of_header, check_axes, sizes_in_words, table_axes
 from opsin.records.schema import ROW_AXES
 
 NEVER = np.iinfo(np.int64).max
@@ -36,8 +36,23 @@ Question = Callable[[np.ndarray], np.ndarray]
 """From the values ``[M, ...]`` of one record to yes or no for each member, ``[M]``."""
 
 
-Records = Sequence[tuple[int, str, np.ndarray]]
-"""Step, name of the metric, and its values ``[M, ...]`` of each record."""
+class Record(NamedTuple):
+    """The values of one metric at one step.
+
+    Args:
+        step: optimizer steps finished when the values were taken.
+        metric: name of the metric.
+        values: values ``[M, ...]``, float32.
+        axes: names of the axes of ``values`` after that of the members.
+    """
+
+    step: int
+    metric: str
+    values: np.ndarray
+    axes: tuple[str, ...] = ()
+
+
+Records = Sequence[Record]
 
 
 class Rows(Sequence[np.ndarray]):
@@ -78,13 +93,15 @@ class Series:
 
     Args:
         steps: optimizer steps finished when each value was taken.
-        values: ``[M]`` or ``[M, layers, heads]`` of each record, float32.
+        values: ``[M, ...]`` of each record, float32.
         order: number of each record among all records of the run, from 0.
+        axes: names of the axes of one record after that of the members.
     """
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: Rows = field(default_factory=Rows)
     order: array[int] = field(default_factory=lambda: array("q"))
+    axes: tuple[str, ...] = ()
     _answered: dict[Question, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, step: int, values: Float[np.ndarray, "M ..."], number: int) -> None:
@@ -125,8 +142,12 @@ class MetricsTable(Protocol):
     def metrics(self) -> Path:
         """Path of the table."""
 
-    def start_metrics(self, records: Records, batch_size: int) -> None:
-        """Begin the table anew with these records."""
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes that the table has columns for."""
+
+    def start_metrics(self, records: Records, batch_size: int, axes: Sequence[str]) -> None:
+        """Begin the table anew with these records, and with columns for these axes."""
 
     def continue_metrics(self, length: int) -> None:
         """Go on with the table after its first ``length`` bytes."""
@@ -135,7 +156,7 @@ class MetricsTable(Protocol):
         """Append records to the table."""
 
     def mark(self) -> dict[str, Any]:
-        """Path, length and SHA-256 of the table."""
+        """Path, axes, length and SHA-256 of the table."""
 
 
 class History:
@@ -151,10 +172,36 @@ class History:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self._series: dict[str, Series] = {}
-        self._unwritten: list[tuple[int, str, np.ndarray]] = []
+        self._axes: dict[str, dict[str, int]] = {}
+        self._unwritten: list[Record] = []
         self._count = 0
         self._table: MetricsTable | None = None
-        self._restored: tuple[int, Path, int] | None = None
+        self._restored: tuple[int, Mapping[str, Any]] | None = None
+
+    def declare(self, metric: str, axes: Axes) -> None:
+        """Say which axes the values of a metric have beside that of the members, before they are recorded.
+
+        Args:
+            metric: name of the metric, as in ``metrics.csv``.
+            axes: name to size of every axis of one member's values, in order; empty for one number a member.
+
+        Raises:
+            ConfigError: a malformed name or size, or other axes than the metric was declared or recorded with.
+        """
+        found = check_axes(metric, axes)
+        before = self._axes.setdefault(metric, found)
+        if [*before.items()] != [*found.items()]:
+            raise ConfigError(
+                f"axes of metric {metric}", sizes_in_words(found), f"{sizes_in_words(before)}, as it had until now"
+            )
+
+    def axes(self, metric: str) -> Axes:
+        """Axes of a metric beside that of the members, name to size.
+
+        Raises:
+            KeyError: nothing of that name was declared or recorded.
+        """
+        return self._axes[metric]
 
     def record(self, metric: str, step: int, values: torch.Tensor | np.ndarray) -> None:
         """Add the values of one metric.
@@ -162,29 +209,34 @@ class History:
         Args:
             metric: name of the metric, as in ``metrics.csv``.
             step: optimizer steps finished when it was measured.
-            values: one number a member, ``[M]``, or one a head, ``[M, layers, heads]``; copied.
+            values: one number a member, ``[M]``, or as many as the axes that were declared say; copied.
 
         Raises:
-            ConfigError: values without a member axis, with more axes than the table has, or of another shape than the
-                metric's earlier records.
+            ConfigError: values without a member axis, with axes that nobody declared or of other sizes, or of another
+                shape than the metric's earlier records.
         """
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu().numpy()
         # a copy: what was measured must not change with the tensor it was read from
         numbers = np.array(values, dtype=np.float32)
         self._check_shape(metric, numbers.shape)
-        self._series.setdefault(metric, Series()).add(step, numbers, self._count)
+        axes = tuple(self._axes.setdefault(metric, {}))
+        self._series.setdefault(metric, Series(axes=axes)).add(step, numbers, self._count)
         self._count += 1
-        self._unwritten.append((step, metric, numbers))
+        self._unwritten.append(Record(step, metric, numbers, axes))
 
     def _check_shape(self, metric: str, shape: tuple[int, ...]) -> None:
         """Refuse what no row of the table could hold, or what is not the metric that it was."""
-        if not 1 <= len(shape) <= len(ROW_AXES) or 0 in shape:
-            expected = f"1 to {len(ROW_AXES)} axes, none of them empty: {', '.join(ROW_AXES)}"
-            raise ConfigError(f"metric {metric}", f"values of shape {shape}", expected)
         if metric in self._series and shape != (before := self._series[metric].values[-1].shape):
             expected = f"{before}, the shape of its earlier records"
-            raise ConfigError(f"metric {metric}", f"values of shape {shape}", expected)
+        elif metric not in self._axes and len(shape) > 1:
+            expected = "one number a member, (M,): no reader that declares further axes of it, as {'neuron': 64}"
+        elif not shape or 0 in shape or shape[1:] != tuple(self._axes.get(metric, {}).values()):
+            words = sizes_in_words(self._axes.get(metric, {}))
+            expected = f"an axis of the members, and those declared: {words}"
+        else:
+            return
+        raise ConfigError(f"metric {metric}", f"values of shape {shape}", expected)
 
     def __contains__(self, metric: str) -> bool:
         return metric in self._series
@@ -208,7 +260,7 @@ class History:
     def records(self) -> Records:
         """All records, in order of recording."""
         rows = [
-            (number, (step, name, values))
+            (number, Record(step, name, values, series.axes))
             for name, series in self._series.items()
             for number, step, values in zip(series.order, series.steps, series.values, strict=True)
         ]
@@ -218,24 +270,47 @@ class History:
         """Mirror this history in a table from now on, with all that has been recorded until now.
 
         Args:
-            table: table of the run; one that the history was rebuilt from goes on where its checkpoint was saved.
+            table: table of the run; one that the history was rebuilt from goes on where its checkpoint was saved, and
+                begins anew where it lacks a column.
         """
-        records = self.records()
-        count, path, length = self._restored or (0, None, 0)
-        if path is not None and table.metrics.exists() and path.samefile(table.metrics):
-            table.continue_metrics(length)
-            self._unwritten = list(records[count:])
-        else:
-            table.start_metrics(records, self.batch_size)
-            self._unwritten = []
         self._table = table
-        self.write_out()
+        if self._restored is not None and self._goes_on(table, self._restored[1]):
+            count, mark = self._restored
+            table.continue_metrics(mark["bytes"])
+            self._unwritten = list(self.records()[count:])
+            self.write_out()
+        else:
+            self._start_table(table)
+
+    def _goes_on(self, table: MetricsTable, mark: Mapping[str, Any]) -> bool:
+        """Whether a table is the one that a mark counts on, with a column for every axis."""
+        path = Path(mark["path"])
+        if not (table.metrics.exists() and path.exists() and path.samefile(table.metrics)):
+            return False
+        with path.open() as file:
+            axes = axes_of_header(file.readline())
+        return axes == axes_of_mark(mark) and {*self._table_axes()} <= {*axes}
+
+    def _start_table(self, table: MetricsTable) -> None:
+        table.start_metrics(self.records(), self.batch_size, self._table_axes())
+        self._unwritten = []
+
+    def _table_axes(self) -> tuple[str, ...]:
+        """Axes that a table of this history needs columns for."""
+        return table_axes(name for axes in self._axes.values() for name in axes)
 
     def write_out(self) -> None:
-        """Append what was recorded since the last call to the table; nothing where no table keeps this history."""
-        if self._table is not None and self._unwritten:
-            self._table.append_metrics(self._unwritten, self.batch_size)
-            self._unwritten = []
+        """Append what was recorded since the last call to the table; nothing where no table keeps this history.
+
+        A table without a column for an axis that was declared since is begun anew.
+        """
+        if self._table is None or not self._unwritten:
+            return
+        if not {name for record in self._unwritten for name in record.axes} <= {*self._table.axes}:
+            self._start_table(self._table)
+            return
+        self._table.append_metrics(self._unwritten, self.batch_size)
+        self._unwritten = []
 
     def for_checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds: ``metrics``, the mark of the table, or ``history``, where no table has the records.
@@ -255,24 +330,54 @@ class History:
         """
         self.load_state_dict(saved["history"])
         mark = saved.get("metrics")
-        self._restored = None if mark is None else (self._count, Path(mark["path"]), mark["bytes"])
+        self._restored = None if mark is None else (self._count, mark)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, for a checkpoint that loads with ``weights_only=True``."""
-        return _as_state(self._series)
+        """Plain tensors and names, for a checkpoint that loads with ``weights_only=True``."""
+        return state_of_series(self._series)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; everything counts as unwritten, in the order of recording."""
+        """Restore; everything counts as unwritten, in the order of recording.
+
+        Raises:
+            ConfigError: a metric with other axes than those that were declared.
+        """
         self._series = {}
         for name, entry in state.items():
-            series = self._series[name] = Series()
-            for row in zip(entry["steps"].tolist(), entry["values"].numpy(), entry["places"].tolist(), strict=True):
+            axes, values = self._restored_axes(name, entry)
+            series = self._series[name] = Series(axes=axes)
+            for row in zip(entry["steps"].tolist(), values, entry["places"].tolist(), strict=True):
                 series.add(*row)
         self._unwritten = list(self.records())
         self._count = len(self._unwritten)
 
+    def _restored_axes(
+        self, metric: str, entry: Mapping[str, Any]
+    ) -> tuple[tuple[str, ...], Float[np.ndarray, "n M ..."]]:
+        """Names of the axes of saved values, and the values, with the axes in the order that was declared."""
+        values = entry["values"].numpy()
+        # a checkpoint of an earlier version knows layers and heads alone
+        names = tuple(entry.get("axes", ROW_AXES[1 : values.ndim - 1]))
+        sizes = dict(zip(names, values.shape[2:], strict=True))
+        declared = self._axes.get(metric, {})
+        if sizes == declared:
+            # a table does not tell in which order axes of one entry stood
+            values = values.transpose(0, 1, *(2 + names.index(name) for name in declared))
+        self.declare(metric, declared if sizes == declared else sizes)
+        return tuple(self._axes[metric]), values
 
-def _as_state(series_of: Mapping[str, Series]) -> dict[str, Any]:
+
+def axes_of_mark(mark: Mapping[str, Any]) -> tuple[str, ...]:
+    """Axes that a table had columns for when it was marked; those of every table of an earlier version without a word.
+
+    Args:
+        mark: what ``History.for_checkpoint`` says of the table.
+    """
+    return tuple(mark.get("axes", ROW_AXES))
+
+
+def state_of_series(series_of: Mapping[str, Series]) -> dict[str, Any]:
+    """The state of a history that has these series, by metric, as ``History.load_state_dict`` takes it."""
     state = {}
     for name, series in series_of.items():
         steps, values = (torch.from_numpy(array) for array in series.arrays())
@@ -280,63 +385,6 @@ def _as_state(series_of: Mapping[str, Series]) -> dict[str, Any]:
             "steps": steps,
             "values": values,
             "places": torch.from_numpy(np.array(series.order, dtype=np.int64)),
+            "axes": list(series.axes),
         }
     return state
-
-
-def tidy_rows(records: Records, batch_size: int) -> Iterator[str]:
-    """CSV lines, one per number; axes a metric does not have stay empty.
-
-    Args:
-        records: step, name of the metric, and its values ``[M, ...]`` of each record.
-        batch_size: sequences of a training step, which turn steps into sequences.
-    """
-    for step, metric, values in records:
-        for index in np.ndindex(values.shape):
-            axes = [str(i) for i in index] + [""] * (len(ROW_AXES) - len(index))
-            yield ",".join([str(step), str(step * batch_size), metric, *axes, repr(float(values[index]))])
-
-
-def history_from_table(path: Path, length: int, sha256: str) -> dict[str, Any] | None:
-    """The state of the history that the first bytes of a table mirror; None where they are not these bytes.
-
-    Numbers come back exactly: the table has the shortest text that names each float32 as a double.
-
-    Args:
-        path: path of the table.
-        length: number of bytes that count.
-        sha256: SHA-256 of these bytes, in hexadecimal digits.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(length)
-    except OSError:
-        return None
-    if len(content) != length or hashlib.sha256(content).hexdigest() != sha256:
-        return None
-    found: dict[str, Series] = {}
-    for number, (step, metric, values) in enumerate(_records_of(content.decode().split("\n")[1:-1])):
-        found.setdefault(metric, Series()).add(step, values, number)
-    return _as_state(found)
-
-
-def _records_of(lines: Iterable[str]) -> Iterator[tuple[int, str, np.ndarray]]:
-    """The records that lines of a table were written from: each begins with the row whose axes are all 0."""
-    step, metric, numbers = 0, "", list[str]()
-    last: tuple[int, ...] = ()
-    for line in lines:
-        first, _, following = line.split(",", 2)
-        name, *axes, value = following.rsplit(",", len(ROW_AXES) + 1)
-        index = tuple(int(axis) for axis in axes if axis)
-        if not any(index) and numbers:
-            yield step, metric, _as_values(numbers, last)
-            numbers = []
-        step, metric, last = int(first), name, index
-        numbers.append(value)
-    if numbers:
-        yield step, metric, _as_values(numbers, last)
-
-
-def _as_values(numbers: Sequence[str], last: Sequence[int]) -> Float[np.ndarray, "M ..."]:
-    """The values of one record from its rows, the last of which has the largest index of every axis."""
-    return np.array(numbers, dtype=np.float64).astype(np.float32).reshape([size + 1 for size in last])

@@ -63,8 +63,11 @@ FORK_CHECKPOINT = "checkpoints/fork.ckpt"
 ROW_AXES = ("member", "layer", "head")
 """Columns that say which of a metric's values a row holds; those that a metric does not have are empty."""
 
+FURTHER_AXES = ("neuron", "position", "frequency", "feature", "class")
+"""Columns that follow them, in this order, where something that the run records has such an axis."""
+
 METRICS_COLUMNS = ("step", "sequences", "metric", *ROW_AXES, "value")
-"""The header of ``metrics.csv``."""
+"""The header of ``metrics.csv`` of a run whose numbers have no further axes; those stand before the value."""
 
 TRAIN_LOSS = "train/loss"
 """Name of the training loss, a mean over the steps since the last record."""
@@ -94,10 +97,10 @@ STATUSES = (COMPLETE, FINISHED_EARLY, DIVERGED, UNFINISHED)
 
 
 def number_name(metric: str, index: tuple[int, ...]) -> str:
-    """Name under which loggers receive one number: ``METRIC``, and ``METRIC/LAYER:HEAD`` of a head.
+    """Name of one number: ``METRIC``, ``METRIC/LAYER:HEAD`` of a head, ``METRIC/I:J:...`` by the metric's axes.
 
     Args:
         metric: name of the metric, as in ``metrics.csv``.
-        index: layer and head of the number; empty for a metric with one number a member.
+        index: index of the number along the metric's axes; empty for a metric with one number a member.
     """
     return f"{metric}/{':'.join(map(str, index))}" if index else metric

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opsin.errors import DivergedError, IdleError, log
 from opsin.interventions.apply import Constants
+from opsin.interventions.feedback import followed_series
 from opsin.interventions.intervention import Intervention, Supply
 from opsin.interventions.plan import Plan, PlannedIntervention, PlannedRow
 from opsin.records.history import History
@@ -122,7 +123,8 @@ class GateController:
 
     def _newly_measured(self, step: int) -> bool:
         """Whether a feedback has a record of just this many steps."""
-        return any(name in self.history and self.history[name].steps[-1] == step for name in self._followed)
+        followed = (followed_series(name, self.history) for name in self._followed)
+        return any(len(series.steps) > 0 and series.steps[-1] == step for series in followed)
 
     def _announce_feedback(self, step: int) -> None:
         """Record and announce every feedback whose strength is another than at the step before."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import EarlyStopping
@@ -41,10 +40,10 @@ from opsin.model.saved import read_model, saved_model
 from opsin.model.transformer import Transformer
 from opsin.optimizers.adam import AdamW
 from opsin.optimizers.base import Optimizer
+from opsin.records.axes import Axes, logged_numbers
 from opsin.records.checkpoint import SealedFiles, read_checkpoint, with_history
 from opsin.records.events import EventTable
 from opsin.records.history import History
-from opsin.records.schema import number_name
 from opsin.task import Batch, Task, drawn_steps
 from opsin.training.active_members import ActiveMembers, members_in_step
 from opsin.training.batch_counts import as_before_batch, validation_follows
@@ -230,14 +229,15 @@ class OpsinModule(pl.LightningModule):
 
         Args:
             step: optimizer steps finished when the values were measured.
-            metrics: values ``[M]`` or ``[M, layers, heads]`` by name; loggers receive the latter as
-                ``METRIC/LAYER:HEAD``.
+            metrics: values ``[M]``, or ``[M, ...]`` with the axes that were declared, by name; loggers receive heads
+                as ``METRIC/LAYER:HEAD``, and ``METRIC/max`` and ``METRIC/mean`` of a metric with many other numbers.
         """
         for metric, values in metrics.items():
             self.history.record(metric, step, values)
         show_to_monitors(self.trainer, self._monitored, metrics)
         if self.trainer.loggers:
-            numbers = {**_logged(metrics), "sequences": step * self.task.batch_size}
+            axes = {metric: self.history.axes(metric) for metric in metrics}
+            numbers = {**_logged(metrics, axes), "sequences": step * self.task.batch_size}
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=step)
 
@@ -317,12 +317,15 @@ class OpsinModule(pl.LightningModule):
             self._forget_earlier_run()
         self.ended.clear()
         self.plan = self.plan_for(callbacks_of(trainer), trainer.max_steps)
-        self._check_followers()
+        recorded = recorded_metrics(callbacks_of(trainer), self.sites, self.task, bool(trainer.limit_val_batches))
+        for metric, axes in recorded.items():
+            self.history.declare(metric, axes)
+        self._check_followers(recorded)
         self.settings, self.allowed = run_settings(self, self.plan, trainer), []
         self._surroundings_before = None
         self.step = Step(self.network, self.task, self.plan, self.optimizer)
 
-    def _check_followers(self) -> None:
+    def _check_followers(self, recorded: Mapping[str, Axes]) -> None:
         """Refuse schedules and callbacks that follow what the run does not record, and limits of nothing."""
         trainer, callbacks = self.trainer, callbacks_of(self.trainer)
         times = ValidationTimes(trainer, self.task, self.steps_per_batch)
@@ -330,7 +333,6 @@ class OpsinModule(pl.LightningModule):
         self._monitored = {}
         if not (self.plan.feedback or monitors(callbacks)):
             return
-        recorded = recorded_metrics(callbacks, self.sites, self.task, bool(trainer.limit_val_batches))
         if self.plan.feedback:
             self.plan.check_feedback(recorded)
         self._monitored = monitored_numbers(callbacks, recorded, times, type(self) is not OpsinModule)
@@ -684,14 +686,14 @@ def _numbers(count: int) -> DataLoader:
     return DataLoader(range(count), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 
-def _logged(metrics: Mapping[str, Float[Tensor, "M ..."]]) -> dict[str, float]:
+def _logged(metrics: Mapping[str, Float[Tensor, "M ..."]], axes: Mapping[str, Axes]) -> dict[str, float]:
     """One number per key; those of several members end in ``/member_0``, ``/member_1``, ..."""
     numbers: dict[str, float] = {}
     for metric, values in metrics.items():
         suffixes = [""] if len(values) == 1 else [f"/member_{member}" for member in range(len(values))]
-        for index in np.ndindex(values.shape[1:]):
-            name, members = number_name(metric, index), values[(slice(None), *index)].tolist()
-            numbers |= {name + suffix: float(value) for suffix, value in zip(suffixes, members, strict=True)}
+        for suffix, member_values in zip(suffixes, values.detach().cpu().numpy(), strict=True):
+            found = logged_numbers(metric, axes[metric], member_values)
+            numbers |= {name + suffix: value for name, value in found.items()}
     return numbers
 
 

@@ -1,7 +1,8 @@
 """What Lightning's callbacks watch: names that the run records, at times at which the run validates.
 
 EarlyStopping and ModelCheckpoint look for their ``monitor`` among the Trainer's metrics. There they find what
-``metrics.csv`` records, averaged over the members: ``train/loss``, ``val/SET/loss``, ``METRIC/LAYER:HEAD``. A name that
+``metrics.csv`` records, averaged over the members: ``train/loss``, ``val/SET/loss``, ``METRIC/LAYER:HEAD`` (or the
+indices of whatever axes a metric has). A name that
 nobody records is refused before the first step, and so is a callback that would never look.
 
 Legend: M members.
@@ -14,14 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.records.schema import number_name
+from opsin.records.axes import Axes, find_number, number_names
 from opsin.task import Task
 from opsin.training.observers import Recorder
 
@@ -33,8 +33,6 @@ RATES = ("lr-MemberAdam", "lr-MemberOptimizer")
 
 KNOWN_PACKAGES = ("lightning.", "opsin.")
 """Whoever comes from elsewhere may log what nobody can know beforehand."""
-
-MetricShapes = Mapping[str, tuple[int, ...]]
 
 
 # ---- when the run validates -------------------------------------------------------------------------
@@ -118,13 +116,13 @@ def monitors(callbacks: Iterable[Callback]) -> list[Any]:
 
 
 def monitored_numbers(
-    callbacks: Iterable[Callback], recorded: MetricShapes, times: ValidationTimes, foreign_module: bool
+    callbacks: Iterable[Callback], recorded: Mapping[str, Axes], times: ValidationTimes, foreign_module: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Metric, layer and head of every number that a callback monitors and the module does not log by itself.
+    """Metric and index of every number that a callback monitors and the module does not log by itself.
 
     Args:
         callbacks: all callbacks of the run.
-        recorded: shape of one member's values of every metric that the run records, by name.
+        recorded: axes of one member's values of every metric that the run records, by name.
         times: when the run validates.
         foreign_module: whether the module is a user's own, which may log what it wants.
 
@@ -133,19 +131,19 @@ def monitored_numbers(
     """
     callbacks = list(callbacks)
     seen = tuple(f"val/{name}/" for name in times.sets)
-    shapes = {name: shape for name, shape in recorded.items() if not name.startswith("val/") or name.startswith(seen)}
-    numbers = {number_name(name, index): (name, index) for name, shape in shapes.items() for index in np.ndindex(shape)}
+    shown = {name: axes for name, axes in recorded.items() if not name.startswith("val/") or name.startswith(seen)}
     anything = foreign_module or any(_is_foreign(callback) for callback in callbacks)
     found = {}
     for callback in monitors(callbacks):
         _check_looks(callback, times)
         name = callback.monitor
-        if name in numbers:
-            found[name] = numbers[name]
+        number = find_number(name, shown)
+        if number is not None:
+            found[name] = number
             # a record may come later than the first look
             callback.strict = False
         elif not (anything or name in _other_names(callback, callbacks)):
-            raise ConfigError(f"{type(callback).__name__}.monitor", name, nearest_metric(name, list(numbers)))
+            raise ConfigError(f"{type(callback).__name__}.monitor", name, nearest_metric(name, number_names(shown)))
     return {name: number for name, number in found.items() if not name.startswith(("train/", "val/"))}
 
 
@@ -195,7 +193,7 @@ def show_to_monitors(
 
     Args:
         trainer: the Trainer of the run.
-        monitored: metric, layer and head of every monitored number, by its name.
+        monitored: metric and index of every monitored number, by its name.
         metrics: values ``[M, ...]`` by metric.
     """
     for name, (metric, index) in monitored.items():

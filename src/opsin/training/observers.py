@@ -5,14 +5,16 @@ Legend: M members, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from PIL.Image import Image
 from torch import Tensor
 
+from opsin.errors import ConfigError
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes, check_axes
 from opsin.task import Batch, Task
 from opsin.training.objective import evaluation_metrics, step_metrics
 
@@ -68,16 +70,16 @@ class Listener:
 class Recorder(Protocol):
     """A callback that says which metrics it records, so that schedules with feedback may read them."""
 
-    def records(self, sites: SiteTable) -> dict[str, tuple[int, ...]]:
-        """Names, and the shape of one member's values: ``()``, or ``(layers, heads)``."""
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        """Names, and the axes of one member's values: ``{}``, ``{"layer": 2, "head": 8}``, ``{"neuron": 64}``."""
 
 
 @runtime_checkable
 class TaskRecorder(Protocol):
     """A callback some of whose metrics depend on the task: on what its objective measures, or what it knows."""
 
-    def task_records(self, task: Task) -> dict[str, tuple[int, ...]]:
-        """Names of these metrics, and the shape of one member's values."""
+    def task_records(self, task: Task) -> dict[str, Axes]:
+        """Names of these metrics, and the axes of one member's values."""
 
 
 @runtime_checkable
@@ -90,20 +92,31 @@ class Pictured(Protocol):
         """Of one member; None before there is anything to show."""
 
 
-def recorded_metrics(
-    callbacks: Iterable[object], sites: SiteTable, task: Task, validates: bool
-) -> dict[str, tuple[int, ...]]:
-    """All metrics that a run with these callbacks says it records, and the shape of one member's values.
+def recorded_metrics(callbacks: Iterable[object], sites: SiteTable, task: Task, validates: bool) -> dict[str, Axes]:
+    """All metrics that a run with these callbacks says it records, and the axes of one member's values.
 
     Args:
         validates: whether the run evaluates the task's evaluation sets.
+
+    Raises:
+        ConfigError: something that is no mapping of sizes by name, or two callbacks that record one metric with
+            different axes.
     """
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(step_metrics(task), ())
+    found: dict[str, Axes] = {name: {} for name in step_metrics(task)}
     for name in task.evaluations if validates else ():
-        found |= dict.fromkeys(evaluation_metrics(task, name), ())
+        found |= {metric: {} for metric in evaluation_metrics(task, name)}
     for callback in callbacks:
         if isinstance(callback, Recorder):
-            found |= callback.records(sites)
+            _add_declared(found, callback.records(sites), f"{type(callback).__name__}.records")
         if isinstance(callback, TaskRecorder):
-            found |= callback.task_records(task)
+            _add_declared(found, callback.task_records(task), f"{type(callback).__name__}.task_records")
     return found
+
+
+def _add_declared(found: dict[str, Axes], declared: Mapping[str, Axes], field: str) -> None:
+    for metric, axes in declared.items():
+        if not isinstance(axes, Mapping):
+            check_axes(metric, axes)
+        if metric in found and [*found[metric].items()] != [*axes.items()]:
+            raise ConfigError(f"{field}, metric {metric}", dict(axes), f"{dict(found[metric])}, as others record it")
+        found[metric] = axes

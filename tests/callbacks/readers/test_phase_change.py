@@ -117,6 +117,7 @@ def test_every_member_has_its_own_event_and_summary():
 
 def test_only_heads_that_end_above_the_threshold_have_formed():
     module, callback = tiny(), PhaseChange(head_threshold=0.3)
+    module.history.declare("induction_strength", {"layer": 2, "head": 2})
     for step in range(0, 4001, 50):
         strength = np.full((1, 2, 2), 0.01)
         strength[0, 1] = [0.9 / (1 + np.exp(-(step - 2000) / 50)), 0.4 / (1 + np.exp(-(step - 3000) / 50))]
@@ -247,6 +248,7 @@ def test_two_measures_side_by_side_have_a_delay():
 def test_the_strength_of_one_head_is_a_measure():
     module, callback = tiny(), PhaseChange(metric="induction_strength/1:0")
     callback.setup(SimpleNamespace(callbacks=[InductionHeads()]), module, "fit")
+    module.history.declare("induction_strength", {"layer": 2, "head": 2})
     for step in STEPS.tolist():
         strength = np.full((1, 2, 2), 0.01)
         strength[0, 1, 0] = 0.9 / (1 + np.exp(-(step - 2000) / 50))

@@ -120,7 +120,7 @@ def test_every_number_of_the_history_is_in_the_run(finished):
     for metric in module.history.names():
         series = module.history[metric]
         for step, (values,) in zip(series.steps, series.values, strict=True):
-            for key, value in scalars(metric, values).items():
+            for key, value in scalars(metric, module.history.axes(metric), values).items():
                 assert logged[step][key] == pytest.approx(value, nan_ok=True)
     assert {"train/loss", "val/train/loss", "induction_strength/1:1", "induction_strength/max"} <= logged[100].keys()
 
@@ -345,14 +345,23 @@ def test_disabled_writes_nothing(tmp_path):
 
 
 def test_heads_are_named_layer_and_head():
-    assert scalars("s", np.array([[0.0, 1.0], [2.0, 3.0]])) == {
+    assert scalars("s", {"layer": 2, "head": 2}, np.array([[0.0, 1.0], [2.0, 3.0]])) == {
         "s/0:0": 0.0,
         "s/0:1": 1.0,
         "s/1:0": 2.0,
         "s/1:1": 3.0,
         "s/max": 3.0,
     }
-    assert scalars("loss", np.array(1.0)) == {"loss": 1.0}
+    assert scalars("loss", {}, np.array(1.0)) == {"loss": 1.0}
+
+
+def test_of_many_neurons_the_largest_and_the_mean_are_sent_and_of_few_every_one():
+    norms = np.arange(65.0)
+    norms[3] = np.nan  # a neuron without a number
+    mean = (65 * 32 - 3) / 64
+    assert scalars("norm", {"neuron": 65}, norms) == {"norm/max": 64.0, "norm/mean": pytest.approx(mean)}
+    assert len(scalars("norm", {"neuron": 64}, np.arange(64.0))) == 64 + 1
+    assert len(scalars("s", {"layer": 9, "head": 8}, np.zeros((9, 8)))) == 72 + 1
 
 
 def test_a_nested_summary_becomes_flat():
