@@ -32,6 +32,7 @@ from opsin.metrics.in_context import (
     weight_distance,
 )
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.task import Batch, Task
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
@@ -147,9 +148,9 @@ class InContextAlgorithm(ProbeReader):
             expected = f"more than {task.examples}: with noise the error of least squares is infinite after all of them"
             raise ConfigError(f"{type(module.task).__name__}.examples", task.examples, expected)
 
-    def task_records(self, task: Task) -> dict[str, dict[str, int]]:
+    def task_records(self, task: Task) -> dict[str, Axes]:
         by_examples = {"examples": _regression(task).examples + 1}
-        found: dict[str, dict[str, int]] = {f"{PREFIX}/error": by_examples, f"{PREFIX}/linearity": by_examples}
+        found: dict[str, Axes] = {f"{PREFIX}/error": by_examples, f"{PREFIX}/linearity": by_examples}
         for name in task.references():
             found[f"{PREFIX}/{name}/distance_by_examples"] = by_examples
             found[f"{PREFIX}/{name}/weight_distance"] = by_examples
