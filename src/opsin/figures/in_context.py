@@ -6,7 +6,7 @@ Legend: n records, M members, Q numbers of examples, R references.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -120,7 +120,8 @@ def _draw_nearest(axes: Axes, history: History, drawn: Drawn) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     shown = [number for number in range(len(names)) if (common == number).any()]
     ends = [(0.5 + 1.1 * row, _words(names[number]), _colour(number)) for row, number in enumerate(shown)]
-    _finish(axes, steps, drawn, ends)
+    # a band would change the colours of the map
+    _finish(axes, steps, replace(drawn, change=replace(drawn.change, low=None, high=None)), ends)
 
 
 def _draw_weights(axes: Axes, history: History, drawn: Drawn) -> None:
