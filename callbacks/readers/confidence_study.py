@@ -5,8 +5,9 @@ Legend: M members, N neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from opsin.metrics.confidence import Change, Compared, Study, change, strongest,
 from opsin.metrics.mean_ablation import Effect, candidates
 from opsin.metrics.neuron_weights import ReadOut
 from opsin.model.sites import SiteTable
+from opsin.records.axes import Axes
 from opsin.records.folder import write_atomically
 from opsin.task import Batch
 from opsin.training.module import OpsinModule
@@ -41,9 +43,8 @@ REPEATED_SET = "repeated"
 ABLATION_EFFECTS = ("total", "direct")
 """Effects of an ablation: with the scale of the last LayerNorm recomputed, and with the scale as it is."""
 
-StudyLine = tuple[str, str, int | str, float]
-"""One line of the table without its member: what, neuron, position, value."""
-
+CHANGE_PARTS = tuple(f"{effect}_{field.name}" for effect in ABLATION_EFFECTS for field in fields(Compared))
+"""Names of the numbers that are recorded of an ablation."""
 
 MOST_DRAWS = 10_000
 """Random output weights that an ablation may be compared with."""
@@ -63,11 +64,13 @@ class ConfidenceStudy(Reader):
     Activations are those under the interventions in force; what an ablation does is computed for the read-out of the
     weights alone, as if nothing were clamped between ``hook_post`` and the last ``hook_resid_post``.
 
-    In the run folder: ``confidence.csv`` with one row a number (``member, what, neuron, position, value``), and
-    ``confidence.png``, which W&B receives too. ``what`` is ``loss``, ``entropy`` (nats), ``activation``, ``candidate``
-    (1 or 0), and of each ablation ``total_value`` (nats, ablated minus not), ``total_control`` (mean of the control),
-    ``total_low`` and ``total_high`` (between them are 95 % of it), and the same of ``direct``; neuron ``all`` is all
-    together. The module's summary receives the changes under ``confidence``, for several members as a list.
+    Recorded once, as ``confidence/...``: ``loss`` and ``entropy`` (nats) with axis ``position``; ``activation`` of all
+    neurons of the last MLP with axes ``neuron`` and ``position``; with axis ``neuron`` ``candidate`` (1 or 0) and, of
+    each ablation of a shown neuron, ``total_value`` (nats, ablated minus not), ``total_control`` (mean of the control),
+    ``total_low`` and ``total_high`` (between them are 95 % of it), and the same of ``direct``; ``confidence/all/...``
+    is what all of them do together. Where nothing is measured, at positions that are not scored or of neurons that are
+    not shown, there is no number (nan). In the run folder: ``confidence.png``, which W&B receives too. The module's
+    summary receives the changes under ``confidence``, for several members as a list.
     Read-only; nothing is measured before training ends.
 
     Args:
@@ -88,6 +91,13 @@ class ConfidenceStudy(Reader):
 
     def sites(self, table: SiteTable) -> list[str]:
         return [*last_layer_sites(table), "hook_logits"]
+
+    def records(self, sites: SiteTable) -> dict[str, Axes]:
+        neurons, positions = {"neuron": sites.size("N")}, {"position": sites.size("L")}
+        found: dict[str, Axes] = {"loss": positions, "entropy": positions, "activation": neurons | positions}
+        found |= {"candidate": neurons} | {part: neurons for part in CHANGE_PARTS}
+        found |= {f"all/{part}": {} for part in CHANGE_PARTS}
+        return {f"{self.name}/{metric}": axes for metric, axes in found.items()}
 
     def requirements(self) -> list[Requirement]:
         return [*needs_read_out("ConfidenceStudy"), needs_evaluation_set("ConfidenceStudy", REPEATED_SET)]
@@ -110,10 +120,8 @@ class ConfidenceStudy(Reader):
         studies = self._measured()
         rows = [self._summary(study) for study in studies]
         self._module.summary[self.name] = rows[0] if len(rows) == 1 else rows
-        lines = ["member,what,neuron,position,value"]
-        for member, study in enumerate(studies):
-            lines += [",".join([str(member), *map(str, line)]) for line in self._lines(study)]
-        write_atomically(self._folder / f"{self.name}.csv", "\n".join(lines) + "\n")
+        if self._module.is_trained:
+            self._record(studies)
         picture = self._drawn(range(min(len(studies), PICTURED_MEMBERS)))
         write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 
@@ -125,24 +133,32 @@ class ConfidenceStudy(Reader):
             self._studies = _study(self._module, self._layer, self.top, self.draws)
         return self._studies
 
-    # ---- table and summary ---------------------------------------------------------------------
+    # ---- records and summary -------------------------------------------------------------------
 
     def _neuron_name(self, ablated: Change) -> str:
         """Name of the ablated neuron as ``Ablate`` takes it; ``all`` for several together."""
         return f"{self._layer}:{ablated.neurons[0]}" if len(ablated.neurons) == 1 else "all"
 
-    def _lines(self, study: Study) -> Iterator[StudyLine]:
-        for name in ("loss", "entropy"):
-            for position, value in zip(study.positions, getattr(study, name).tolist(), strict=True):
-                yield name, "", position, value
-        for neuron, values in zip(study.neurons, study.activation.tolist(), strict=True):
-            yield "candidate", f"{self._layer}:{neuron}", "", float(study.candidate)
-            for position, value in zip(study.positions, values, strict=True):
-                yield "activation", f"{self._layer}:{neuron}", position, value
-        for ablated in study.changes:
-            for effect in ABLATION_EFFECTS:
-                for part, value in asdict(getattr(ablated, effect)).items():
-                    yield f"{effect}_{part}", self._neuron_name(ablated), "", value
+    def _record(self, studies: Sequence[Study]) -> None:
+        step, sizes = self._module.steps_done, self.records(self._module.sites)
+        if self._module.history.ends_at(f"{self.name}/loss", step):
+            return
+        found = {metric: torch.full((len(studies), *axes.values()), torch.nan) for metric, axes in sizes.items()}
+        for member, study in enumerate(studies):
+            positions = list(study.positions)
+            found[f"{self.name}/loss"][member, positions] = study.loss.float()
+            found[f"{self.name}/entropy"][member, positions] = study.entropy.float()
+            found[f"{self.name}/activation"][member][:, positions] = study.activation.float()
+            found[f"{self.name}/candidate"][member] = 0.0
+            found[f"{self.name}/candidate"][member, list(study.neurons)] = float(study.candidate)
+            for ablated, part in product(study.changes, CHANGE_PARTS):
+                effect, _, name = part.partition("_")
+                value = getattr(getattr(ablated, effect), name)
+                if len(ablated.neurons) == 1:
+                    found[f"{self.name}/{part}"][member, ablated.neurons[0]] = value
+                else:
+                    found[f"{self.name}/all/{part}"][member] = value
+        self._module.record(step, found)
 
     def _summary(self, study: Study) -> dict[str, Any]:
         def parts(compared: Compared) -> dict[str, float | None]:
@@ -197,7 +213,7 @@ def _study(module: OpsinModule, layer: int, top: int, draws: int) -> list[Study]
         last_layer = (ReadOut.of(weights), resid[member][:, :, repeated], post[member][:, :, repeated], w_out[member])
         groups = [[neuron] for neuron in neurons] + ([neurons] if len(neurons) > 1 else [])
         changes = tuple(change(*last_layer, group, means[member], draws) for group in groups)
-        activation = post[m][..., neurons].mean(0).T.cpu()
+        activation = post[m].mean(0).T.cpu()
         shown = tuple(neurons), bool(candidate[m].any()), activation, changes
         studies.append(Study(tuple(scored), repeated.cpu(), loss[m], entropy[m], *shown))
     return studies

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -41,6 +40,12 @@ LASTING_MEASUREMENTS = 3.0
 
 EFFECT_PARTS = ("total", "direct", "mediated", "total_signed", "direct_signed")
 SUMMARY_COLUMNS = ("weight_norm", "logit_var", "rho")
+NEURON_COLUMNS = (
+    "candidate",
+    *SUMMARY_COLUMNS,
+    *(f"{effect}_{part}" for effect in ("entropy", "loss", "kl") for part in EFFECT_PARTS),
+)
+"""What is known of every neuron; KL where the task has a unigram."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class NeuronMeasurement:
 
     Args:
         step: optimizer steps finished when it was made.
-        columns: columns of the table, by name.
-        numbers: recorded metrics, by name without that of the reader.
+        columns: what is known of every neuron, by name.
+        numbers: metrics with one number a member, by name without that of the reader.
     """
 
     step: int
@@ -67,12 +72,12 @@ class NeuronMeasurement:
 
 
 class NeuronTracker(ProbeReader):
-    """Measures the neurons of the last MLP at a cadence: their table, the candidates among them and when those formed.
+    """Measures the neurons of the last MLP at a cadence: every neuron, the candidates among them and when those formed.
 
     A subclass says which effect of a neuron decides and through what it passes.
 
     Attributes:
-        name: name of the metrics, the tables, the picture and the summary's entry.
+        name: name of the metrics, the picture and the summary's entry.
         kind: kind of the announced events.
         effect: effect that decides on candidates: ``entropy``, ``loss`` or ``kl``.
         mediator: what the mediated share of an effect passes through.
@@ -82,7 +87,8 @@ class NeuronTracker(ProbeReader):
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
-        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+        tables: records of every neuron in each tenfold of optimizer steps, beside that of the last step; 0 for that
+            one alone.
     """
 
     name: str
@@ -131,7 +137,12 @@ class NeuronTracker(ProbeReader):
         return needs_read_out(type(self).__name__)
 
     def records(self, sites: SiteTable) -> dict[str, Axes]:
-        return {f"{self.name}/{number}": {} for number in self.numbers}
+        neurons = {"neuron": sites.size("N")}
+        numbers: dict[str, Axes] = {f"{self.name}/{number}": {} for number in self.numbers}
+        return numbers | {self._neuron_metric(column): neurons for column in NEURON_COLUMNS}
+
+    def _neuron_metric(self, column: str) -> str:
+        return f"{self.name}/neuron/{column}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -140,7 +151,8 @@ class NeuronTracker(ProbeReader):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = run_folder(trainer)
-        self._table_times = log_spaced(trainer.max_steps, self.tables) if self.tables else set()
+        self._table_times = {trainer.max_steps}
+        self._table_times |= log_spaced(trainer.max_steps, self.tables) if self.tables else set()
         self._layer = self._module.sites.layers - 1
         unigram = self._module.task.unigram()
         self._unigram = None if unigram is None else finite_unigram(unigram)
@@ -151,10 +163,10 @@ class NeuronTracker(ProbeReader):
     def measure(self, seen: Observation) -> None:
         found = self._last = self._measured(seen)
         self._module.record(seen.step, {f"{self.name}/{number}": values for number, values in found.numbers.items()})
-        # a table's time may fall between two measurements: the one that reaches it writes
+        # the time of a table may fall between two measurements: the one that reaches it records
         reached = range(max(seen.step - self.every + 1, 0), seen.step + 1)
         if any(step in self._table_times for step in reached):
-            self._write(found)
+            self._record_neurons(found)
         for member, count in enumerate(found.numbers["candidates"].tolist()):
             self._update(member, seen.step, count)
 
@@ -177,14 +189,12 @@ class NeuronTracker(ProbeReader):
         columns, numbers = ({name: x.cpu() for name, x in table.items()} for table in (columns, numbers))
         return NeuronMeasurement(seen.step, columns, {name: numbers[name] for name in self.numbers})
 
-    def _write(self, found: NeuronMeasurement) -> None:
-        columns = {name: x.int() if x.dtype == torch.bool else x for name, x in found.columns.items()}
-        members, neurons = found.columns["candidate"].shape
-        indices = product(range(members), range(neurons))
-        rows = zip(*(values.flatten().tolist() for values in columns.values()), strict=True)
-        lines = [",".join(["member", "neuron", *columns])]
-        lines += [",".join(map(repr, (*index, *row))) for index, row in zip(indices, rows, strict=True)]
-        write_atomically(self._folder / self.name / f"step_{found.step:07d}.csv", "\n".join(lines) + "\n")
+    def _record_neurons(self, found: NeuronMeasurement) -> None:
+        known = found.numbers["candidates"].isfinite()[:, None]
+        columns = {name: values.float() for name, values in found.columns.items()}
+        # a member whose effects are no numbers has no candidates either
+        columns["candidate"] = columns["candidate"].where(known, torch.nan)
+        self._module.record(found.step, {self._neuron_metric(name): values for name, values in columns.items()})
 
     def _update(self, member: int, step: int, count: float) -> None:
         x = float(step * self._module.task.batch_size)
@@ -203,7 +213,9 @@ class NeuronTracker(ProbeReader):
         module = self._module
         if self._last is None:
             return
-        self._write(self._last)
+        # a run that ended early, whose last step was none of a table until then
+        if module.is_trained and not module.history.ends_at(self._neuron_metric("candidate"), self._last.step):
+            self._record_neurons(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
         module.summary[self.name] = rows[0] if len(rows) == 1 else rows
         picture = self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS)))
@@ -273,9 +285,12 @@ class EntropyNeurons(NeuronTracker):
     above it (nan where none is); ``control_mediated``, the control's median share; ``rho``, the largest share of an
     output weight on the null directions, and ``rho_chance``.
 
-    In the run folder: ``entropy_neurons/step_0001234.csv``, one row a member and neuron with its norm, LogitVar, rho,
-    and for entropy, loss and (where the task has a unigram) KL from the unigram the total and direct effect and the
-    mediated share; ``entropy_neurons.png``, norm against LogitVar at the end, which W&B receives while training. The
+    At fewer steps (``tables``) and the last one every neuron is recorded, with axis ``neuron``, as
+    ``entropy_neurons/neuron/...``: ``candidate`` (1 or 0), ``weight_norm``, ``logit_var``, ``rho``, and of ``entropy``,
+    ``loss`` and (where the task has a unigram) ``kl`` from the unigram ``EFFECT_total`` and ``EFFECT_direct``, these
+    signed (``..._signed``), and the share ``EFFECT_mediated``.
+
+    In the run folder: ``entropy_neurons.png``, norm against LogitVar at the end, which W&B receives while training. The
     module's summary receives under ``entropy_neurons``, for several members as a list, the final ``candidates``
     (strongest first), the control's three numbers, and ``onset``: ``{"value", "low", "high"}`` in sequences, the
     first measurement from which on a candidate lasts (``LASTING_MEASUREMENTS``) and the measurement before; None where
@@ -283,7 +298,8 @@ class EntropyNeurons(NeuronTracker):
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
-        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+        tables: records of every neuron in each tenfold of optimizer steps, beside that of the last step; 0 for that
+            one alone.
         null_dimensions: directions that count as unseen by the unembedding; None for those whose singular value is
             at most a hundredth of the largest.
 
@@ -314,7 +330,8 @@ class TokenFrequencyNeurons(NeuronTracker):
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
-        tables: tables in each tenfold of optimizer steps, beside that of the last step; 0 for that one alone.
+        tables: records of every neuron in each tenfold of optimizer steps, beside that of the last step; 0 for that
+            one alone.
 
     Raises:
         ConfigError: a number out of its range or, when training starts, a model without MLPs or LayerNorm, or a task

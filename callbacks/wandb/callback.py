@@ -205,9 +205,11 @@ class WeightsAndBiases(Reader):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish the runs now and not in ``on_fit_end``, where other callbacks still complete the summary."""
+        if self._runs:
+            # readers may record what they found at the end
+            self._collect()
         if self._runs and not self._module.is_trained:
             # it was saved: when it goes on, the newest step may gain a validation, and is sent then
-            self._collect()
             for run in self._runs:
                 run.send(before=self._module.steps_done)
                 run.forget_unsent()
@@ -239,7 +241,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def scalars(metric: str, axes: Axes, values: np.ndarray) -> dict[str, float]:
+def scalars(metric: str, axes: Axes, values: np.ndarray | np.floating) -> dict[str, float]:
     """One member's values as one number per key (``train/loss``, ``induction_strength/1:3``), and the largest of many.
 
     Args:

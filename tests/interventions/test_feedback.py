@@ -11,6 +11,7 @@ from opsin.interventions.feedback import Feedback
 from opsin.interventions.schedules import Schedule
 from opsin.interventions.selection import Selection
 from opsin.model.transformer import Transformer
+from opsin.records.history import History
 from opsin.training.module import OpsinModule
 from tests.helpers.loops import ALL_HEADS, STRENGTH, following, history, module, validating
 from tests.helpers.toys import SMALL, few_shot, plan_of, train
@@ -233,6 +234,46 @@ def test_a_long_history_is_asked_once():
         assert feedback.strengths(step, 1, 1, found).tolist() == [[0]]
         found.record("loss", step, np.array([0.1]))
     assert len(asked) == 1099
+
+
+def norms(*records):
+    """A history with two numbers for each of three neurons: the n-th argument is recorded at step n."""
+    found = History(4)
+    found.declare("norm", {"neuron": 3, "concept": 2})
+    for step, values in enumerate(records, 1):
+        found.record("norm", step, np.array([values]))
+    return found
+
+
+def test_one_number_of_any_metric_is_followed_by_its_indices():
+    found = norms([[0, 0], [0, 0], [0, 0]], [[9, 9], [9, 9], [9, 1]], [[0, 0], [0, 0], [0, 9]])
+    assert Feedback("norm/2:1", above=1.5).strengths(0, 5, 1, found).tolist() == [[0], [0], [0], [1], [1]]
+    assert Feedback("norm/2:0", above=1.5).reading(2, 1, found).value.tolist() == [9]
+
+
+def test_a_metric_that_is_called_like_a_number_of_another_is_followed_by_its_name():
+    found = norms([[5, 5], [5, 5], [5, 5]])
+    found.record("norm/2:1", 1, np.array([0.5]))
+    assert Feedback("norm/2:1", above=0.1).reading(1, 1, found).value.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "norm"}, "metric: got 'norm', expected norm/0:0 or so: one number by its neuron (3), concept (2)"),
+        ({"metric": "norm/3:0"}, "metric: got 'norm/3:0', expected norm/0:0 or so: one number by its neuron (3)"),
+        ({"metric": "norm", "head": "2:1"}, "metric: got 'norm', expected norm/0:0 or so"),
+        ({"metric": "norm/2:1", "head": "2:1"}, "head: got '2:1', expected null: norm/2:1 has one value per member"),
+        ({"metric": "loss/0"}, "metric: got 'loss/0', expected loss, one value per member"),
+        ({"metric": "none/0"}, "metric: got 'none/0', expected what this run records: loss, norm"),
+    ],
+)
+def test_what_is_no_number_of_a_metric_is_refused_with_what_is_one(settings, message):
+    recorded = {"loss": {}, "norm": {"neuron": 3, "concept": 2}}
+    Feedback("norm/2:1", above=1.0).check("Ablate", recorded)
+    with pytest.raises(ConfigError) as refused:
+        Feedback(above=1.0, **settings).check("Ablate", recorded)
+    assert str(refused.value).startswith(f"Ablate.schedule.feedback.{message}")
 
 
 def test_deeper_models_are_followed_head_by_head():

@@ -90,6 +90,15 @@ def test_a_pivot_in_pandas_is_the_array(seed, tmp_path):
         assert np.array_equal(pivot.to_numpy(np.float32).reshape(values.shape), values)
 
 
+def test_pandas_reads_indices_as_whole_numbers_where_it_is_told_to(tmp_path):
+    history, folder = with_random_axes(3), RunFolder(tmp_path)
+    history.keep_in(folder)
+    names = ["layer", "head", *KNOWN[2:], "concept"]  # also those that the table does not have
+    frame = pd.read_csv(folder.metrics, dtype=dict.fromkeys(names, "Int64"))
+    present = [name for name in names if name in frame]
+    assert {str(frame[name].dtype) for name in present} == {"Int64"} and frame[present].isna().any(axis=None)
+
+
 def test_a_run_without_further_axes_writes_what_it_always_wrote(tmp_path):
     folder = RunFolder(tmp_path)
     recorded(final=10).keep_in(folder)

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 
 from opsin.callbacks import InductionHeads, KeepRun
+from opsin.callbacks.readers.base import ProbeReader
 from opsin.errors import ConfigError
 from opsin.training.module import OpsinModule
 from tests.helpers.toys import SMALL, few_shot
@@ -135,3 +136,64 @@ def test_a_plateau_follows_the_training_loss_and_no_other_metric():
     assert model.optimizers().param_groups[0]["lr"] < 0.01
     with pytest.raises(ConfigError, match=r"^model.lr_scheduler.monitor: got 'val/classes/loss', expected 'train"):
         fit(module(lr_scheduler=plateau("val/classes/loss")))
+
+
+class Concepts(ProbeReader):
+    """Records numbers of axes that it invents: few and many."""
+
+    def records(self, sites):
+        return {"few": {"concept": 2, "layer": 1}, "many": {"concept": 70}}
+
+    def measure(self, seen):
+        self._module.record(seen.step, {"few": torch.tensor([[[1.0], [seen.step]]]), "many": torch.arange(70.0)[None]})
+
+
+def test_numbers_of_any_axes_are_monitored_and_logged_and_of_many_the_largest_and_the_mean(tmp_path):
+    stop = EarlyStopping("few/1:0", patience=2, mode="min")
+    trainer = fit(module(), Concepts(every=5), stop, steps=30, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert trainer.global_step == 30 and float(stop.best_score) == 10.0
+    (path,) = tmp_path.rglob("metrics.csv")
+    columns = path.read_text().splitlines()[0].split(",")
+    assert [name for name in columns if name.startswith(("few", "many"))] == [
+        "few/0:0",
+        "few/1:0",
+        "many/max",
+        "many/mean",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 70, 1), "metric many: got 'values of shape"), ((1, 69), "metric many: got 'values of shape")],
+)
+def test_a_reader_that_records_another_shape_than_it_says_ends_the_run_in_one_line(shape, message):
+    class Other(Concepts):
+        def measure(self, seen):
+            self._module.record(seen.step, {"many": torch.zeros(shape)})
+
+    with pytest.raises(ConfigError, match=message):
+        fit(module(), Other(every=5), steps=5)
+
+
+def test_two_readers_that_record_one_metric_with_different_axes_are_refused(tmp_path):
+    class Other(Concepts):
+        def records(self, sites):
+            return {"few": {"concept": 3}}
+
+    line = (
+        r"^Other.records, metric few: got \{'concept': 3\}, expected \{'concept': 2, 'layer': 1\}, as others record it"
+    )
+    with pytest.raises(ConfigError, match=line):
+        fit(module(), Concepts(every=5), Other(every=5), KeepRun(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("axes", [(), (2, 2)])
+def test_a_reader_that_returns_shapes_is_refused_with_what_would_do(axes, tmp_path):
+    class Old(Concepts):
+        def records(self, sites):
+            return {"few": axes}
+
+    with pytest.raises(ConfigError, match=r"^axes of metric few: got .*, expected sizes by name, as in \{'layer': 2,"):
+        fit(module(), Old(every=5), KeepRun(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

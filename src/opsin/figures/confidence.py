@@ -86,7 +86,7 @@ def _draw_loss_and_entropy(axes: Axes, study: Study, name: str) -> None:
 def _draw_activations(axes: Axes, study: Study, layer: int) -> None:
     kind = "Candidates" if study.candidate else "Not candidates"
     axes.set_title(f"{kind}: mean activation")
-    shown = zip(study.neurons, study.activation.numpy(), NEURON_COLOURS, strict=False)
+    shown = zip(study.neurons, study.activation[list(study.neurons)].numpy(), NEURON_COLOURS, strict=False)
     lines = [(f"{layer}:{neuron}", values, colour) for neuron, values, colour in shown]
     _draw_lines(axes, study, lines)
     axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1.5)

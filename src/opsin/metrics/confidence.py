@@ -160,7 +160,7 @@ class Study:
         loss, entropy: means over sequences at every position, nats.
         neurons: indices of the shown neurons of the last MLP.
         candidate: whether the shown neurons are entropy neurons; otherwise they come nearest to being so.
-        activation: activation of every shown neuron after the nonlinearity, mean over sequences.
+        activation: activation of every neuron of the last MLP after the nonlinearity, mean over sequences.
         changes: change of the entropy on the repeated positions by the ablation of every shown neuron and, where there
             are several, by that of all together.
     """
@@ -171,5 +171,5 @@ class Study:
     entropy: Float[Tensor, " L"]
     neurons: tuple[int, ...]
     candidate: bool
-    activation: Float[Tensor, "J L"]
+    activation: Float[Tensor, "N L"]
     changes: tuple[Change, ...]

@@ -138,7 +138,7 @@ def is_wide(axes: Axes) -> bool:
     return math.prod(axes.values()) > MOST_KEYS and not {*axes} <= {*ROW_AXES}
 
 
-def logged_numbers(metric: str, axes: Axes, values: Float[np.ndarray, "..."]) -> dict[str, float]:
+def logged_numbers(metric: str, axes: Axes, values: Float[np.ndarray, "..."] | np.floating) -> dict[str, float]:
     """What loggers receive of one member's values: one number per key, or ``METRIC/max`` and ``METRIC/mean`` of many.
 
     Args:
@@ -146,8 +146,9 @@ def logged_numbers(metric: str, axes: Axes, values: Float[np.ndarray, "..."]) ->
         axes: further axes of the metric.
         values: values of one member, with these axes; those that are no numbers enter neither maximum nor mean.
     """
+    array = np.asarray(values)
     if not is_wide(axes):
-        return {number_name(metric, index): float(values[index]) for index in np.ndindex(values.shape)}
-    known = values[~np.isnan(values)]
+        return {number_name(metric, index): float(array[index]) for index in np.ndindex(array.shape)}
+    known = array[~np.isnan(array)]
     numbers = {"max": known.max(), "mean": known.mean()} if len(known) else {}
     return {f"{metric}/{name}": float(value) for name, value in numbers.items()}

@@ -1,4 +1,4 @@
-"""What a run has measured so far: in memory, in checkpoints, and as the lines of metrics.csv.
+"""What a run has measured so far: in memory, in checkpoints, and in the table that mirrors it.
 
 A run's folder holds
 
@@ -230,7 +230,7 @@ class History:
         if metric in self._series and shape != (before := self._series[metric].values[-1].shape):
             expected = f"{before}, the shape of its earlier records"
         elif metric not in self._axes and len(shape) > 1:
-            expected = "one number a member, (M,): no reader that declares further axes of it, as {'neuron': 64}"
+            expected = "one number a member, (M,): nobody declared further axes of it, as Reader.records does"
         elif not shape or 0 in shape or shape[1:] != tuple(self._axes.get(metric, {}).values()):
             words = sizes_in_words(self._axes.get(metric, {}))
             expected = f"an axis of the members, and those declared: {words}"
@@ -248,6 +248,15 @@ class History:
             KeyError: nothing of that name was recorded.
         """
         return self._series[metric]
+
+    def ends_at(self, metric: str, step: int) -> bool:
+        """Whether the newest record of a metric is of this step.
+
+        Args:
+            metric: name of the metric, of which there may be no record.
+            step: optimizer steps finished when it was measured.
+        """
+        return metric in self._series and self._series[metric].steps[-1] == step
 
     def names(self) -> list[str]:
         """Metrics recorded so far."""

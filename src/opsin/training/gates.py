@@ -135,8 +135,7 @@ class GateController:
             was = before.strength if step else np.zeros(len(self.seeds))
             metric = f"feedback/{name}/strength"
             # a checkpoint saved while this step ran has its records already
-            recorded = metric in self.history and self.history[metric].steps[-1] == step
-            if recorded or (now.strength == was)[covers].all():
+            if self.history.ends_at(metric, step) or (now.strength == was)[covers].all():
                 continue
             self.history.record(metric, step, now.strength * covers)
             self.history.record(f"feedback/{name}/value", step, now.value)

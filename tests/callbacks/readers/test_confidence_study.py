@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -49,15 +50,12 @@ def with_entropy_neurons(*neurons) -> OpsinModule:
     return model
 
 
-def table(path):
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (int(row["member"]), row["what"], row["neuron"], int(row["position"]) if row["position"] else None): float(
-            row["value"]
-        )
-        for row in rows
-    }
+def table(folder, metric):
+    """One quantity of the study as the table of the run has it: an array with an axis of members first."""
+    frame = pd.read_csv(folder / "metrics.csv").query(f"metric == 'confidence/{metric}'")
+    axes = ["member", *(name for name in ("neuron", "position") if frame[name].notna().any())]
+    sizes = [int(frame[name].max()) + 1 for name in axes]
+    return frame.sort_values(axes).value.to_numpy().reshape(sizes)
 
 
 def plain(model, change=lambda name, x: x):
@@ -80,28 +78,23 @@ def entropies(logits):
 
 def test_loss_entropy_and_activations_are_those_of_a_plain_pass_at_every_position(tmp_path):
     model = train(module([1, 2]), 20, ConfidenceStudy(top=N, draws=1), KeepRun(tmp_path))
-    found = table(tmp_path / "confidence.csv")
     logits, seen = plain(model)
     targets = model.evaluation_set("repeated").targets
     loss = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    for m in range(2):
-        for position in range(12):
-            assert found[m, "loss", "", position] == pytest.approx(loss[m, :, position].mean().item(), abs=1e-5)
-            expected = entropies(logits)[m, :, position].mean().item()
-            assert found[m, "entropy", "", position] == pytest.approx(expected, abs=1e-5)
-            for neuron in range(N):
-                activation = seen[POST][m, :, position, neuron].mean().item()
-                assert found[m, "activation", f"1:{neuron}", position] == pytest.approx(activation, abs=1e-5)
+    assert table(tmp_path, "loss") == pytest.approx(loss.mean(1).numpy(), abs=1e-5)
+    assert table(tmp_path, "entropy") == pytest.approx(entropies(logits).mean(1).numpy(), abs=1e-5)
+    assert table(tmp_path, "activation") == pytest.approx(seen[POST].mean(1).mT.numpy(), abs=1e-5)
 
 
 def test_a_change_is_that_of_the_repeated_half_when_neurons_are_held_at_their_mean_of_the_first(tmp_path):
     study = ConfidenceStudy(top=3, draws=2)
     model = train(module([1, 2]), 20, study, KeepRun(tmp_path))
-    found, before = table(tmp_path / "confidence.csv"), entropies(plain(model)[0])
+    each, together = table(tmp_path, "total_value"), table(tmp_path, "all/total_value")
+    before = entropies(plain(model)[0])
     for m in range(2):
         neurons = study._studies[m].neurons
-        assert len(neurons) == 3
-        for name, group in [(f"1:{n}", [n]) for n in neurons] + [("all", list(neurons))]:
+        assert len(neurons) == 3 and {*np.flatnonzero(np.isfinite(each[m])).tolist()} == {*neurons}
+        for found, group in [(each[m, n], [n]) for n in neurons] + [(together[m], list(neurons))]:
 
             def held(site, x, group=group):
                 if site == POST:
@@ -110,14 +103,12 @@ def test_a_change_is_that_of_the_repeated_half_when_neurons_are_held_at_their_me
                 return x
 
             change = (entropies(plain(model, held)[0]) - before)[m, :, 6:].mean().item()
-            assert found[m, "total_value", name, None] == pytest.approx(change, abs=1e-5)
+            assert found == pytest.approx(change, abs=1e-5)
 
 
 def test_activations_are_those_under_the_interventions_in_force(tmp_path):
     train(module(), 10, ConfidenceStudy(top=N, draws=1), KeepRun(tmp_path), Ablate(neurons=["1:3"]))
-    found = table(tmp_path / "confidence.csv")
-    silent = {key[2] for key, value in found.items() if key[1] == "activation" and value == 0}
-    assert silent == {"1:3"}
+    assert np.flatnonzero((table(tmp_path, "activation")[0] == 0).any(1)).tolist() == [3]
 
 
 def test_candidates_are_those_of_the_entropy_tracker_and_all_are_ablated_together(tmp_path):
@@ -130,7 +121,8 @@ def test_candidates_are_those_of_the_entropy_tracker_and_all_are_ablated_togethe
     assert list(changes) == [*tracked, "all"]
     for name in ("1:4", "1:9"):
         assert abs(changes[name]["direct"]["value"]) < 1e-5 < 1e-4 < abs(changes[name]["total"]["value"])
-    assert {value for key, value in table(tmp_path / "confidence.csv").items() if key[1] == "candidate"} == {1.0}
+    chosen = [int(name.removeprefix("1:")) for name in tracked]
+    assert np.flatnonzero(table(tmp_path, "candidate")[0]).tolist() == sorted(chosen)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -140,7 +132,7 @@ def test_without_candidates_the_nearest_are_shown_and_called_so(tmp_path):
     assert model.summary["entropy_neurons"]["candidates"] == []
     assert model.summary["confidence"]["candidates"] is False
     assert [len(change.neurons) for change in study._studies[0].changes] == [1, 1, 2]
-    assert {value for key, value in table(tmp_path / "confidence.csv").items() if key[1] == "candidate"} == {0.0}
+    assert not table(tmp_path, "candidate").any()
     titles = [axes.get_title(loc="left") for axes in confidence_figure(study._studies, [""], 1, "").axes]
     assert titles[1] == "Not candidates: mean activation"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -60,9 +59,12 @@ def both(**settings):
     return [EntropyNeurons(**settings), TokenFrequencyNeurons(**settings)]
 
 
-def table(path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+def neurons(folder, step, name="entropy_neurons") -> pd.DataFrame:
+    """What the table of a run says of every neuron after a step: a row a member and neuron, a column a quantity."""
+    frame = pd.read_csv(folder / "metrics.csv")
+    frame = frame[frame.metric.str.startswith(f"{name}/neuron/") & (frame.step == step)]
+    found = frame.assign(metric=frame.metric.str.removeprefix(f"{name}/neuron/"))
+    return found.pivot(index=["member", "neuron"], columns="metric", values="value")
 
 
 def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_path):
@@ -74,8 +76,8 @@ def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_pa
     values = model.parameters_by_name()
     w_out, read_out = values["blocks.1.mlp.W_out"].detach(), ReadOut.of(values)
     effects = mean_ablation_effects(read_out, resid, post, w_out, targets=model.probe.targets)
-    rows = table(tmp_path / "entropy_neurons" / "step_0000020.csv")
-    assert [(row["member"], row["neuron"]) for row in rows] == [(m, n) for m in range(2) for n in range(MODEL.neurons)]
+    found = neurons(tmp_path, 20)
+    assert [*found.index] == [(m, n) for m in range(2) for n in range(MODEL.neurons)]
     expected = {
         "weight_norm": weight_norm(w_out),
         "logit_var": logit_var(w_out, read_out),
@@ -86,15 +88,14 @@ def test_the_table_holds_what_the_metrics_say_of_the_weights_at_that_step(tmp_pa
         "loss_total_signed": effects["loss"].total_signed,
     }
     for name, column in expected.items():
-        np.testing.assert_allclose([row[name] for row in rows], column.flatten(), rtol=1e-4, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(found[name], column.flatten(), rtol=1e-4, atol=1e-7, err_msg=name)
     assert model.history["entropy_neurons/total"].values[-1] == pytest.approx(effects["entropy"].total.amax(-1).numpy())
 
 
 def test_a_neuron_that_is_held_at_its_overall_mean_has_no_effect_left(tmp_path):
     held = Ablate(neurons=["1:3", "1:7"], value="overall_mean")
     train(module([1, 2]), 20, EntropyNeurons(every=10, tables=0), held, KeepRun(tmp_path))
-    rows = table(tmp_path / "entropy_neurons" / "step_0000020.csv")
-    total = np.array([row["entropy_total"] for row in rows]).reshape(2, -1)
+    total = neurons(tmp_path, 20)["entropy_total"].to_numpy().reshape(2, -1)
     assert (total[:, [3, 7]] < 1e-5).all() and (np.delete(total, [3, 7], 1) > 1e-4).mean() > 0.9
 
 
@@ -111,8 +112,8 @@ def test_a_member_that_diverges_leaves_the_others_numbers_and_has_none(rate, tmp
         both_of[name] = {metric: model.history[metric].values[-1] for metric in model.history.names()}
     for metric, values in both_of["beside"].items():
         assert np.array_equal(values[0], both_of["alone"][metric][0], equal_nan=True), metric
-        if metric.startswith((*NAMES, "calibration/", "neurons/")) and not metric.endswith("exact_entropy"):
-            assert np.isnan(values[1]), metric
+        if metric.startswith((*NAMES, "calibration/", "neurons/")) and not metric.endswith(OF_THE_WEIGHTS):
+            assert np.isnan(values[1]).all(), metric
 
 
 def test_the_control_is_put_through_the_same_rule(monkeypatch):
@@ -134,7 +135,8 @@ def test_the_control_is_put_through_the_same_rule(monkeypatch):
 
 def test_tables_are_written_at_the_measurements_that_reach_log_spaced_steps_and_at_the_end(tmp_path):
     train(module(), 45, EntropyNeurons(every=4, tables=1), TokenFrequencyNeurons(every=30, tables=0), KeepRun(tmp_path))
-    written = {folder: sorted(int(p.stem[5:]) for p in (tmp_path / folder).iterdir()) for folder in NAMES}
+    frame = pd.read_csv(tmp_path / "metrics.csv")
+    written = {name: frame[frame.metric == f"{name}/neuron/rho"].step.unique().tolist() for name in NAMES}
     # log-spaced are 0, 1 and 10
     assert written == {"entropy_neurons": [0, 4, 12, 45], "token_frequency_neurons": [45]}
 
@@ -143,10 +145,13 @@ def test_a_run_that_ends_early_leaves_the_table_of_its_last_step(tmp_path):
     ends = StopWhen(below=99.0, in_a_row=4)
     model = train(module(), 500, EntropyNeurons(every=7, tables=0), ends, KeepRun(tmp_path))
     assert model.steps_done < 500
-    assert [p.stem for p in (tmp_path / "entropy_neurons").iterdir()] == [f"step_{model.steps_done:07d}"]
+    assert [*model.history["entropy_neurons/neuron/rho"].steps] == [model.steps_done]
+    assert len(neurons(tmp_path, model.steps_done)) == MODEL.neurons
 
 
 NAMES = ("entropy_neurons", "token_frequency_neurons")
+OF_THE_WEIGHTS = ("exact_entropy", "neuron/weight_norm", "neuron/logit_var", "neuron/rho")
+"""Numbers that a diverged member may have, too."""
 
 
 def test_a_member_s_state_is_that_of_its_single_run(tmp_path):
@@ -204,15 +209,26 @@ def test_what_is_recorded_is_what_is_said_to_be():
     model = train(module(), 5, *callbacks)
     said = recorded_metrics(callbacks, model.sites, model.task, validates=False)
     found = {name for name in model.history.names() if name.startswith(NAMES)}
-    assert found == {name for name in said if name.startswith(NAMES)} and len(found) == 8 + 6
+    assert found == {name for name in said if name.startswith(NAMES)} and len(found) == 8 + 6 + 2 * 19
+
+
+def test_a_run_that_goes_on_with_the_tracker_keeps_its_numbers_and_gains_a_column(tmp_path):
+    train(module(), 10, KeepRun(tmp_path))
+    before = pd.read_csv(tmp_path / "metrics.csv")
+    checkpoint = str(tmp_path / "checkpoints" / "last.ckpt")
+    model = train(module(), 20, EntropyNeurons(every=10), KeepRun(tmp_path), resume=checkpoint)
+    after = pd.read_csv(tmp_path / "metrics.csv")
+    assert [*after.columns] == [*before.columns[:-1], "neuron", "value"]
+    pd.testing.assert_frame_equal(after[before.columns].head(len(before)), before, check_dtype=False)
+    assert len(neurons(tmp_path, 20)) == MODEL.neurons and model.history["train/loss"].steps[-1] == 20
 
 
 def test_without_a_unigram_entropy_neurons_leave_the_divergence_out_and_the_others_refuse(tmp_path):
     train(module(task=ToyTokens()), 5, EntropyNeurons(every=5), KeepRun(tmp_path / "plain"))
     train(module(), 5, EntropyNeurons(every=5), KeepRun(tmp_path / "skewed"))
-    plain, skewed = (table(tmp_path / f / "entropy_neurons" / "step_0000005.csv")[0] for f in ("plain", "skewed"))
-    assert "kl_total" in skewed and not any(name.startswith("kl") for name in plain)
-    assert all(math.isfinite(skewed[name]) for name in ("kl_total", "kl_direct"))
+    plain, skewed = (neurons(tmp_path / name, 5) for name in ("plain", "skewed"))
+    assert not any(name.startswith("kl") for name in plain)
+    assert np.isfinite(skewed[["kl_total", "kl_direct"]]).to_numpy().all()
     with pytest.raises(
         ConfigError, match="TokenFrequencyNeurons: got 'ToyTokens, all of whose outputs are as frequent'"
     ):
@@ -223,7 +239,7 @@ def test_without_a_unigram_entropy_neurons_leave_the_divergence_out_and_the_othe
 def test_a_read_out_with_and_without_a_bias_is_measured(bias, tmp_path):
     model = Transformer(**{**vars(MODEL), "unembed_bias": bias})
     train(module(model=model), 5, *both(every=5), KeepRun(tmp_path))
-    assert table(tmp_path / "entropy_neurons" / "step_0000005.csv")
+    assert len(neurons(tmp_path, 5)) == MODEL.neurons
 
 
 def test_the_figure_has_a_panel_for_each_of_the_first_members(tmp_path, monkeypatch):

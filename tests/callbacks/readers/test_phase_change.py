@@ -257,6 +257,24 @@ def test_the_strength_of_one_head_is_a_measure():
     assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
 
 
+def test_one_neuron_of_a_position_is_a_measure():
+    class Norms:
+        def records(self, sites):
+            return {"norm": {"neuron": 3, "position": 2}}
+
+    module, callback = tiny(), PhaseChange(metric="norm/2:0")
+    callback.setup(SimpleNamespace(callbacks=[Norms()]), module, "fit")
+    module.history.declare("norm", {"neuron": 3, "position": 2})
+    for step in STEPS.tolist():
+        norm = np.full((1, 3, 2), 0.01)
+        norm[0, 2, 0] = 0.9 / (1 + np.exp(-(step - 2000) / 50))
+        module.history.record("norm", step, norm)
+    callback.on_train_end(None, module)
+    assert module.summary["midpoint"]["value"] == pytest.approx(2000 * BATCH, abs=50 * BATCH)
+    with pytest.raises(ConfigError, match=r"PhaseChange.metric: got 'norm/3:0', expected a metric that this run"):
+        PhaseChange(metric="norm/3:0").setup(SimpleNamespace(callbacks=[Norms()]), module, "fit")
+
+
 def test_a_measure_that_is_watched_already_is_refused():
     with pytest.raises(ConfigError, match=r"PhaseChange.beside: got 'train/loss', expected a measure that is not"):
         PhaseChange(beside=["train/loss"])
