@@ -8,6 +8,7 @@ import torch
 from opsin.callbacks.writers.ablate import Ablate
 from opsin.callbacks.writers.clamp import Clamp
 from opsin.callbacks.writers.disallow import Disallow
+from opsin.callbacks.writers.head_temperature import HeadTemperature
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
 from tests.helpers.toys import SMALL, batch_of, few_shot, hand_batch, plan_of, run, tap_of, weights
@@ -261,3 +262,10 @@ def test_a_disallow_that_cannot_work_is_refused(make, field):
     with pytest.raises(ConfigError) as refused:
         make()
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("writer", [Disallow(["0:0"], "previous_token"), HeadTemperature({"0:0": 0.5})])
+def test_what_changes_the_scores_before_the_softmax_is_refused_where_attention_is_linear(writer):
+    linear = Transformer(layers=1, width=8, heads=2, attention="linear", scale_scores=False)
+    with pytest.raises(ConfigError, match=r"blocks\.0\.attn\.hook_attn_scores.*a site of this model"):
+        plan_of(linear, FOUR, writer)
