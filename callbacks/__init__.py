@@ -8,6 +8,7 @@ from opsin.callbacks.readers.delay import Delay
 from opsin.callbacks.readers.early_stopping import StopWhen
 from opsin.callbacks.readers.fourier_structure import FourierStructure
 from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.in_context_algorithm import InContextAlgorithm
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
@@ -48,6 +49,7 @@ __all__ = [
     "Freeze",
     "Graft",
     "HeadTemperature",
+    "InContextAlgorithm",
     "InductionHeads",
     "KeepRun",
     "PathPatch",

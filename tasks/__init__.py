@@ -2,6 +2,7 @@
 
 from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
+from opsin.tasks.linear_regression import LinearRegression
 from opsin.tasks.modular_arithmetic import ModularArithmetic, PermutationTable
 from opsin.tasks.repeats import Repeats
 from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
@@ -14,6 +15,7 @@ __all__ = [
     "FewShot",
     "GaussianClusters",
     "Kind",
+    "LinearRegression",
     "ModularArithmetic",
     "Omniglot",
     "PermutationTable",
