@@ -14,7 +14,7 @@ from opsin.figures.style import save_figure
 from opsin.objective import LossScale
 from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
-from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
+from opsin.population.tables import Row, as_csv, compared_metrics, summarise
 from opsin.records.folder import write_atomically
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, SUMMARY_FILE, UNFINISHED
 from opsin.reports.columns import aligned
@@ -105,15 +105,10 @@ def _condition_lines(conditions: Sequence[Row], final_loss: str) -> list[tuple[s
             )
         )
     lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
-    if not (compared := _compared_metrics(conditions)):
+    if not (compared := compared_metrics(conditions)):
         return lines
     found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
     return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
-
-
-def _compared_metrics(conditions: Sequence[Row]) -> list[str]:
-    """Metrics that the recipe compares."""
-    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
 
 
 def _without_onset(row: Row) -> str:
@@ -127,7 +122,7 @@ def _difference_lines(summary: Mapping[str, Sequence[Row]], final_loss: str) -> 
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
-    compared = _compared_metrics(summary["conditions"])
+    compared = compared_metrics(summary["conditions"])
     shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
     shown |= {"final_loss": (final_loss, "+.4f")} | {name: (name, "+.4f") for name in compared}
     cells = [("condition", *(heading for heading, _ in shown.values()))]
