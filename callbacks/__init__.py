@@ -6,6 +6,7 @@ from opsin.callbacks.readers.calibration import Calibration
 from opsin.callbacks.readers.confidence_study import ConfidenceStudy
 from opsin.callbacks.readers.early_stopping import StopWhen
 from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.memories import MemoryRecall
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
@@ -44,6 +45,7 @@ __all__ = [
     "HeadTemperature",
     "InductionHeads",
     "KeepRun",
+    "MemoryRecall",
     "PathPatch",
     "PerfectPreviousInput",
     "PhaseChange",
