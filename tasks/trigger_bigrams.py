@@ -108,7 +108,7 @@ class TriggerCrossEntropy(CrossEntropy):
         in_float64: whether the loss is computed in double precision.
     """
 
-    measures: ClassVar[tuple[Measure, ...]] = (
+    measures = (
         *CLASS_MEASURES,
         Measure("trigger_loss", "down", trigger_loss, "nats", while_training=True),
         Measure("trigger_accuracy", "up", trigger_accuracy, while_training=True),

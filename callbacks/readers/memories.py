@@ -64,8 +64,8 @@ class MemoryRecall(ProbeReader):
     Recorded and logged are, ``[M]`` each, shares from 0 to 1:
 
     - ``recall/W_K1``: positions t whose key is the best of the first layer's keys for the position after it;
-    - ``recall/W_K2``: triggers v whose key, as the first layer wrote it, is the best of those of all triggers for v; all
-      tokens where each sequence has triggers of its own;
+    - ``recall/W_K2``: triggers v whose key, as the first layer wrote it, is the best of those of all triggers for v;
+      all tokens where each sequence has triggers of its own;
     - ``recall/W_O2``: tokens v that have the largest logit where the second layer attends to v;
     - ``recall_above_chance/W_K1``, ``/W_K2``, ``/W_O2``: (R - 1/c) / (1 - 1/c), with c candidates;
     - ``attention/looks_back``: successors of triggers that the first layer leaves for the position before them;
@@ -134,16 +134,16 @@ class MemoryRecall(ProbeReader):
 
     def _recalled(self) -> dict[str, Float[Tensor, " M"]]:
         task = self._module.task
-        assert isinstance(task, KnowsBigrams)
         named = {name: value.detach() for name, value in self._module.parameters_by_name().items()}
-        weights = _birth_weights(named)
-        every, triggers = torch.arange(task.n_tokens), torch.tensor(task.constant_triggers, dtype=torch.int64)
+        weights, positions = _birth_weights(named), self.positions or task.layout.positions
+        assert isinstance(task, KnowsBigrams)
+        every, triggers = torch.arange(len(task.bigrams)), torch.tensor(task.constant_triggers, dtype=torch.int64)
         scores = {
-            "W_K1": previous_token_scores(weights, self.positions or task.layout.positions),
+            "W_K1": previous_token_scores(weights, positions),
             "W_K2": lookup_scores(weights, (triggers if len(triggers) > 1 else every).to(weights.embed.device)),
             "W_O2": copying_scores(weights),
         }
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, of_all in scores.items():
             recalled = recall(of_all, torch.arange(of_all.shape[1], device=of_all.device))
             found |= {

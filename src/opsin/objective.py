@@ -233,7 +233,7 @@ def probability_in_context(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> F
     return (-cross_entropy(_plausible_logits(outputs, batch), batch)).exp()
 
 
-CLASS_MEASURES = (
+CLASS_MEASURES: tuple[Measure, ...] = (
     Measure("accuracy", "up", accuracy, while_training=True),
     Measure("accuracy_in_context", "up", accuracy_in_context, needs="plausible"),
     Measure("probability_in_context", "up", probability_in_context, needs="plausible"),
