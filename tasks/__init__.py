@@ -1,5 +1,6 @@
 """What is learned: one file per task."""
 
+from opsin.tasks.associations import Associations
 from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.repeats import Repeats
@@ -8,6 +9,7 @@ from opsin.tasks.trigger_bigrams import TriggerBigrams
 
 __all__ = [
     "ArrayFile",
+    "Associations",
     "Characters",
     "Exemplars",
     "FewShot",

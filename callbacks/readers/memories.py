@@ -151,9 +151,9 @@ class MemoryRecall(ProbeReader):
                 f"recall_above_chance/{name}": above_chance(recalled, of_all.shape[2]),
             }
         if FEED_FORWARD in named:
-            others = torch.isin(every, triggers, invert=True).nonzero()[:, 0].to(weights.embed.device)
-            said = weights.embed[:, others] @ named[FEED_FORWARD] @ weights.unembed
-            bigrams = torch.from_numpy(task.bigrams).to(said)[others]
+            facts = torch.isin(every, triggers, invert=True).nonzero()[:, 0].to(weights.embed.device)
+            said = weights.embed[:, facts] @ named[FEED_FORWARD] @ weights.unembed
+            bigrams = torch.from_numpy(task.bigrams).to(said)[facts]
             found["feed_forward_kl"] = bigram_kl(said, bigrams)
         return found
 
