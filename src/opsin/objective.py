@@ -213,6 +213,18 @@ def accuracy(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "
     return (outputs.argmax(-1) == batch.targets).to(outputs.dtype)
 
 
+def margin(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "M B Q"]:
+    """Logit of the target less the highest other one; above 0 where the answer is right."""
+    targets = batch.targets[..., None]
+    highest_other = outputs.scatter(-1, targets, -torch.inf).amax(-1)
+    return outputs.gather(-1, targets).squeeze(-1) - highest_other
+
+
+def least_margin(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
+    """Smallest margin among the scored entries of a member, whatever their weights."""
+    return margin(outputs, batch).amin((1, 2))
+
+
 def restrict(outputs: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"]) -> Float[Tensor, "M B Q V"]:
     """Logits with outputs that do not occur in the context ruled out."""
     return outputs + ABSENT_LOGIT * (~plausible[:, :, None]).to(outputs.dtype)
