@@ -154,7 +154,8 @@ class Associations(Task):
         """One step's draw as a batch of sequences of one token."""
         tokens = draw["input"][..., None]
         weights = torch.where(draw["counted"][..., None] > 0, bank["probability"][tokens], 1.0)
-        truth = Truth.without_queries(self.layout, *tokens.shape[:2], tokens.device)
+        members, size, _ = tokens.shape
+        truth = Truth.without_queries(self.layout, members, size, tokens.device)
         return Batch(None, tokens, tokens % self.n_outputs, None, truth, self.layout, weights)
 
     def unigram(self) -> Float[Tensor, " V"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from opsin.callbacks.readers.base import ProbeReader, Requirement
 from opsin.callbacks.readers.run_folder import run_folder
 from opsin.errors import ConfigError
-from opsin.figures.memories import Curve, memory_figure
+from opsin.figures.memories import memory_figure
 from opsin.figures.style import as_image, save_figure
 from opsin.metrics.memories import (
     BirthWeights,
@@ -33,6 +33,7 @@ from opsin.metrics.memories import (
     recall,
 )
 from opsin.model.sites import SiteTable
+from opsin.population.curves import Curve
 from opsin.records.axes import Axes
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation

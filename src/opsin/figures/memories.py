@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from opsin.figures.style import ACCENT, INK, LAYERS, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
-
-Curve = tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n M"]]
-"""Training sequences, and a value of every member after so many."""
+from opsin.population.curves import Curve
 
 COLOURS = (*LAYERS[:3], ACCENT, LAYERS[3], INK)
 
