@@ -33,14 +33,14 @@ def memory_figure(shares: Mapping[str, Curve], divergences: Mapping[str, Curve])
         for index, (curves, title) in enumerate(panels):
             bottom = margins.bottom + (len(panels) - 1 - index) * (height + apart)
             axes = add_panel(figure, margins.left, bottom, width, height)
-            _draw(axes, curves)
+            _draw_memories(axes, curves)
             axes.set_title(title, fontsize=8, pad=5)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
         axes.set_xlabel("training sequences")
     return figure
 
 
-def _draw(axes: Axes, curves: Mapping[str, Curve]) -> None:
+def _draw_memories(axes: Axes, curves: Mapping[str, Curve]) -> None:
     for (name, (sequences, values)), colour in zip(curves.items(), COLOURS, strict=False):
         if values.shape[1] > 1:
             axes.plot(sequences, values, color=colour, alpha=0.35, linewidth=0.6)

@@ -27,7 +27,7 @@ def halfway(x: Real[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | No
     """The first record from which a curve is past the middle of its beginning and its end for some records.
 
     Args:
-        x: training sequences, ascending.
+        x: training sequences at every record, ascending.
         y: values of the curve; those that are no numbers are left out.
 
     Returns:
