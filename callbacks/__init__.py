@@ -9,6 +9,7 @@ from opsin.callbacks.readers.early_stopping import StopWhen
 from opsin.callbacks.readers.fourier_structure import FourierStructure
 from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
 from opsin.callbacks.readers.in_context_algorithm import InContextAlgorithm
+from opsin.callbacks.readers.memories import MemoryRecall
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
@@ -52,6 +53,7 @@ __all__ = [
     "InContextAlgorithm",
     "InductionHeads",
     "KeepRun",
+    "MemoryRecall",
     "PathPatch",
     "PerfectPreviousInput",
     "PhaseChange",

@@ -1,5 +1,6 @@
 """What is learned: one file per task."""
 
+from opsin.tasks.associations import Associations
 from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.linear_regression import LinearRegression
@@ -10,6 +11,7 @@ from opsin.tasks.trigger_bigrams import TriggerBigrams
 
 __all__ = [
     "ArrayFile",
+    "Associations",
     "Characters",
     "Exemplars",
     "FewShot",

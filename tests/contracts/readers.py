@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opsin import callbacks
 from opsin.errors import ConfigError
 from opsin.task import Task
-from opsin.tasks import LinearRegression
+from opsin.tasks import LinearRegression, TriggerBigrams
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
 from tests.contracts.examples import built, examples_of, needs_an_example, short, with_short_cadence
@@ -49,10 +49,11 @@ READERS = readers()
 TASKS: dict[str, Callable[[], Task]] = {
     "rich": rich_task,
     "regression": lambda: LinearRegression(dimensions=2, examples=3, batch_size=4),
+    "birth": lambda: TriggerBigrams(vocabulary=8, positions=12, batch_size=4),
 }
 """Tasks that the runs of these contracts learn, the first by default."""
 
-MEASURES_ONE = {"InContextAlgorithm": "regression"}
+MEASURES_ONE = {"InContextAlgorithm": "regression", "MemoryRecall": "birth"}
 """Readers that measure one kind of task alone, and which of the above it is."""
 
 
