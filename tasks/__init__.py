@@ -1,14 +1,17 @@
 """What is learned: one file per task."""
 
+from opsin.tasks.binary_features import BinaryFeatures
 from opsin.tasks.characters import Characters
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.linear_regression import LinearRegression
 from opsin.tasks.repeats import Repeats
 from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
+from opsin.tasks.sparse_modular_addition import SparseModularAddition
 from opsin.tasks.trigger_bigrams import TriggerBigrams
 
 __all__ = [
     "ArrayFile",
+    "BinaryFeatures",
     "Characters",
     "Exemplars",
     "FewShot",
@@ -17,5 +20,6 @@ __all__ = [
     "LinearRegression",
     "Omniglot",
     "Repeats",
+    "SparseModularAddition",
     "TriggerBigrams",
 ]
