@@ -3,8 +3,11 @@
 from opsin.callbacks.readers.activation_sparsity import ActivationSparsity
 from opsin.callbacks.readers.attention_sinks import AttentionSinks
 from opsin.callbacks.readers.calibration import Calibration
+from opsin.callbacks.readers.clustering_head import ClusteringHead
 from opsin.callbacks.readers.confidence_study import ConfidenceStudy
 from opsin.callbacks.readers.early_stopping import StopWhen
+from opsin.callbacks.readers.feature_variance import FeatureVariance
+from opsin.callbacks.readers.gradient_norms import GradientNorms
 from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
 from opsin.callbacks.readers.in_context_algorithm import InContextAlgorithm
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
@@ -36,11 +39,14 @@ __all__ = [
     "Calibration",
     "Clamp",
     "Clip",
+    "ClusteringHead",
     "ConfidenceStudy",
     "CopyFromPattern",
     "Disallow",
     "EntropyNeurons",
+    "FeatureVariance",
     "Freeze",
+    "GradientNorms",
     "Graft",
     "HeadTemperature",
     "InContextAlgorithm",
