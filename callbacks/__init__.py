@@ -17,6 +17,7 @@ from opsin.callbacks.readers.progress_measures import ProgressMeasures
 from opsin.callbacks.readers.reference_distance import ReferenceDistance
 from opsin.callbacks.readers.run_folder import KeepRun
 from opsin.callbacks.readers.snapshots import Snapshots
+from opsin.callbacks.readers.sparse_probes import SparseProbes
 from opsin.callbacks.wandb.callback import WeightsAndBiases
 from opsin.callbacks.writers.ablate import Ablate
 from opsin.callbacks.writers.clamp import Clamp
@@ -63,6 +64,7 @@ __all__ = [
     "ReferenceDistance",
     "Reinitialise",
     "Snapshots",
+    "SparseProbes",
     "StopWhen",
     "TokenFrequencyNeurons",
     "WeightsAndBiases",

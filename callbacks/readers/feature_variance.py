@@ -1,6 +1,6 @@
 """FeatureVariance: how much of the variance of a model's representations each declared feature of a task explains.
 
-Legend: M members, B sequences of the probe, L positions, D width, P layers, F features.
+Legend: M members, P layers, F features.
 """
 
 from __future__ import annotations
@@ -8,28 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from PIL.Image import Image
-from torch import Tensor
 
-from opsin.callbacks.readers.base import ProbeReader, Requirement
+from opsin.callbacks.readers.feature_reader import FeatureReader
 from opsin.callbacks.readers.run_folder import run_folder
-from opsin.errors import ConfigError
 from opsin.figures.feature_variance import feature_variance_figure
 from opsin.figures.style import as_image, save_figure
 from opsin.metrics.clusters import explained_share
-from opsin.model.sites import SiteTable
 from opsin.records.axes import Axes
 from opsin.task import Task
-from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation
 
-LAYER_SITES = ("hook_resid_post", "mlp.hook_post")
-"""What stands for a layer's representation: of the first of these that a block has."""
 
-
-class FeatureVariance(ProbeReader):
+class FeatureVariance(FeatureReader):
     """Records the share of the variance of every layer's representation that each declared feature explains.
 
     Lampinen, Chan and Hermann 2024, "Learned feature representations are biased by complexity, learning order,
@@ -56,45 +48,7 @@ class FeatureVariance(ProbeReader):
     name = "feature_variance"
 
     def __init__(self, every: int = 100, sites: list[str] | None = None) -> None:
-        super().__init__(every)
-        if sites == []:
-            raise ConfigError("FeatureVariance.sites", [], "names of activations, or null for those of all blocks")
-        self.chosen, self._layers = sites, 1
-
-    # ---- what it needs and says -----------------------------------------------------------------
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(every=self.every, sites=self.chosen)
-
-    def sites(self, table: SiteTable) -> list[str]:
-        if self.chosen is not None:
-            return self.chosen
-        names = [[f"blocks.{layer}.{site}" for site in LAYER_SITES] for layer in range(table.layers)]
-        return [next((name for name in layer if name in table), layer[0]) for layer in names]
-
-    def requirements(self) -> list[Requirement]:
-        def without_features(module: OpsinModule) -> str | None:
-            return None if module.task.declared_features() else type(module.task).__name__
-
-        def without_blocks(module: OpsinModule) -> str | None:
-            return None if self.sites(module.sites) else "a model without blocks"
-
-        return [
-            Requirement("FeatureVariance", without_features, "a task that declares features"),
-            Requirement("FeatureVariance.sites", without_blocks, "names of activations of this model"),
-        ]
-
-    def check(self, module: OpsinModule) -> None:
-        for name in self.sites(module.sites):
-            axes = module.sites[name].axes
-            if not axes.startswith("MB") or len(axes) < 3:
-                raise ConfigError("FeatureVariance.sites", name, "activations that differ between sequences")
-
-    def records(self, sites: SiteTable) -> dict[str, Axes]:
-        # all that it records depends on the task, one axis of it on the model: this is called first
-        self._layers = max(1, len(self.sites(sites)))
-        return {}
+        super().__init__(every, sites)
 
     def task_records(self, task: Task) -> dict[str, Axes]:
         features = task.declared_features()
@@ -103,27 +57,15 @@ class FeatureVariance(ProbeReader):
         shares = {self.name: {"layer": self._layers, "feature": len(features)}}
         return {**shares, **{f"{self.name}/{feature}": {} for feature in features}}
 
-    # ---- while training -------------------------------------------------------------------------
-
     def measure(self, seen: Observation) -> None:
-        features = self._module.task.declared_features()
-        classes = {name: feature(seen.batch) for name, feature in features.items()}
-        by_site = []
-        for site in self.sites(self._module.sites):
-            x = self._representation(seen, site)
-            by_site.append(torch.stack([explained_share(x, found) for found in classes.values()], 1))
-        shares = torch.stack(by_site, 1).float()  # M P F
-        last = {f"{self.name}/{name}": shares[:, -1, index] for index, name in enumerate(features)}
+        classes = self.classes(seen)
+        by_layer = [
+            torch.stack([explained_share(x, found) for found in classes.values()], 1)
+            for x in self.representations(seen)
+        ]
+        shares = torch.stack(by_layer, 1).float()  # M P F
+        last = {f"{self.name}/{name}": shares[:, -1, index] for index, name in enumerate(classes)}
         self._module.record(seen.step, {self.name: shares, **last})
-
-    def _representation(self, seen: Observation, site: str) -> Float[Tensor, "M B D"]:
-        """What a site holds of every sequence: of the last scored position, where it has positions."""
-        x, axes = seen.activations[site], self._module.sites[site].axes
-        if "L" in axes:
-            x = x.select(axes.index("L"), seen.batch.layout.scored[-1])
-        return x.flatten(2)
-
-    # ---- at the end -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, names = self._module, [*self._module.task.declared_features()]
