@@ -172,7 +172,9 @@ class ClusteringHead(ProbeReader):
         """What is drawn of one step, of all members."""
         points, tokens = seen.activations[POINT][:, :, 0], seen.batch.tokens
         low, high = points.amin(1), points.amax(1)
-        centre, reach = (low + high) / 2, MARGIN * (high - low).amax(1) / 2
+        # points that are no numbers, or all the same, span no square
+        centre = ((low + high) / 2).nan_to_num(0.0, 0.0, 0.0)
+        reach = (MARGIN * (high - low).amax(1) / 2).nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-6)
         shown = {
             "seen": _by_token(seen.activations[SEEN], tokens),
             "values": _by_token(seen.activations[VALUES], tokens),

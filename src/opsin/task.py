@@ -34,7 +34,7 @@ Reference = Callable[[Batch], Float[Tensor, "M B Q V"]]
 """A predictor that a task knows: what it would say at the scored positions of a batch, as outputs of a model."""
 
 Feature = Callable[[Batch], Shaped[Tensor, "M B"]]
-"""Something that is true of a sequence as a whole: one number for each, whole, which names one of some classes."""
+"""A property of whole sequences: from a batch to one whole number a sequence, the class that it belongs to."""
 
 EXACT = "exact"
 """Name of the reference that is the best predictor a task knows."""

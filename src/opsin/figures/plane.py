@@ -95,7 +95,7 @@ def _draw_state(panels: Sequence[Axes], state: PlaneState, relevant: Bool[Tensor
     vectors, attention, values, sequences = panels
     decisive = relevant.numpy()
     _scatter(vectors, state.seen[0].numpy(), decisive, 1.6)
-    _scatter(values, state.values[0].numpy(), decisive, 1.1 * float(state.values[0].nan_to_num().abs().max()))
+    _scatter(values, state.values[0].numpy(), decisive, max(1.1 * _largest(state.values[0]), 1e-6))
     _draw_attention(attention, state.attention[0].numpy(), decisive)
     _draw_sequences(sequences, state)
     for axes in (vectors, values, sequences):
@@ -123,7 +123,7 @@ def _draw_attention(axes: Axes, attention: Float[np.ndarray, "L T"], decisive: B
         faces = [shade if chosen else lighter(shade, 0.75) for chosen in decisive]
         at = np.arange(positions) + (token - (tokens - 1) / 2) * wide
         axes.bar(at, np.nan_to_num(attention[:, token]), wide, color=faces)
-    axes.set_ylim(0, max(float(np.nanmax(attention)) * 1.1, 1e-3))
+    axes.set_ylim(0, max(1.1 * float(np.nan_to_num(attention).max()), 1e-3))
     axes.set_xlim(-0.6, positions - 0.4)
     axes.axhline(1 / positions, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xticks([])
@@ -144,6 +144,11 @@ def _draw_sequences(axes: Axes, state: PlaneState) -> None:
         chosen = state.points[0][state.classes[0] == answer].numpy()
         axes.scatter(chosen[:, 0], chosen[:, 1], s=4, color=token_colour(answer), linewidths=0)
     axes.set(xlim=edges[:2], ylim=edges[2:])
+
+
+def _largest(x: Float[Tensor, "..."]) -> float:
+    """The largest size of a finite number."""
+    return float(x.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def token_colour(token: int) -> str:

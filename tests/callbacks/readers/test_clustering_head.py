@@ -101,6 +101,16 @@ def test_interventions_in_force_are_seen():
     assert np.isnan(last(model, "within_share")).all()
 
 
+def test_members_without_numbers_and_points_that_are_all_one_are_drawn_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = module()
+    dict(model.members.named_parameters())["pool.q"].data[0] = torch.nan
+    dict(model.members.named_parameters())["pool.W_V"].data[1] = 0
+    reader = ClusteringHead(every=4, pictures=[0])
+    train(model, 4, reader)
+    assert (tmp_path / "plane.png").exists() and reader.picture(1).size == reader.picture(0).size
+
+
 @pytest.mark.parametrize(
     ("model", "reader", "line"),
     [
