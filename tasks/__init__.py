@@ -1,6 +1,7 @@
 """What is learned: one file per task."""
 
 from opsin.tasks.characters import Characters
+from opsin.tasks.context_or_weights import ContextOrWeights
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.repeats import Repeats
 from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
@@ -9,6 +10,7 @@ from opsin.tasks.trigger_bigrams import TriggerBigrams
 __all__ = [
     "ArrayFile",
     "Characters",
+    "ContextOrWeights",
     "Exemplars",
     "FewShot",
     "GaussianClusters",
