@@ -5,7 +5,7 @@ from opsin.callbacks.readers.attention_sinks import AttentionSinks
 from opsin.callbacks.readers.calibration import Calibration
 from opsin.callbacks.readers.confidence_study import ConfidenceStudy
 from opsin.callbacks.readers.early_stopping import StopWhen
-from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.heads import AnswerHeads, InductionHeads, PreviousTokenHeads
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
@@ -31,6 +31,7 @@ from opsin.callbacks.writers.reinitialise import Reinitialise
 __all__ = [
     "Ablate",
     "ActivationSparsity",
+    "AnswerHeads",
     "AttentionSinks",
     "Calibration",
     "Clamp",
