@@ -18,7 +18,7 @@ from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
 SummaryTables = Mapping[str, Sequence[Row]]
 
-FIGURES = ("population", "critical_period")
+FIGURES = ("population", "critical_period", "compared")
 LEDGER = "wandb_summary.json"
 
 

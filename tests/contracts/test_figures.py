@@ -33,7 +33,8 @@ def drawn(read, tmp_path_factory) -> Drawn:
     grid = {"none": None, "copy": {"start": 0, "length": 2000}, names[2]: {"start": 4000, "length": 2000}}
     with collected() as found:
         for windows in (None, grid):
-            path = write_population(folder / str(windows is None), members, records, grid=windows)
+            steps = {"val/icl/accuracy": [[0.5] * 6, [0.9] * 6], "val/icl/loss": [[0.7] * 6, [0.1] * 6]}
+            path = write_population(folder / str(windows is None), members, records, grid=windows, compare=steps)
             assert population_report(finish_population(path), path, LossScale("nats", 0.0))
     return {name: [*read.drawn[name], *figures] for name, figures in found.items()}
 

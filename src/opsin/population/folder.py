@@ -72,6 +72,19 @@ class TrainedMember:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """One metric of all members over training.
+
+    Args:
+        sequences: numbers of training sequences after which some member has a record of it, ascending.
+        values: number of every member after so many; nan where a member has none.
+    """
+
+    sequences: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, "n M"]
+
+
+@dataclass(frozen=True)
 class Losses:
     """What the members' tables hold.
 
@@ -80,12 +93,14 @@ class Losses:
         values: training loss of every member after so many; nan where a member has no record.
         last: every member's last value of each metric that is compared, by name; nan without one.
         scale: unit of the losses, and where they end.
+        compared: curves of each metric that is compared, by name.
     """
 
     sequences: Int[np.ndarray, " n"]
     values: Float[np.ndarray, "n M"]
     last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
     scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
+    compared: Mapping[str, Curves] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,17 +239,18 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
 def merge_metrics(population: TrainedPopulation) -> Losses:
     """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers and all their columns.
 
-    Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
-    killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
+    Only one line is in memory at a time, and two numbers for every record of a member's loss and of what is compared.
+    The half line that a killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
 
     Returns:
-        The losses and the last values that the tables hold.
+        The losses, and the curves and last values of what is compared.
 
     Raises:
         ConfigError: a chunk's table is none of numbers, or a row of a slot that no member has.
     """
     kept = _KeptNumbers(
-        [(array("q"), array("d")) for _ in population.members],
+        [_Records() for _ in population.members],
+        {metric: [_Records() for _ in population.members] for metric in population.compare},
         {metric: np.full(len(population.members), math.nan) for metric in population.compare},
         {member.member for member in population.members if member.status == FINISHED_EARLY},
         population.scale,
@@ -252,7 +268,30 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
             _merge_chunk(source, members, axes, table, kept)
 
     write_atomically(population.path / METRICS_FILE, merge)
-    return kept.losses()
+    return kept.numbers()
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Sequences and values of one member's records of one metric."""
+
+    sequences: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, sequences: int, value: float) -> None:
+        """Keep one more record."""
+        self.sequences.append(sequences)
+        self.values.append(value)
+
+
+def _on_one_axis(records: Sequence[_Records]) -> Curves:
+    """The numbers of all members on one axis of sequences."""
+    known = [(np.array(kept.sequences, np.int64), np.array(kept.values, np.float64)) for kept in records]
+    sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
+    values = np.full((len(sequences), len(known)), math.nan)
+    for member, (x, y) in enumerate(known):
+        values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
+    return Curves(sequences, values)
 
 
 @dataclass(frozen=True)
@@ -260,13 +299,15 @@ class _KeptNumbers:
     """What is kept of the tables while they are merged.
 
     Args:
-        curves: sequences and values of the training loss of every member, by its number.
+        losses: records of the training loss, one entry a member.
+        compared: records of each metric that is compared, by name, one entry a member.
         last: every member's newest value of each metric that is compared, by name.
         early: members that finished early, of whose steps after that there are records without a number.
         scale: unit of the losses, and where they end.
     """
 
-    curves: list[tuple[array[int], array[float]]]
+    losses: list[_Records]
+    compared: dict[str, list[_Records]]
     last: dict[str, Float[np.ndarray, " M"]]
     early: Collection[int]
     scale: LossScale
@@ -274,19 +315,17 @@ class _KeptNumbers:
     def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
         """Keep what is needed of one record of one member."""
         if metric == TRAIN_LOSS:
-            self.curves[member][0].append(int(sequences))
-            self.curves[member][1].append(value)
+            self.losses[member].add(int(sequences), value)
+        if metric in self.compared:
+            self.compared[metric][member].add(int(sequences), value)
         if metric in self.last and not (member in self.early and math.isnan(value)):
             self.last[metric][member] = value
 
-    def losses(self) -> Losses:
-        """The numbers of all members on one axis of sequences."""
-        known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
-        sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
-        values = np.full((len(sequences), len(known)), math.nan)
-        for member, (x, y) in enumerate(known):
-            values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
-        return Losses(sequences, values, self.last, self.scale)
+    def numbers(self) -> Losses:
+        """The numbers of all members, each metric on one axis of sequences."""
+        losses = _on_one_axis(self.losses)
+        compared = {metric: _on_one_axis(records) for metric, records in self.compared.items()}
+        return Losses(losses.sequences, losses.values, self.last, self.scale, compared)
 
 
 def _merge_chunk(

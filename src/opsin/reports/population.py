@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from opsin.figures.compared import compared_figure, has_curves
 from opsin.figures.critical_period import critical_period_figure
 from opsin.figures.population import population_figure
 from opsin.figures.style import save_figure
@@ -29,7 +30,8 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     """Write what a population found, each file replaced at once.
 
     ``metrics.csv``; ``members.csv``, ``conditions.csv`` and ``differences.csv``; ``summary.json`` with the content of
-    these three; ``population.png``; and ``critical_period.png`` where the conditions form a grid of windows.
+    these three; ``population.png``; ``critical_period.png`` where the conditions form a grid of windows; and
+    ``compared.png`` where metrics are compared.
 
     Args:
         path: folder of the population; members of chunks that have not finished are counted and enter no mean.
@@ -49,6 +51,8 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     save_figure(population_figure(losses, summary), path / "population.png")
     if population.grid:
         save_figure(critical_period_figure(population.grid, summary, population.scale), path / "critical_period.png")
+    if has_curves(losses):
+        save_figure(compared_figure(losses, summary), path / "compared.png")
     return summary
 
 
