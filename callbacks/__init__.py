@@ -4,8 +4,11 @@ from opsin.callbacks.readers.activation_sparsity import ActivationSparsity
 from opsin.callbacks.readers.attention_sinks import AttentionSinks
 from opsin.callbacks.readers.calibration import Calibration
 from opsin.callbacks.readers.confidence_study import ConfidenceStudy
+from opsin.callbacks.readers.delay import Delay
 from opsin.callbacks.readers.early_stopping import StopWhen
+from opsin.callbacks.readers.fourier_structure import FourierStructure
 from opsin.callbacks.readers.heads import AnswerHeads, InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.in_context_algorithm import InContextAlgorithm
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
 from opsin.callbacks.readers.phase_change import PhaseChange
 from opsin.callbacks.readers.progress_bar import Progress
@@ -13,6 +16,7 @@ from opsin.callbacks.readers.progress_measures import ProgressMeasures
 from opsin.callbacks.readers.reference_distance import ReferenceDistance
 from opsin.callbacks.readers.run_folder import KeepRun
 from opsin.callbacks.readers.snapshots import Snapshots
+from opsin.callbacks.readers.weight_norms import WeightNorms
 from opsin.callbacks.wandb.callback import WeightsAndBiases
 from opsin.callbacks.writers.ablate import Ablate
 from opsin.callbacks.writers.clamp import Clamp
@@ -27,6 +31,7 @@ from opsin.callbacks.writers.perfect_previous_input import PerfectPreviousInput
 from opsin.callbacks.writers.preserve import Preserve
 from opsin.callbacks.writers.project import Project
 from opsin.callbacks.writers.reinitialise import Reinitialise
+from opsin.callbacks.writers.remove_frequencies import RemoveFrequencies
 
 __all__ = [
     "Ablate",
@@ -38,11 +43,14 @@ __all__ = [
     "Clip",
     "ConfidenceStudy",
     "CopyFromPattern",
+    "Delay",
     "Disallow",
     "EntropyNeurons",
+    "FourierStructure",
     "Freeze",
     "Graft",
     "HeadTemperature",
+    "InContextAlgorithm",
     "InductionHeads",
     "KeepRun",
     "PathPatch",
@@ -55,8 +63,10 @@ __all__ = [
     "Project",
     "ReferenceDistance",
     "Reinitialise",
+    "RemoveFrequencies",
     "Snapshots",
     "StopWhen",
     "TokenFrequencyNeurons",
+    "WeightNorms",
     "WeightsAndBiases",
 ]

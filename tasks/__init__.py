@@ -3,6 +3,8 @@
 from opsin.tasks.characters import Characters
 from opsin.tasks.context_or_weights import ContextOrWeights
 from opsin.tasks.fewshot import FewShot, Kind
+from opsin.tasks.linear_regression import LinearRegression
+from opsin.tasks.modular_arithmetic import ModularArithmetic, PermutationTable
 from opsin.tasks.repeats import Repeats
 from opsin.tasks.shared.exemplars import ArrayFile, Exemplars, GaussianClusters, Omniglot
 from opsin.tasks.trigger_bigrams import TriggerBigrams
@@ -15,7 +17,10 @@ __all__ = [
     "FewShot",
     "GaussianClusters",
     "Kind",
+    "LinearRegression",
+    "ModularArithmetic",
     "Omniglot",
+    "PermutationTable",
     "Repeats",
     "TriggerBigrams",
 ]

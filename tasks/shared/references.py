@@ -1,11 +1,11 @@
-"""Predictors that several tasks know: chance, n-grams, least squares, ridge, one gradient step, nearest neighbours.
+"""Predictors that several tasks know: chance, n-grams, least squares, ridge, a gradient step, neighbours, mixtures.
 
 Pure functions. A prediction is what a model would have to put out to predict the same: for classes log-probabilities
 (nats), for numbers the numbers. Those that learn from the context take it as examples x [..., n, d] with answers
 y [..., n, V], and ask for the answer at one further x [..., d]; leading axes are members, sequences, queries.
 
 Legend: M members, B batch, L positions, Q scored positions, V outputs, n examples before a query, d entries of x,
-k neighbours.
+k neighbours, C weight vectors of a mixture.
 """
 
 from __future__ import annotations
@@ -188,14 +188,65 @@ def nearest_neighbours(k: int) -> Learner:
     return predict
 
 
-def in_context(x: Float[Tensor, "M B n d"], y: Float[Tensor, "M B n V"], learner: Learner) -> Float[Tensor, "M B n V"]:
+def _losses_of(
+    components: Float[Tensor, "C d"], x: Float[Tensor, "*s n d"], y: Float[Tensor, "*s n 1"]
+) -> Float[Tensor, "*s C"]:
+    """Sum of squared errors that each weight vector has on the examples."""
+    return (x.double() @ components.to(x.device).double().mT - y.double()).square().sum(-2)
+
+
+def _answer_by_shares(
+    components: Float[Tensor, "C d"], share: Float[Tensor, "*s C"], at: Float[Tensor, "*s d"]
+) -> Float[Tensor, "*s 1"]:
+    """The answer of the components, each by its share."""
+    weights = share @ components.to(at.device).double()
+    return (weights * at.double()).sum(-1, keepdim=True)
+
+
+def posterior_mean(components: Float[Tensor, "C d"], variance: float) -> Learner:
+    """Bayes' rule where the weights are one of some vectors, equally likely, and y has Gaussian noise.
+
+    The mean of w_j.x by the posterior softmax(-SSE_j / (2 variance)), SSE_j the sum of squared errors of w_j on the
+    examples (Pathak et al. 2023, section 3); without examples the mean of all.
+
+    Args:
+        components: weight vectors that there are.
+        variance: variance of the noise, more than 0.
+    """
+
+    def predict(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        share = (-_losses_of(components, x, y) / (2 * variance)).softmax(-1)
+        return _answer_by_shares(components, share, at).to(y.dtype)
+
+    return predict
+
+
+def likeliest_component(components: Float[Tensor, "C d"]) -> Learner:
+    """The answer of the weight vector, of some, with the least sum of squared errors on the examples.
+
+    Args:
+        components: weight vectors that there are.
+    """
+
+    def predict(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        best = _losses_of(components, x, y).argmin(-1)
+        share = torch.nn.functional.one_hot(best, len(components)).double()
+        return _answer_by_shares(components, share, at).to(y.dtype)
+
+    return predict
+
+
+def in_context(
+    x: Float[Tensor, "M B n d"], y: Float[Tensor, "M B n V"], learner: Learner, fewest: int = 1
+) -> Float[Tensor, "M B n V"]:
     """What a learner predicts for every pair of a sequence from the pairs before it; 0 for the first.
 
     Args:
         x: inputs of the pairs, in their order.
         y: answers of the pairs.
         learner: from examples and one further input to the answer there.
+        fewest: examples that the learner needs to say anything; with fewer the answer is 0.
     """
-    rows = [torch.zeros_like(y[:, :, 0])]
-    rows += [learner(x[:, :, :count], y[:, :, :count], x[:, :, count]) for count in range(1, x.shape[2])]
+    rows = [torch.zeros_like(y[:, :, 0]) for _ in range(fewest)]
+    rows += [learner(x[:, :, :count], y[:, :, :count], x[:, :, count]) for count in range(fewest, x.shape[2])]
     return torch.stack(rows, 2)

@@ -9,9 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opsin import callbacks
 from opsin.errors import ConfigError
+from opsin.task import Task
+from opsin.tasks import LinearRegression
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
 from tests.contracts.examples import built, examples_of, needs_an_example, short, with_short_cadence
+from tests.contracts.runs import rich_task
 
 ROOMS = ("opsin.callbacks.readers", "opsin.callbacks.wandb")
 
@@ -42,6 +45,20 @@ def readers() -> dict[str, type[Callback]]:
 
 
 READERS = readers()
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "rich": rich_task,
+    "regression": lambda: LinearRegression(dimensions=2, examples=3, batch_size=4),
+}
+"""Tasks that the runs of these contracts learn, the first by default."""
+
+MEASURES_ONE = {"InContextAlgorithm": "regression"}
+"""Readers that measure one kind of task alone, and which of the above it is."""
+
+
+def task_of(name: str) -> str:
+    """Which of the tasks a reader is tried on."""
+    return MEASURES_ONE.get(name, "rich")
 
 
 def _examples(name: str) -> list[dict]:
@@ -75,7 +92,7 @@ def makers(name: str, folder: Path) -> list[Callable[[], Callback]]:
     return [lambda item=item: built(item) for item in unlike]
 
 
-def every_reader(folder: Path) -> list[Callback]:
-    """All of them, each as the documents show it if they do; the one that keeps the run comes last."""
-    made = [ways[-1]() for name in READERS if (ways := makers(name, folder))]
+def every_reader(folder: Path, task: str) -> list[Callback]:
+    """All of one task, each as the documents show it if they do; the one that keeps the run comes last."""
+    made = [ways[-1]() for name in READERS if task_of(name) == task and (ways := makers(name, folder))]
     return sorted(made, key=lambda reader: isinstance(reader, callbacks.KeepRun))

@@ -13,7 +13,7 @@ import torch
 from opsin.callbacks import Clamp
 from opsin.interventions.schedules import Schedule
 from opsin.model.transformer import Transformer
-from opsin.task import Task
+from opsin.task import Bank, Batch, Task, Truth
 from opsin.tasks import Repeats
 from opsin.training.module import OpsinModule
 from tests.contracts.examples import STEPS
@@ -26,9 +26,32 @@ WHOLE = Transformer(layers=2, width=16, heads=8, mlp_ratio=1, positions="learned
 """Heads as many as the documents name, LayerNorm and MLPs."""
 
 
+class RichTask(Repeats):
+    """Tokens of different frequency that repeat, two held-out sets, and a table of sums modulo eleven."""
+
+    modulus = 11
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary=11, positions=12, batch_size=4, segments=1, shortest=2, longest=4)
+        self.evaluations = (*self.evaluations, "test")
+
+    def table(self, bank: Bank) -> Batch:
+        """All pairs, each at the beginning of a sequence of zeros."""
+        a, b = torch.arange(121) // 11, torch.arange(121) % 11
+        tokens = torch.zeros(1, 121, 12, dtype=torch.int64)
+        tokens[0, :, 0], tokens[0, :, 1] = a, b
+        targets = ((a + b) % 11)[None, :, None].expand(-1, -1, len(self.layout.scored))
+        truth = Truth.without_queries(self.layout, 1, 121)
+        return Batch(None, tokens, targets, None, truth, self.layout)
+
+    def examples_of(self, split: str) -> np.ndarray:
+        """Every second pair is trained on."""
+        return np.arange(0, 121, 2)
+
+
 def rich_task() -> Task:
-    """Tokens of different frequency, with an evaluation set that repeats itself and an exact predictor."""
-    return Repeats(vocabulary=10, positions=12, batch_size=4, segments=1, shortest=2, longest=4)
+    """A task that has everything a reader may need."""
+    return RichTask()
 
 
 def module(task: Task | None = None, transformer: Transformer = WHOLE, seeds: Sequence[int] = (3, 5)) -> OpsinModule:

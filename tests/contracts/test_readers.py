@@ -18,7 +18,7 @@ from PIL import Image
 from opsin.errors import ConfigError
 from opsin.model.transformer import Transformer
 from opsin.task import Task
-from tests.contracts.readers import READERS, lacks_an_example, makers
+from tests.contracts.readers import READERS, TASKS, lacks_an_example, makers, task_of
 from tests.contracts.runs import FEW, WHOLE, fit, generators, module, rich_task, weights
 from tests.helpers.killers import Begun
 from tests.helpers.regression import Pairs
@@ -37,11 +37,14 @@ class Untouched:
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> Untouched:
-    """The run that nobody reads."""
-    model = module()
-    fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
-    return Untouched(weights(model), model.plan.digest())
+def untouched(tmp_path_factory) -> dict[str, Untouched]:
+    """The run of every task that nobody reads."""
+    found = {}
+    for task, make in TASKS.items():
+        model = module(make())
+        fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
+        found[task] = Untouched(weights(model), model.plan.digest())
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -60,15 +63,16 @@ def test_a_reader_can_be_made_from_its_defaults_or_from_an_example_in_the_docume
 def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tmp_path):
     for number, make in enumerate(makers(name, tmp_path / "kept")):
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
-        model, reader, before = module(), make(), generators()
+        task = task_of(name)
+        model, reader, before = module(TASKS[task]()), make(), generators()
         fit(model, [reader], tmp_path / str(number), FEW)
-        assert torch.equal(weights(model), untouched.weights), f"{name} moved a weight"
-        assert model.plan.digest() == untouched.plan, f"{name} changed the plan of interventions"
+        assert torch.equal(weights(model), untouched[task].weights), f"{name} moved a weight"
+        assert model.plan.digest() == untouched[task].plan, f"{name} changed the plan of interventions"
         assert generators() == before, f"{name} drew from a global generator"
 
 
-def test_all_readers_together_move_no_weight(read, tmp_path):
-    model = module()
+def test_all_readers_together_move_no_weight(read, task, tmp_path):
+    model = module(TASKS[task]())
     fit(model, [], tmp_path)
     assert torch.equal(weights(model), read.weights)
 
@@ -90,7 +94,7 @@ def test_readers_that_are_killed_and_resumed_end_with_the_summary_of_readers_lef
 
 def test_readers_that_are_killed_and_resumed_leave_the_files_of_readers_left_alone(read, resumed):
     whole, killed = (left_behind(run.folder) for run in (read, resumed))
-    assert whole.keys() == killed.keys() and len(whole) > 4
+    assert whole.keys() == killed.keys() and len(whole) >= 4
     assert {name for name in whole if content(whole[name]) != content(killed[name])} == set()
 
 
@@ -101,8 +105,8 @@ def test_readers_that_are_killed_and_resumed_end_in_the_state_of_readers_left_al
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_a_reader_saves_is_what_it_loads(name, read, tmp_path):
-    saved = torch.load(read.folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+def test_what_a_reader_saves_is_what_it_loads(name, runs, tmp_path):
+    saved = torch.load(runs.read(task_of(name)).folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     for make in makers(name, tmp_path)[-1:]:
         # other numbers than a fresh reader may have by itself
         other = plain(shifted(saved.get(make().state_key, {})))

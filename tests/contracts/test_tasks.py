@@ -142,9 +142,13 @@ def test_tokens_targets_and_features_are_in_their_ranges(task, name):
     for split in splits(task):
         batch = task.batch(SEED, STEP, split, SIZE)
         assert batch.tokens.shape == (1, SIZE, len(task.layout.tokens))
-        assert batch.targets.shape == (1, SIZE, len(task.layout.scored))
-        assert batch.tokens.min() >= 0 and batch.tokens.max() < task.n_tokens
-        assert batch.targets.min() >= 0 and batch.targets.max() < task.n_outputs
+        assert ((batch.tokens >= 0) & (batch.tokens < task.n_tokens)).all()
+        scored = (1, SIZE, len(task.layout.scored))
+        if task.objective.predicts_classes:
+            assert batch.targets.shape == scored
+            assert batch.targets.min() >= 0 and batch.targets.max() < task.n_outputs
+        else:
+            assert batch.targets.shape == (*scored, task.n_outputs) and batch.targets.isfinite().all()
         assert (batch.features is None) == (task.n_features is None)
         if batch.features is not None:
             assert batch.features.shape == (1, SIZE, len(task.layout.features), task.n_features)
@@ -160,15 +164,16 @@ def test_its_baselines_are_finite_and_fall_to_the_plateau(task, name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_it_knows_of_its_outputs_are_probabilities(task, name):
+def test_what_it_knows_of_its_outputs_are_outputs_and_of_classes_probabilities(task, name):
     unigram = task.unigram()
     if unigram is not None:
         assert unigram.shape == (task.n_outputs,) and torch.isclose(unigram.sum(), torch.ones(()).to(unigram))
     batch = task.batch(SEED, STEP, "train", SIZE)
     exact = task.exact(batch)
     if exact is not None:
-        assert exact.shape == (1, SIZE, len(task.layout.scored), task.n_outputs)
-        assert torch.allclose(exact.exp().sum(-1), torch.ones(()).to(exact))
+        assert exact.shape == (1, SIZE, len(task.layout.scored), task.n_outputs) and exact.isfinite().all()
+        if task.objective.predicts_classes:
+            assert torch.allclose(exact.exp().sum(-1), torch.ones(()).to(exact))
 
 
 @pytest.mark.parametrize("name", MADE)

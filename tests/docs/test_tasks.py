@@ -148,4 +148,4 @@ def test_a_comparison_of_what_the_objective_does_not_measure_names_the_nearest(o
 def test_every_reference_of_the_page_exists():
     rows = re.findall(r"^\| (`[\w`, ]+) \|", PAGE.split("## References")[1].split("\n## ")[0], flags=re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert len(named) == 9 and all(hasattr(references, name) for name in named)
+    assert len(named) == 11 and all(hasattr(references, name) for name in named)

@@ -420,3 +420,16 @@ def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
         NATS,
     )
     assert "0 of 3, 3 without a plateau" in none and "none of 3 pairs" in none
+
+
+def test_a_grid_has_a_column_for_each_key_and_its_figure_beside_the_picture(tmp_path):
+    crossed = {"copy": {"model.learning_rate": 3e-4, "model.betas": [0.9, 0.98]}}
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, crossed=crossed)
+    finish_population(path)
+    conditions, members = (pd.read_csv(path / f"{name}.csv") for name in ("conditions", "members"))
+    assert [*conditions.columns[:3]] == ["condition", "model.learning_rate", "model.betas"]
+    rows = conditions.set_index("condition")
+    assert rows.loc["copy", "model.learning_rate"] == 3e-4 and rows.loc["copy", "model.betas"] == "[0.9, 0.98]"
+    assert rows.drop("copy")["model.learning_rate"].isna().all()
+    assert set(members[members["condition"] == "copy"]["model.learning_rate"]) == {3e-4}
+    assert (path / "grid.png").exists() and not (path / "critical_period.png").exists()

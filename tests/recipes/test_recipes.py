@@ -9,7 +9,7 @@ from tests.tasks.shared.test_exemplars import archive
 
 
 def shortened(settings):
-    """The same with one seed, little to measure, and every intervention from the start, so that each acts at once."""
+    """The same with one seed, two values of a key, little to measure, and every intervention active from the start."""
     if isinstance(settings, list):
         return [shortened(each) for each in settings]
     if not isinstance(settings, dict):
@@ -17,6 +17,8 @@ def shortened(settings):
     found = {name: shortened(value) for name, value in settings.items() if name not in ("start", "stop")}
     if "starts" in found:
         found |= {"starts": [0], "lengths": [64]}
+    if found.get("grid"):
+        found["grid"] = {key: values[:2] for key, values in found["grid"].items()}
     if "seeds" in found:
         found["seeds"] = found["seeds"][:1] if isinstance(found["seeds"], list) else 1
     if "transformer" in found:

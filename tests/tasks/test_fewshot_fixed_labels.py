@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,24 @@ def test_bursty_sequences_are_as_frequent_as_their_weight_and_the_rest_is_indepe
     absent = (masses * (1 - masses) ** 4).sum()
     assert near(np.bincount(copies == 0), [1 - 0.25 * absent, 0.25 * absent])
     assert ((answer >= 0) == (copies > 0)).all() and (answer[copies > 0] == target[copies > 0]).all()
+
+
+def test_burstiness_is_the_short_form_of_the_kinds_that_it_stands_for():
+    copies = Kind(matches=2, distractor_copies=2)
+    assert task(context=4, labels="drawn", burstiness=2).kinds == (copies,)
+    mixed = task(context=4, burstiness=2, bursty=0.75)
+    assert mixed.kinds == (replace(copies, weight=0.75), Kind(weight=0.25, independent=True))
+    assert task(context=4, burstiness=2, bursty=0.0).kinds == (Kind(weight=1.0, independent=True),)
+    assert task(context=4).kinds == (Kind(),)
+    drawn, long = mixed.draw([1], 0, 2), task(context=4, kinds=mixed.kinds).draw([1], 0, 2)
+    assert all(torch.equal(drawn[name], long[name]) for name in long)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_with_fixed_labels_no_share_of_relabellings_is_held_out(share):
+    assert "relabellings" not in task(heldout_relabellings=share).evaluations
+    with pytest.raises(ConfigError, match=r"^FewShot.heldout_relabellings: got 0.4, expected none, as labels are fix"):
+        task(heldout_relabellings=0.4)
 
 
 def test_independent_classes_are_those_of_the_stated_distribution():

@@ -3,8 +3,9 @@
 A population's folder holds
 
     population.json   members (member, condition, seed, chunk, slot), conditions in the recipe's order; ``compare``,
-                      metrics whose last values are compared, where the recipe names some; and, where the conditions
-                      form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
+                      metrics whose last values are compared, where the recipe names some; where the conditions
+                      are windows, ``grid``: condition to {"start", "length"}, null for no window; and, where the
+                      recipe has a grid, ``crossed``: condition to the value of each of its keys
     chunks/00, ...    ordinary run folders, one a chunk; a member is at index ``slot`` of its chunk's members
     metrics.csv       the chunks' tables with the population's member numbers, and the columns of all of them
 
@@ -28,6 +29,7 @@ from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
 from opsin.objective import LossScale
+from opsin.population.grid import GridValues
 from opsin.records.axes import table_axes, table_header
 from opsin.records.folder import write_atomically
 from opsin.records.schema import (
@@ -72,19 +74,6 @@ class TrainedMember:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """One metric of all members over training.
-
-    Args:
-        sequences: numbers of training sequences after which some member has a record of it, ascending.
-        values: number of every member after so many; nan where a member has none.
-    """
-
-    sequences: Int[np.ndarray, " n"]
-    values: Float[np.ndarray, "n M"]
-
-
-@dataclass(frozen=True)
 class Losses:
     """What the members' tables hold.
 
@@ -93,14 +82,12 @@ class Losses:
         values: training loss of every member after so many; nan where a member has no record.
         last: every member's last value of each metric that is compared, by name; nan without one.
         scale: unit of the losses, and where they end.
-        compared: curves of each metric that is compared, by name.
     """
 
     sequences: Int[np.ndarray, " n"]
     values: Float[np.ndarray, "n M"]
     last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
     scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
-    compared: Mapping[str, Curves] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,8 +98,9 @@ class TrainedPopulation:
         path: the folder of the population.
         conditions: names of the conditions, in the recipe's order.
         members: all members, in the order of their numbers.
-        grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
+        windows: start, length and unit of the window that a condition is, by name; None for a condition that is no
             window. Empty where the recipe has no windows.
+        crossed: value of each key of the recipe's grid, by name of the condition. Empty where it has no grid.
         compare: names of the metrics whose last values are compared.
         scale: unit of the members' losses, and where they end; neither where the members' objectives differ.
     """
@@ -120,7 +108,8 @@ class TrainedPopulation:
     path: Path
     conditions: tuple[str, ...]
     members: tuple[TrainedMember, ...]
-    grid: Mapping[str, Mapping[str, int] | None]
+    windows: Mapping[str, Mapping[str, int] | None]
+    crossed: GridValues = field(default_factory=dict)
     compare: tuple[str, ...] = ()
     scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
 
@@ -190,10 +179,11 @@ def read_population(path: Path) -> TrainedPopulation:
         status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
         settings = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
         members.append(TrainedMember(**settings, status=status, record=record))
-    grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
+    grids = content.get("grid") or {}, content.get("crossed") or {}
+    compare = tuple(content.get("compare") or ())
     scales = {LossScale.of(summary) for summary in summaries.values() if summary is not None} or {LossScale.of({})}
     scale = scales.pop() if len(scales) == 1 else LossScale("", None)
-    return TrainedPopulation(path, conditions, tuple(members), grid, compare, scale)
+    return TrainedPopulation(path, conditions, tuple(members), *grids, compare, scale)
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:
@@ -239,18 +229,17 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
 def merge_metrics(population: TrainedPopulation) -> Losses:
     """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers and all their columns.
 
-    Only one line is in memory at a time, and two numbers for every record of a member's loss and of what is compared.
-    The half line that a killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
+    Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
+    killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
 
     Returns:
-        The losses, and the curves and last values of what is compared.
+        The losses and the last values that the tables hold.
 
     Raises:
         ConfigError: a chunk's table is none of numbers, or a row of a slot that no member has.
     """
     kept = _KeptNumbers(
-        [_Records() for _ in population.members],
-        {metric: [_Records() for _ in population.members] for metric in population.compare},
+        [(array("q"), array("d")) for _ in population.members],
         {metric: np.full(len(population.members), math.nan) for metric in population.compare},
         {member.member for member in population.members if member.status == FINISHED_EARLY},
         population.scale,
@@ -268,30 +257,7 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
             _merge_chunk(source, members, axes, table, kept)
 
     write_atomically(population.path / METRICS_FILE, merge)
-    return kept.numbers()
-
-
-@dataclass(frozen=True)
-class _Records:
-    """Sequences and values of one member's records of one metric."""
-
-    sequences: array[int] = field(default_factory=lambda: array("q"))
-    values: array[float] = field(default_factory=lambda: array("d"))
-
-    def add(self, sequences: int, value: float) -> None:
-        """Keep one more record."""
-        self.sequences.append(sequences)
-        self.values.append(value)
-
-
-def _on_one_axis(records: Sequence[_Records]) -> Curves:
-    """The numbers of all members on one axis of sequences."""
-    known = [(np.array(kept.sequences, np.int64), np.array(kept.values, np.float64)) for kept in records]
-    sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
-    values = np.full((len(sequences), len(known)), math.nan)
-    for member, (x, y) in enumerate(known):
-        values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
-    return Curves(sequences, values)
+    return kept.losses()
 
 
 @dataclass(frozen=True)
@@ -299,15 +265,13 @@ class _KeptNumbers:
     """What is kept of the tables while they are merged.
 
     Args:
-        losses: records of the training loss, one entry a member.
-        compared: records of each metric that is compared, by name, one entry a member.
+        curves: sequences and values of the training loss of every member, by its number.
         last: every member's newest value of each metric that is compared, by name.
         early: members that finished early, of whose steps after that there are records without a number.
         scale: unit of the losses, and where they end.
     """
 
-    losses: list[_Records]
-    compared: dict[str, list[_Records]]
+    curves: list[tuple[array[int], array[float]]]
     last: dict[str, Float[np.ndarray, " M"]]
     early: Collection[int]
     scale: LossScale
@@ -315,17 +279,19 @@ class _KeptNumbers:
     def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
         """Keep what is needed of one record of one member."""
         if metric == TRAIN_LOSS:
-            self.losses[member].add(int(sequences), value)
-        if metric in self.compared:
-            self.compared[metric][member].add(int(sequences), value)
+            self.curves[member][0].append(int(sequences))
+            self.curves[member][1].append(value)
         if metric in self.last and not (member in self.early and math.isnan(value)):
             self.last[metric][member] = value
 
-    def numbers(self) -> Losses:
-        """The numbers of all members, each metric on one axis of sequences."""
-        losses = _on_one_axis(self.losses)
-        compared = {metric: _on_one_axis(records) for metric, records in self.compared.items()}
-        return Losses(losses.sequences, losses.values, self.last, self.scale, compared)
+    def losses(self) -> Losses:
+        """The numbers of all members on one axis of sequences."""
+        known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
+        sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
+        values = np.full((len(sequences), len(known)), math.nan)
+        for member, (x, y) in enumerate(known):
+            values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
+        return Losses(sequences, values, self.last, self.scale)
 
 
 def _merge_chunk(

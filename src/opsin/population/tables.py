@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -32,6 +33,7 @@ from opsin.metrics.compare import mean_interval, mean_over_run, paired_differenc
 from opsin.metrics.cusum import first_lasting_fall
 from opsin.objective import LossScale
 from opsin.population.folder import Losses, TrainedMember, TrainedPopulation
+from opsin.population.grid import GridValues
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, UNFINISHED
 
 Row = dict[str, Any]
@@ -53,15 +55,30 @@ def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[R
     members = [member_row(member, losses) for member in population.members]
     under = {name: [row for row in members if row["condition"] == name] for name in population.conditions}
     quantities = (*QUANTITIES, *population.compare)
+    conditions = [condition_row(name, rows, quantities, losses.scale) for name, rows in under.items()]
     return {
-        "members": members,
-        "conditions": [condition_row(name, rows, quantities, losses.scale) for name, rows in under.items()],
+        "members": [_with_values(row, population.crossed) for row in members],
+        "conditions": [_with_values(row, population.crossed) for row in conditions],
         "differences": [
             row
             for condition, against in _comparisons(population.conditions)
             for row in difference_rows(condition, against, under[condition], under[against], quantities)
         ],
     }
+
+
+def _with_values(row: Row, crossed: GridValues) -> Row:
+    """A row with a column for each key of the grid after its condition; None in those that the grid has not made."""
+    values = crossed.get(row["condition"], {})
+    columns = {key: _cell(values.get(key)) for key in next(iter(crossed.values()), {})}
+    until = [*row].index("condition") + 1
+    cells = [*row.items()]
+    return dict([*cells[:until], *columns.items(), *cells[until:]])
+
+
+def _cell(value: Any) -> Any:
+    """A setting as a cell has it: a number or text, and anything of several parts as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opsin.figures.compared import compared_figure, has_curves
+from opsin.figures.comparison import comparison_figure
 from opsin.figures.critical_period import critical_period_figure
+from opsin.figures.grid import grid_figure
 from opsin.figures.population import population_figure
 from opsin.figures.style import save_figure
 from opsin.objective import LossScale
+from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
 from opsin.records.folder import write_atomically
@@ -30,8 +32,8 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     """Write what a population found, each file replaced at once.
 
     ``metrics.csv``; ``members.csv``, ``conditions.csv`` and ``differences.csv``; ``summary.json`` with the content of
-    these three; ``population.png``; ``critical_period.png`` where the conditions form a grid of windows; and
-    ``compared.png`` where metrics are compared.
+    these three; ``population.png``; ``comparison.png`` of the metrics that are compared, ``critical_period.png`` of
+    windows, and ``grid.png`` of a grid.
 
     Args:
         path: folder of the population; members of chunks that have not finished are counted and enter no mean.
@@ -49,10 +51,12 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
         write_atomically(path / f"{name}.csv", as_csv(rows))
     write_atomically(path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     save_figure(population_figure(losses, summary), path / "population.png")
-    if population.grid:
-        save_figure(critical_period_figure(population.grid, summary, population.scale), path / "critical_period.png")
-    if has_curves(losses):
-        save_figure(compared_figure(losses, summary), path / "compared.png")
+    if population.compare:
+        save_figure(comparison_figure(compared_curves(population), summary), path / "comparison.png")
+    if population.windows:
+        save_figure(critical_period_figure(population.windows, summary, population.scale), path / "critical_period.png")
+    if population.crossed:
+        save_figure(grid_figure(population.crossed, summary, population.scale), path / "grid.png")
     return summary
 
 

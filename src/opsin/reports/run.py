@@ -25,6 +25,7 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
         rows += _population_rows(summary["members"]) if "onset" in summary["members"][0] else []
     elif "onset" in summary:
         rows += _change_rows(summary) + _beside_rows(summary) + _head_rows(summary) + _loss_rows(summary)
+    rows += _algorithm_rows(summary["algorithm"]) if "algorithm" in summary else []
     if "wall_time_seconds" in summary:
         rows.append(("time", f"{_duration(summary['wall_time_seconds'])}, {summary['sequences']:,} sequences"))
     rows.append(("files", str(folder)))
@@ -129,6 +130,24 @@ def _loss_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = [f"{item} {metrics[item]:.3f} {measures[item]['unit']}".rstrip() for item in shown if item in metrics]
         cells.append((loss, f"held out: {name}", "  ".join(found)))
     return [("" if i else "final loss", text) for i, text in enumerate(aligned(cells))]
+
+
+def _algorithm_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The change of the nearest reference of a model of in-context regression, over members."""
+    members, change, pair = found["members"], found["change"], f"{found['after']} than to {found['before']}"
+    last = dict.fromkeys(member["nearest"][-1][0] for member in members if member["nearest"])
+    texts = [f"{' or '.join(last)} at the end"]
+    if change["value"] is None:
+        texts.append(f"not lastingly nearer to {pair}, having been farther")
+    else:
+        interval = (
+            "" if change["low"] is None else f" [{change['low']:,.0f} to {change['high']:,.0f}, 95 % over members]"
+        )
+        texts.append(f"nearer to {pair} from step {change['value']:,.0f} on{interval}")
+        texts[-1] += f" in {change['count']} of {len(members)} members" if len(members) > 1 else ""
+    explained = ", ".join(f"{member['r_squared']:.3f}" for member in members if member["r_squared"] is not None)
+    texts.append(f"R² of its predictions to {found['after']} after all examples: {explained}")
+    return [("" if index else "nearest", text) for index, text in enumerate(texts)]
 
 
 def _population_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
