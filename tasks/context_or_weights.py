@@ -83,7 +83,7 @@ class ContextOrWeights(FewShot):
         check_number("ContextOrWeights.eps", eps, "at least 0", 0)
         _check_fit(classes, n_labels, context, burstiness)
         size = 1 / math.sqrt(features * (1 + eps**2))
-        kinds = _kinds(burstiness)
+        kinds = _kinds_by_name(burstiness)
         shares = (1 - new_share) * bursty_share, (1 - new_share) * (1 - bursty_share), new_share
         mixed = zip(shares, ("bursty", "one_by_one", "ic"), strict=True)
         super().__init__(
@@ -126,7 +126,7 @@ def _check_fit(classes: int, n_labels: int, context: int, burstiness: int) -> No
         raise ConfigError("ContextOrWeights.classes", classes, f"at least n_labels {n_labels}")
 
 
-def _kinds(burstiness: int) -> dict[str, Kind]:
+def _kinds_by_name(burstiness: int) -> dict[str, Kind]:
     """Kinds of sequences of training and evaluation, by name."""
     bursty = Kind(matches=burstiness, distractor_copies=burstiness)
     return {
