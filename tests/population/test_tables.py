@@ -81,6 +81,11 @@ def test_a_member_that_descended_smoothly_had_no_plateau_whatever_level_is_named
     assert outcomes == ["no plateau", "no plateau", "not formed", None, "formed", "formed"]
 
 
+def test_a_task_that_leaves_nothing_to_look_up_leaves_no_plateau(tables):
+    found = tables(records=[record(None, 0.0, plateau=0.0), record(None, 0.6, plateau=0.0), *RECORDS[2:]])
+    assert [row["outcome"] for row in found["members"]] == ["no plateau", "no plateau", *["formed"] * 4]
+
+
 def test_a_diverged_member_is_counted_and_enters_no_mean(tables):
     records = [*RECORDS[:5], DIVERGED]
     losses = [fall(onset_of(record)) for record in records[:5]]

@@ -10,7 +10,8 @@ Metrics that the recipe compares are quantities by their own names: the last val
 as it should.
 
 **Outcomes.** An onset that is missing is counted, never skipped: ``formed`` has an onset, ``no plateau`` ended more
-than a quarter below its plateau without an onset that could be located, or changed without a plateau that was held,
+than a quarter below its plateau without an onset that could be located, or changed without a plateau that was held, or
+had none to leave (a task whose best strategy without look-up has the lowest loss there is),
 ``not formed`` did not leave its plateau by the end of the run (its onset is censored). A diverged or unfinished member
 has no outcome and enters no mean.
 
@@ -140,7 +141,9 @@ def _outcome(member: TrainedMember, plateau: float | None, final: float | None, 
         return FORMED
     fallen = _way_down(plateau, FALLEN, scale)
     smooth = reading is not None and reading["verdict"] == "smooth"
-    return NO_PLATEAU if smooth or (fallen is not None and final < fallen) else NOT_FORMED
+    # a task may leave nothing to look up: guessing well is already the best there is
+    bare = plateau is not None and scale.lowest is not None and plateau <= scale.lowest
+    return NO_PLATEAU if smooth or bare or (fallen is not None and final < fallen) else NOT_FORMED
 
 
 def _mean_loss(member: TrainedMember, final: float | None, losses: Losses) -> float | None:
