@@ -10,7 +10,7 @@ from opsin.callbacks.readers.early_stopping import StopWhen
 from opsin.callbacks.readers.feature_variance import FeatureVariance
 from opsin.callbacks.readers.fourier_structure import FourierStructure
 from opsin.callbacks.readers.gradient_norms import GradientNorms
-from opsin.callbacks.readers.heads import InductionHeads, PreviousTokenHeads
+from opsin.callbacks.readers.heads import AnswerHeads, InductionHeads, PreviousTokenHeads
 from opsin.callbacks.readers.in_context_algorithm import InContextAlgorithm
 from opsin.callbacks.readers.memories import MemoryRecall
 from opsin.callbacks.readers.neurons import EntropyNeurons, TokenFrequencyNeurons
@@ -41,6 +41,7 @@ from opsin.callbacks.writers.remove_frequencies import RemoveFrequencies
 __all__ = [
     "Ablate",
     "ActivationSparsity",
+    "AnswerHeads",
     "AttentionSinks",
     "Calibration",
     "Clamp",

@@ -3,6 +3,7 @@
 from opsin.tasks.associations import Associations
 from opsin.tasks.binary_features import BinaryFeatures
 from opsin.tasks.characters import Characters
+from opsin.tasks.context_or_weights import ContextOrWeights
 from opsin.tasks.fewshot import FewShot, Kind
 from opsin.tasks.linear_regression import LinearRegression
 from opsin.tasks.modular_arithmetic import ModularArithmetic, PermutationTable
@@ -16,6 +17,7 @@ __all__ = [
     "Associations",
     "BinaryFeatures",
     "Characters",
+    "ContextOrWeights",
     "Exemplars",
     "FewShot",
     "GaussianClusters",
