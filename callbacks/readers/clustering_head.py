@@ -30,7 +30,7 @@ from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from opsin.training.observers import Observation
 
-SEEN, VALUES, PATTERN, POINT, LOGITS = (
+SEEN, VALUES, PATTERN, POINT, CLASS_LOGITS = (
     *("ln1.hook_normalized", "pool.hook_v", "pool.hook_pattern", "pool.hook_z"),
     "hook_logits",
 )
@@ -107,7 +107,7 @@ class ClusteringHead(ProbeReader):
         return {"states": [vars(PlaneState(**row).of_member(member)) for row in state["states"]]}
 
     def sites(self, table: SiteTable) -> list[str]:
-        return [SEEN, VALUES, PATTERN, POINT, LOGITS]
+        return [SEEN, VALUES, PATTERN, POINT, CLASS_LOGITS]
 
     def requirements(self) -> list[Requirement]:
         def without_relevant(module: OpsinModule) -> str | None:
@@ -141,7 +141,7 @@ class ClusteringHead(ProbeReader):
         module, batch = self._module, seen.batch
         features, relevant = module.task.declared_features(), batch.truth.relevant
         assert relevant is not None
-        points, logits = seen.activations[POINT][:, :, 0], scored_logits(seen.activations[LOGITS], batch)
+        points, logits = seen.activations[POINT][:, :, 0], scored_logits(seen.activations[CLASS_LOGITS], batch)
         found = {
             "within_share": 1 - explained_share(points, features[self.feature](batch)),
             "within_target_share": 1 - explained_share(points, features["target"](batch)),
@@ -200,7 +200,7 @@ class ClusteringHead(ProbeReader):
         def with_grid(name: str, x: Tensor) -> Tensor:
             return grid.to(x) if name == POINT else tap(name, x)
 
-        logits = passes.activations(seen.batch, [LOGITS], with_grid)[LOGITS][:, :, -1]
+        logits = passes.activations(seen.batch, [CLASS_LOGITS], with_grid)[CLASS_LOGITS][:, :, -1]
         return logits.softmax(-1).unflatten(1, (GRID, GRID))
 
     def picture(self, member: int) -> Image | None:
