@@ -65,7 +65,7 @@ def test_a_trial_that_fails_ends_the_tuning_in_one_line(monkeypatch):
 
 def test_a_schedule_may_follow_in_a_trial_what_only_the_run_measures():
     loop = Ablate(["0:1"], schedule=Schedule(feedback=Feedback("induction_strength", head="1:1", above=0.5)))
-    timer = tune.StepTimer({"induction_strength": (2, 2)})
+    timer = tune.StepTimer({"induction_strength": {"layer": 2, "head": 2}})
     model = module(idle="warn")
     fit(model, 20, [loop, timer])
     assert timer.seconds > 0 and model.steps_done == 20

@@ -10,7 +10,7 @@ from opsin.callbacks import Ablate, InductionHeads, KeepRun, PhaseChange, Projec
 from opsin.errors import ConfigError
 from opsin.interventions.values.directions import WeightDirections
 from opsin.training.module import OpsinModule
-from tests.contracts.readers import READERS, makers
+from tests.contracts.readers import READERS, TASKS, makers, task_of
 from tests.contracts.runs import FEW
 from tests.contracts.runs import fit as fit_rich
 from tests.contracts.runs import module as rich_module
@@ -54,10 +54,10 @@ def test_a_reader_follows_a_second_run_as_a_new_one_does(name, tmp_path, monkeyp
     ways = makers(name, tmp_path / "kept")
     if name == "KeepRun" or not ways:
         pytest.skip("a folder belongs to one run")
-    reader = ways[-1]()
+    reader, measured = ways[-1](), TASKS[task_of(name)]
     # another seed first, whose records must not be remembered
-    fit_rich(rich_module(seeds=(7, 8)), [reader], tmp_path / "first", FEW)
-    second, fresh = rich_module(), rich_module()
+    fit_rich(rich_module(*measured(), seeds=(7, 8)), [reader], tmp_path / "first", FEW)
+    second, fresh = rich_module(*measured()), rich_module(*measured())
     fit_rich(second, [reader], tmp_path / "second", FEW)
     fit_rich(fresh, [makers(name, tmp_path / "kept")[-1]()], tmp_path / "fresh", FEW)
     assert second.history.names() == fresh.history.names()
