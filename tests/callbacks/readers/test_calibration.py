@@ -128,7 +128,7 @@ def test_it_says_which_metrics_it_records(task):
     callback, model = Calibration(**QUICK), module(task())
     train(model, 5, callback)
     stated = callback.records(model.sites) | callback.task_records(model.task)
-    assert stated == dict.fromkeys(recorded(model), ())
+    assert stated == {name: {} for name in recorded(model)}
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ class Sent:
     """A W&B run that keeps what it is sent."""
 
     def __init__(self, about) -> None:
-        self.id, self.rows, self.summary = about["id"], [], {}
+        self.id, self.rows, self.summary, self.offline, self.dir = about["id"], [], {}, False, "files"
 
     def define_metric(self, *_, **__):
         pass

@@ -21,6 +21,7 @@ from opsin.callbacks import (
     Preserve,
     Project,
     Reinitialise,
+    RemoveFrequencies,
 )
 from opsin.interventions.donors import Donor
 from opsin.interventions.schedules import Schedule
@@ -29,6 +30,7 @@ from opsin.model.transformer import Transformer
 from tests.helpers.toys import few_shot, plan_of, weights
 
 TASK = few_shot()
+FIVE = few_shot(n_labels=5)
 MODEL = Transformer(layers=2, width=8, heads=2, mlp_ratio=1)
 DONOR = Donor("donor", "0123456789abcdef", MODEL, {name: x[:1] for name, x in weights(MODEL, TASK).items()})
 LATE = Schedule(start=2, stop=4)
@@ -74,6 +76,7 @@ PLANS = {
             positions=[0],
         )
     ],
+    "frequencies": [RemoveFrequencies([1, 2], schedule=LATE, members=[1])],
     "freeze": [Freeze(heads=["0:1"], neurons=["1:2"], parts=["W_Q", "W_in"], weights=["ln_final"], members=[1])],
     "reinitialise": [
         Reinitialise(LATE, heads=["0:1"], seed=[3, 4], order=1),
@@ -106,6 +109,7 @@ DIGESTS = {
     "directions of a weight": "aaec236ce44ad770",
     "learned directions": "009d8d3f2f8563c1",
     "directions of a head": "6fb18e3ccf429df0",
+    "frequencies": "?",
     "freeze": "3c1b3bb76364226f",
     "reinitialise": "26c6173e6e55fed1",
 }
@@ -113,7 +117,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_digest_of_a_plan_is_the_one_that_checkpoints_hold(name):
-    assert plan_of(MODEL, TASK, *PLANS[name]).digest() == DIGESTS[name]
+    assert plan_of(MODEL, FIVE if name == "frequencies" else TASK, *PLANS[name]).digest() == DIGESTS[name]
 
 
 def test_the_digest_of_every_writer_is_held():
