@@ -25,7 +25,7 @@ from opsin.tasks.shared.next_token import entropy
 from opsin.tasks.shared.references import after_token, always, chance
 from opsin.tasks.shared.streams import by_mass, check_draw, stream_key, uniforms, zipf_masses
 
-_TOKEN_STREAM, _SAMPLE_STREAM = range(2)
+_PAIR_STREAM, _SAMPLE_STREAM = range(2)
 
 WHOLE_SET = "inputs"
 """Evaluation set of every input once, weighted by how often it comes."""
@@ -144,7 +144,7 @@ class Associations(Task):
             found = np.stack([self._samples(seed)[span % self.samples] for seed in seeds])
         else:
             keys = [stream_key(seed, split, size) for seed in seeds]
-            u = uniforms(keys, _TOKEN_STREAM, first, count, size, {"input": 1})["input"][0]
+            u = uniforms(keys, _PAIR_STREAM, first, count, size, {"input": 1})["input"][0]
             found = by_mass(u, self._masses).reshape(count, len(seeds), size).swapaxes(0, 1).reshape(len(seeds), -1)
         rows = np.array(found.reshape(len(seeds), count, size).swapaxes(0, 1), order="C")
         weighted = np.full_like(rows, split == f"eval/{WHOLE_SET}")

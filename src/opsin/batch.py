@@ -47,6 +47,7 @@ class Truth:
         query: rows that are queries: their prediction can be copied from the context.
         match: for each query row, the label positions that hold the right answer.
         other: for each query row, the other label positions it could be confused with.
+        relevant: positions whose content decides the answer, the same in every sequence; None where that differs.
     """
 
     previous: Int[Tensor, " L"]
@@ -54,6 +55,7 @@ class Truth:
     query: Bool[Tensor, "M B L"]
     match: Bool[Tensor, "M B L K"]
     other: Bool[Tensor, "M B L K"]
+    relevant: Bool[Tensor, " L"] | None = None
 
     @classmethod
     def without_queries(cls, layout: Layout, members: int, size: int, device: torch.device | None = None) -> Truth:

@@ -38,13 +38,13 @@ def scaling_figure(curves: Sequence[ScalingCurve]) -> Figure:
         figure = blank_figure(width, height, dpi=150)
         for index, ((metric, key), shown) in enumerate(panels.items()):
             axes = add_panel(figure, margins.left + index * (wide + apart), margins.bottom, wide, tall)
-            _draw_curves(axes, shown[:MOST_CURVES])
+            _draw_laws(axes, shown[:MOST_CURVES])
             axes.set(xlabel=key)
             axes.set_title(metric, fontsize=8, pad=5)
     return figure
 
 
-def _draw_curves(axes: Axes, curves: Sequence[ScalingCurve]) -> None:
+def _draw_laws(axes: Axes, curves: Sequence[ScalingCurve]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for index, curve in enumerate(curves):

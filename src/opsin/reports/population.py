@@ -18,7 +18,7 @@ from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.order import order_rows
 from opsin.population.scaling import scaling_curves
-from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
+from opsin.population.tables import Row, as_csv, compared_metrics, summarise
 from opsin.records.folder import write_atomically
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, SUMMARY_FILE, UNFINISHED
 from opsin.reports.columns import aligned
@@ -120,7 +120,7 @@ def _condition_lines(conditions: Sequence[Row], final_loss: str) -> list[tuple[s
             )
         )
     lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
-    if not (compared := _compared_metrics(conditions)):
+    if not (compared := compared_metrics(conditions)):
         return lines
     found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
     return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
@@ -149,11 +149,6 @@ def _scaling_lines(scaling: Sequence[Row]) -> list[tuple[str, str]]:
     return [("scaling", "power laws over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
 
 
-def _compared_metrics(conditions: Sequence[Row]) -> list[str]:
-    """Metrics that the recipe compares."""
-    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
-
-
 def _without_onset(row: Row) -> str:
     """Why members of a condition have no onset, where the reason is not that nothing formed."""
     reasons = {"no_plateau": "without a plateau", "diverged": "diverged", "unfinished": "unfinished"}
@@ -165,7 +160,7 @@ def _difference_lines(summary: Mapping[str, Sequence[Row]], final_loss: str) -> 
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
-    compared = _compared_metrics(summary["conditions"])
+    compared = compared_metrics(summary["conditions"])
     shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
     shown |= {"final_loss": (final_loss, "+.4f")} | {name: (name, "+.4f") for name in compared}
     cells = [("condition", *(heading for heading, _ in shown.values()))]
