@@ -1,4 +1,4 @@
-"""Claims about birth.yaml, over three seeds: what is learned first, what last, and how soon triggers are copied."""
+"""Claims about birth.yaml, over six seeds: what is learned first, what last, and how soon triggers are copied."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def curves(tmp_path_factory):
 def of(curves, condition, metric):
     """The curves of one metric, one a seed."""
     found = [metrics[metric] for (name, _), metrics in curves.items() if name == condition]
-    assert len(found) == 3
+    assert len(found) == 6
     return found
 
 

@@ -24,8 +24,9 @@ def memory_figure(shares: Mapping[str, Curve], divergences: Mapping[str, Curve])
         shares: what is recalled or right, by the name that labels it.
         divergences: numbers in nats by the name that labels them; without any there is one panel.
     """
-    panels = [(shares, "share, chance taken off")] + ([(divergences, "nats")] if divergences else [])
-    width, height, apart = 4.6, 1.9, 0.35  # inches
+    panels = [(shares, "recall above chance, and share copied right"), (divergences, "nats")]
+    panels = [panel for panel in panels if panel[0]]
+    width, height, apart = 4.6, 1.9, 0.55  # inches
     margins = Margins(left=0.65, right=1.9, top=0.4, bottom=0.5)
     across, up = margins.around(width, len(panels) * height + (len(panels) - 1) * apart)
     with figure_style():

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opsin.errors import shortened
-from opsin.figures.style import MUTED, Margins, add_panel, blank_figure, figure_style, short_count
+from opsin.figures.style import MUTED, Margins, add_panel, blank_figure, figure_style
 from opsin.population.scaling import ScalingCurve
 
 MOST_CURVES = 10
@@ -55,7 +55,7 @@ def _draw_laws(axes: Axes, curves: Sequence[ScalingCurve]) -> None:
         interval = "" if exponent.low is None else f" [{exponent.low:.2f}, {exponent.high:.2f}]"
         label = f"{shortened(curve.fixed, LONGEST_LABEL)}: {exponent.value:.2f}{interval}".lstrip(": ")
         axes.plot(curve.x, curve.law(curve.x), "--", color=colour, linewidth=1.1, label=label)
-    axes.set_xticks(curves[0].x, [short_count(x) for x in curves[0].x], fontsize=6.5)
+    axes.set_xticks(curves[0].x, [f"{x:g}" for x in curves[0].x], fontsize=6.5)
     axes.minorticks_off()
     axes.legend(
         loc="upper left",

@@ -31,8 +31,8 @@ def order_rows(population: TrainedPopulation, curves: Mapping[str, Curve]) -> li
 
 def _row(condition: str, metric: str, curve: Curve, members: list[TrainedMember]) -> Row:
     sequences, values = curve
-    half = mean_interval(halfway(sequences, values[:, member.member]) for member in members)
-    onset = mean_interval(_onset(member.record, metric) for member in members)
+    half = mean_interval((halfway(sequences, values[:, member.member]) for member in members), floor=0.0)
+    onset = mean_interval((_onset(member.record, metric) for member in members), floor=0.0)
     return {
         "condition": condition,
         "metric": metric,
