@@ -81,9 +81,12 @@ def test_a_member_that_descended_smoothly_had_no_plateau_whatever_level_is_named
     assert outcomes == ["no plateau", "no plateau", "not formed", None, "formed", "formed"]
 
 
-def test_a_task_that_leaves_nothing_to_look_up_leaves_no_plateau(tables):
-    found = tables(records=[record(None, 0.0, plateau=0.0), record(None, 0.6, plateau=0.0), *RECORDS[2:]])
-    assert [row["outcome"] for row in found["members"]] == ["no plateau", "no plateau", *["formed"] * 4]
+def test_a_member_without_any_plateau_that_came_near_the_lowest_loss_is_not_called_unformed(tables):
+    flat = {"train/accuracy": {"verdict": "not by the end"}}
+    # the first loss is 0.7: 0.02 is nearly all of the way to 0, and 0.2 is not
+    learned, unlearned = (record(None, final, changes=flat, plateau=None) for final in (0.02, 0.2))
+    found = tables(records=[learned, unlearned, *RECORDS[2:]], losses=[fall(3000.0)] * 6)
+    assert [row["outcome"] for row in found["members"]] == ["no plateau", "not formed", *["formed"] * 4]
 
 
 def test_a_diverged_member_is_counted_and_enters_no_mean(tables):
