@@ -13,11 +13,13 @@ from tests.helpers.processes import opsin
 
 pytestmark = pytest.mark.slow
 LAST = 2000
+TO_ITEM, TO_LABELS = "previous_token_strength0", "answer_attention1"
+"""Reddy's progress measures, with their layer: attention of labels to their item, of the last item to its labels."""
 
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """Value by step of every accuracy, for each number of classes, burstiness and seed."""
+    """Value by step of every accuracy and progress measure, for each number of classes, burstiness and seed."""
     folder = tmp_path_factory.mktemp("context_or_weights")
     recipe = RECIPES / "context_or_weights.yaml"
     opsin("fit", "--config", recipe, "--run_folder", "run", folder=folder, WANDB_MODE="disabled")
@@ -26,10 +28,11 @@ def curves(tmp_path_factory):
     found = defaultdict(lambda: defaultdict(dict))
     with (folder / "run" / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
-            if row["metric"].endswith("/accuracy"):
+            name = row["metric"] + row["layer"]
+            if name.endswith("/accuracy") or name in (TO_ITEM, TO_LABELS):
                 values, seed = members[int(row["member"])]
                 key = (values["task.init_args.classes"], values["task.init_args.burstiness"], seed)
-                found[key][row["metric"].split("/")[1]][int(row["step"])] = float(row["value"])
+                found[key][name.removeprefix("val/").removesuffix("/accuracy")][int(row["step"])] = float(row["value"])
     return found
 
 
@@ -57,6 +60,19 @@ def test_few_classes_are_learned_in_the_weights_and_not_in_context(curves, class
     assert all(curve[LAST] >= 0.7 for curve in of(curves, classes, burstiness, "iw"))
     assert all(curve[LAST] <= 0.4 for curve in of(curves, classes, burstiness, "ic"))
     assert all(curve[LAST] <= 0.2 for curve in of(curves, classes, burstiness, "ic2"))
+
+
+def test_each_layer_attends_as_induction_needs_where_labels_are_looked_up_and_nowhere_else(curves):
+    for classes, burstiness, looked_up in (
+        (512, 1, True),
+        (512, 2, True),
+        (128, 2, True),
+        (128, 1, False),
+        (32, 2, False),
+    ):
+        for name in (TO_ITEM, TO_LABELS):
+            last = [curve[LAST] for curve in of(curves, classes, burstiness, name)]
+            assert min(last) >= 0.6 if looked_up else max(last) <= 0.35
 
 
 def test_burstiness_hastens_in_context_learning(curves):
