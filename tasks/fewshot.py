@@ -60,7 +60,7 @@ def _require(holds: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(field, value, expected)
 
 
-KIND_LABELS = ("task", "drawn", "exchanged")
+KIND_LABELS = ("task", "drawn", "exchanged", "shifted")
 """What the labels of a context can be."""
 
 
@@ -83,8 +83,9 @@ class Kind:
         matched_distractors: all copies of a distractor class show the same exemplar. Exemplars not
             matched are drawn independently.
         labels: what the context shows: the labels that the task's classes carry (``task``), labels drawn for this
-            sequence (``drawn``), or fixed labels passed on in a circle between the k classes of the context
-            (``exchanged``, which swaps those of two), the target being the one shown for the query's class.
+            sequence (``drawn``), fixed labels passed on in a circle between the k classes of the context
+            (``exchanged``, which swaps those of two), or the fixed label plus 1 modulo the number of labels
+            (``shifted``), the target being the one shown for the query's class.
         among: number of labels, the first ones, that drawn labels are taken from, held-out sets and all; None for all
             labels.
         label_present: the class that stands in for an absent one shows the fixed label of the query's class.
@@ -115,7 +116,7 @@ class Kind:
     label_flip: float = 0.0
     matched_query: bool = False
     matched_distractors: bool = False
-    labels: Literal["task", "drawn", "exchanged"] = "task"
+    labels: Literal["task", "drawn", "exchanged", "shifted"] = "task"
     among: int | None = None
     label_present: bool = False
     independent: bool = False
@@ -404,6 +405,12 @@ class FewShot(Task):
         exchanged = kind.labels != "exchanged" or (self.labels == "fixed" and alone)
         expected = "task or drawn: only fixed labels are exchanged, between two or more classes, none absent or new"
         _require(exchanged, f"{field}.labels", kind.labels, expected)
+        present = kind.no_support == 0 and not kind.new_classes and labels > 1
+        shifted = kind.labels != "shifted" or (self.labels == "fixed" and present)
+        expected = (
+            "task or drawn: only fixed labels, two or more, are shifted, of classes none of which is absent or new"
+        )
+        _require(shifted, f"{field}.labels", kind.labels, expected)
         for setting in ("label_present", "independent"):
             on = getattr(kind, setting)
             _require(not (on and drawn), f"{field}.{setting}", on, "false, as its labels are drawn")
@@ -564,6 +571,8 @@ class FewShot(Task):
         label, fixed_target = self._fixed[shown], self._fixed[query]
         if kind.labels == "exchanged":
             return np.roll(label, -1, 0), None
+        if kind.labels == "shifted":
+            return (label + 1) % self.n_outputs, None
         if kind.label_present:
             label[0] = fixed_target  # a supported query's class carries it anyway
         return label, fixed_target
@@ -662,7 +671,7 @@ class FewShot(Task):
 
     def _uninformed(self, kind: Kind) -> float:
         """The share of targets that guessing evenly among the labels of the context must leave to all labels."""
-        if self._draws_labels(kind) or kind.labels == "exchanged":
+        if self._draws_labels(kind) or kind.labels in ("exchanged", "shifted"):
             return kind.uninformed
         if kind.independent:
             return 1.0
@@ -680,7 +689,8 @@ class FewShot(Task):
         for kind in self.kinds:
             among = kind.among or self.n_outputs
             even = (np.arange(self.n_outputs) < among) / among
-            known = even if self._draws_labels(kind) else of_classes
+            fixed = np.roll(of_classes, 1) if kind.labels == "shifted" else of_classes
+            known = even if self._draws_labels(kind) else fixed
             total += kind.weight * ((1 - kind.random_query) * known + kind.random_query / self.n_outputs)
         return torch.from_numpy(total / total.sum())
 

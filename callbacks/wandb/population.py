@@ -18,7 +18,7 @@ from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
 SummaryTables = Mapping[str, Sequence[Row]]
 
-FIGURES = ("population", "comparison", "critical_period", "grid")
+FIGURES = ("population", "comparison", "critical_period", "grid", "scaling")
 LEDGER = "wandb_summary.json"
 
 

@@ -125,6 +125,11 @@ class Objective(ABC):
             batch: sequences with their targets.
         """
 
+    @property
+    def minimised(self) -> Objective:
+        """The objective with this loss: itself, or a simpler one to which it adds measures alone."""
+        return self
+
     def distance(self, outputs: Float[Tensor, "M B Q V"], reference: Float[Tensor, "M B Q V"]) -> Tensor:
         """How far outputs are from those of a reference at every scored entry, ``[M, B, Q]``, at least 0.
 

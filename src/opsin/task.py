@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from opsin.batch import Batch as Batch
@@ -32,6 +32,9 @@ Bank = dict[str, Tensor]
 
 Reference = Callable[[Batch], Float[Tensor, "M B Q V"]]
 """A predictor that a task knows: what it would say at the scored positions of a batch, as outputs of a model."""
+
+Feature = Callable[[Batch], Shaped[Tensor, "M B"]]
+"""A property of whole sequences: from a batch to one whole number a sequence, the class that it belongs to."""
 
 EXACT = "exact"
 """Name of the reference that is the best predictor a task knows."""
@@ -75,6 +78,7 @@ class Task(ABC):
         evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
             draws) first.
         axis: what the x-axis of its figures counts: training sequences, optimizer steps, or epochs.
+        offsets: number of positions of a longer position code that a sequence may begin at (``Batch.offset``).
         settings: what the task was made with, by the name of the argument; by these a resume knows its task.
     """
 
@@ -86,6 +90,7 @@ class Task(ABC):
     objective: Objective = CrossEntropy()
     evaluations: tuple[str, ...]
     axis: Literal["sequences", "steps", "epochs"] = "sequences"
+    offsets: int = 1
     settings: Mapping[str, Any]
 
     def __new__(cls, *arguments: Any, **settings: Any) -> Self:
@@ -168,6 +173,14 @@ class Task(ABC):
         best = self.references().get(EXACT)
         return None if best is None else best(batch)
 
+    def declared_features(self) -> Mapping[str, Feature]:
+        """What is true of a whole sequence and may be found in a model's activations, by name.
+
+        Each is a pure function of a batch and gives every sequence a class, a whole number. The right answer at the
+        last scored position is one, ``target``, where answers are classes; a task adds those that it knows.
+        """
+        return {"target": _last_target} if self.objective.predicts_classes else {}
+
     def set_size(self, split: str) -> int | None:
         """Sequences of a split that has a fixed number of them; None where they are drawn for ever.
 
@@ -201,6 +214,11 @@ class Task(ABC):
         """Batch ``step`` of one member, on the CPU (M = 1)."""
         draw = self.draw([seed], step, 1, split, batch_size)
         return self.assemble(self.bank(), {name: tensor[0] for name, tensor in draw.items()})
+
+
+def _last_target(batch: Batch) -> Shaped[Tensor, "M B"]:
+    """The right answer at the last scored position."""
+    return batch.targets[:, :, -1]
 
 
 def drawn_steps(task: Task, seeds: Sequence[int], first: int, count: int) -> Iterator[Draw]:

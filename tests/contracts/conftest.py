@@ -47,7 +47,7 @@ class Runs:
     def read(self, task: str) -> Read:
         """A run with every reader, W&B's offline among them, left alone to its end."""
         if task not in self._read:
-            folder, model = self.folder / f"{task}-read" / "run", module(TASKS[task]())
+            folder, model = self.folder / f"{task}-read" / "run", module(*TASKS[task]())
             with pytest.MonkeyPatch.context() as patch, collected() as drawn:
                 patch.setenv("WANDB_MODE", "offline")
                 fit(model, kept(folder, task), folder)
@@ -58,11 +58,11 @@ class Runs:
     def resumed(self, task: str) -> Read:
         """The same run killed between two checkpoints, and resumed from the last."""
         if task not in self._resumed:
-            folder, model = self.folder / f"{task}-resumed" / "run", module(TASKS[task]())
+            folder, model = self.folder / f"{task}-resumed" / "run", module(*TASKS[task]())
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("WANDB_MODE", "disabled")
                 with pytest.raises(Killed):
-                    fit(module(TASKS[task]()), [*kept(folder, task), KillAt(STEPS - 4)], folder)
+                    fit(module(*TASKS[task]()), [*kept(folder, task), KillAt(STEPS - 4)], folder)
                 assert not (folder / "summary.json").exists()
                 fit(model, kept(folder, task), folder, resume=folder / "checkpoints" / "last.ckpt")
             self._resumed[task] = Read(folder, weights(model), {})

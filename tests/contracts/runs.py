@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from opsin.callbacks import Clamp
+from opsin.callbacks import Ablate, Clamp
 from opsin.interventions.schedules import Schedule
+from opsin.model.birth import BirthTransformer
+from opsin.model.protocol import Model
 from opsin.model.transformer import Transformer
 from opsin.task import Bank, Batch, Task, Truth
 from opsin.tasks import Repeats
@@ -24,6 +26,9 @@ FEW = 8
 QUIET = ("logger", "enable_checkpointing", "enable_model_summary")
 WHOLE = Transformer(layers=2, width=16, heads=8, mlp_ratio=1, positions="learned", max_positions=12)
 """Heads as many as the documents name, LayerNorm and MLPs."""
+
+MEMORIES = BirthTransformer(width=16, max_positions=12, linear_mlp=True)
+"""What bigrams with triggers are learned by."""
 
 
 class RichTask(Repeats):
@@ -54,20 +59,22 @@ def rich_task() -> Task:
     return RichTask()
 
 
-def module(task: Task | None = None, transformer: Transformer = WHOLE, seeds: Sequence[int] = (3, 5)) -> OpsinModule:
+def module(task: Task | None = None, model: Model = WHOLE, seeds: Sequence[int] = (3, 5)) -> OpsinModule:
     """A run of that task that is not trained yet."""
     small = {"steps_per_batch": 4, "log_every": 2, "probe_size": 40, "evaluation_size": 8}
-    return OpsinModule(rich_task() if task is None else task, transformer, list(seeds), **small, compile=False)
+    return OpsinModule(rich_task() if task is None else task, network=model, seed=list(seeds), **small, compile=False)
 
 
 def fit(
     model: OpsinModule, callbacks: Sequence[pl.Callback], folder: Path, steps: int = STEPS, resume: Path | None = None
 ) -> pl.Trainer:
-    """Train under a clamp that comes and goes, with an evaluation every second Lightning batch."""
-    window = Schedule(start=2, stop=STEPS - 4, ramp=4)
+    """Train under an intervention that comes and goes, with an evaluation every second Lightning batch."""
+    window, head = Schedule(start=2, stop=STEPS - 4, ramp=4), min(1, model.sites.size("H") - 1)
+    clamp = Clamp(heads=[f"0:{max(head, 0)}"], pattern="previous_token", schedule=window)
+    writer = clamp if model.sites.size("H") else Ablate(sites=["hook_pos_embed"], schedule=window)
     trainer = pl.Trainer(
         max_steps=steps,
-        callbacks=[*callbacks, Clamp(heads=["0:1"], pattern="previous_token", schedule=window)],
+        callbacks=[*callbacks, writer],
         accelerator="cpu",
         default_root_dir=folder,
         num_sanity_val_steps=0,

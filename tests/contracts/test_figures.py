@@ -36,8 +36,9 @@ def drawn(runs, tmp_path_factory) -> Drawn:
     rates = {"copy": {"model.learning_rate": 3e-4}, names[2]: {"model.learning_rate": 1e-3}}
     crossed = {name: {**values, "task.burstiness": index} for index, (name, values) in enumerate(rates.items())}
     with collected() as found:
-        for number, grids in enumerate(({}, {"grid": grid}, {"crossed": rates}, {"crossed": crossed})):
-            compare = {"algorithm/change": [range(6), [math.nan] * 6]}
+        widths = {"crossed": {name: {"model.width": 2**index} for index, name in enumerate(names)}}
+        for number, grids in enumerate(({}, {"grid": grid}, {"crossed": rates}, {"crossed": crossed}, widths)):
+            compare = {"algorithm/change": [range(6), [math.nan] * 6], "error": [[0.5, 0.4, 0.2, 0.3, 0.1, 0.12]]}
             path = write_population(folder / str(number), members, records, compare=compare, **grids)
             assert population_report(finish_population(path), path, LossScale("nats", 0.0))
     of_runs = [runs.read(task).drawn for task in TASKS]

@@ -41,7 +41,7 @@ def untouched(tmp_path_factory) -> dict[str, Untouched]:
     """The run of every task that nobody reads."""
     found = {}
     for task, make in TASKS.items():
-        model = module(make())
+        model = module(*make())
         fit(model, [], tmp_path_factory.mktemp("untouched"), FEW)
         found[task] = Untouched(weights(model), model.plan.digest())
     return found
@@ -64,7 +64,7 @@ def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tm
     for number, make in enumerate(makers(name, tmp_path / "kept")):
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         task = task_of(name)
-        model, reader, before = module(TASKS[task]()), make(), generators()
+        model, reader, before = module(*TASKS[task]()), make(), generators()
         fit(model, [reader], tmp_path / str(number), FEW)
         assert torch.equal(weights(model), untouched[task].weights), f"{name} moved a weight"
         assert model.plan.digest() == untouched[task].plan, f"{name} changed the plan of interventions"
@@ -72,7 +72,7 @@ def test_a_reader_moves_no_weight_and_draws_no_random_number(name, untouched, tm
 
 
 def test_all_readers_together_move_no_weight(read, task, tmp_path):
-    model = module(TASKS[task]())
+    model = module(*TASKS[task]())
     fit(model, [], tmp_path)
     assert torch.equal(weights(model), read.weights)
 

@@ -30,10 +30,12 @@ FOUND = {
 def draw(tmp_path):
     """What a grid has crossed -> the figure of a population with a condition beside it."""
 
-    def drawn(crossed, found=FOUND):
+    def drawn(crossed, found=FOUND, compare=None):
         members = [(name, seed) for name, records in found.items() for seed in range(len(records))]
         records = [record for records in found.values() for record in records]
-        population = read_population(write_population(tmp_path / "run", members, records, crossed=crossed))
+        population = read_population(
+            write_population(tmp_path / "run", members, records, crossed=crossed, compare=compare)
+        )
         summary = summarise(population, merge_metrics(population))
         return grid_figure(population.crossed, summary, population.scale)
 
@@ -89,3 +91,14 @@ def test_true_is_no_number_and_values_that_are_no_numbers_keep_their_order(draw)
 def test_onsets_of_very_different_size_have_logarithmic_colours(draw):
     figure = draw(CROSSED, FOUND | {"c": seeds(200.0, 200.0)})
     assert type(figure.axes[0].images[0].norm).__name__ == "LogNorm"
+
+
+def test_a_compared_metric_has_a_map_of_its_own_without_members_that_lack_it(draw):
+    # two members each of base, a, b, c, d
+    values = [9, 9, 1, 3, 2, np.nan, np.nan, np.nan, 5, 7]
+    *_, delays, bar = draw(CROSSED, compare={"delay/ratio": [values]}).axes
+    assert delays.get_title(loc="left") == "delay/ratio" and len(bar.get_yticklabels()) > 0
+    np.testing.assert_allclose(delays.images[0].get_array().filled(np.nan), [[np.nan, 2], [6, 2]])
+    assert {text.get_text() for text in delays.texts} >= {"2", "6", "none"}
+    line = draw({name: {RATE: CROSSED[name][RATE]} for name in "ac"}, compare={"delay/ratio": [values]}).axes[-1]
+    assert line.lines[0].get_ydata()[1] == 2

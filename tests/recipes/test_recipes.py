@@ -1,5 +1,7 @@
 """Every recipe trains, and the clamped one is the other with a clamp."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -43,8 +45,21 @@ def test_a_recipe_trains(opsin, tmp_path, monkeypatch, name):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def donors(settings):
+    """Run folders that a recipe takes trained models from; each is what the recipe of its name leaves."""
+    if isinstance(settings, list):
+        return {donor for each in settings for donor in donors(each)}
+    if not isinstance(settings, dict):
+        return set()
+    return {settings["donor"]} if "donor" in settings else donors(list(settings.values()))
+
+
 @pytest.mark.parametrize("name", names(population=True))
 def test_a_recipe_of_a_population_trains(tmp_path, name):
+    for donor in donors(yaml.safe_load((RECIPES / name).read_text())):
+        recipe = RECIPES / f"{Path(donor).name}.yaml"
+        short = ["--trainer.max_steps", "4", "--model.evaluation_size", "16"]
+        in_process("fit", "--config", recipe, "--run_folder", donor, *short, folder=tmp_path, WANDB_MODE="disabled")
     (tmp_path / name).write_text(
         yaml.safe_dump(shortened(yaml.safe_load((RECIPES / name).read_text())), sort_keys=False)
     )

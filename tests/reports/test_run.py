@@ -225,3 +225,20 @@ def test_the_plan_is_listed_in_order_of_application_and_nothing_of_it_is_cut():
 def test_no_line_is_wider_than_a_wide_terminal():
     writers = [Ablate(heads=["1:2"], value="mean"), Clamp(heads=["0:3"], pattern="match", temperature=0.1)]
     assert max(map(len, sites_report(SITES, 1000, 32, plan(*writers)).splitlines())) <= 150
+
+
+def test_of_clustering_heads_it_says_how_many_are_solved_and_whether_clusters_came_first():
+    rows = [{"clustered_at": 640, "solved_at": 960}, {"clustered_at": None, "solved_at": None}]
+    rows.append({"clustered_at": 1280, "solved_at": 1280})
+    lines = report({**RUN, "clustering": rows})
+    assert "clusters      2 of 3 solved; clusters came first in 1 of them" in lines
+    assert f"{'':13} formed at step 640, solved at step 960" in lines
+    assert "1 of 1 solved" in "\n".join(report({**RUN, "clustering": rows[0]}))
+    many = report({**RUN, "clustering": rows[:1] * 6})
+    assert f"{'':13} and 2 more, in summary.json" in many
+
+
+def test_of_features_it_says_what_each_explains_of_the_last_layer():
+    lines = report({**RUN, "feature_variance": {"easy": [0.1, 0.553], "hard": [None, None]}})
+    (index,) = [number for number, line in enumerate(lines) if line.startswith("variance")]
+    assert lines[index + 1].split() == ["easy", "hard"] and lines[index + 2].split() == ["55.3", "%", "-"]

@@ -36,7 +36,7 @@ from opsin.figures.heat_map import (
 from opsin.figures.style import ACCENT, FAINT, INK, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
 from opsin.objective import LossScale
 from opsin.population.grid import GridValues, key_names, value_names
-from opsin.population.tables import Row
+from opsin.population.tables import Row, compared_metrics
 
 ONSET_COLOURS = LinearSegmentedColormap.from_list("onset", ("#f3f8fc", "#7fb2d9", "#0a4673"))
 WIDE_RANGE = 10  # ratio of onsets from which their colours are logarithmic
@@ -67,7 +67,7 @@ class _Key:
 
 
 def grid_figure(crossed: GridValues, summary: Summary, scale: LossScale) -> Figure:
-    """``grid.png``: the onset and the final loss, means over seeds, by the values of the grid's keys.
+    """``grid.png``: onset, final loss and compared metrics, means over seeds, by the values of the grid's keys.
 
     Values are in order, equally far apart. A cell says how many of its members formed; where none did it is hatched,
     and says why if all have one reason. Of one key all members are drawn as points, and their mean as a line.
@@ -108,7 +108,10 @@ def _maps_figure(keys: Sequence[_Key], crossed: GridValues, summary: Summary, sc
     across, up = max(len(column.values), 3) * cell, max(len(row.values), 3) * CELL_HEIGHT
     step = up + GRID_MARGINS.top + GRID_MARGINS.bottom
     between = BETWEEN_MAPS + LABEL_WIDTH * max(map(len, row.labels)) - 0.2
-    width, height = left + 2 * across + between + GRID_MARGINS.right, len(shown) * step + NOTES_SPACE
+    compared = compared_metrics(summary["conditions"])
+    count = 2 + len(compared)
+    width = left + count * across + (count - 1) * between + GRID_MARGINS.right
+    height = len(shown) * step + NOTES_SPACE
     figure = blank_figure(width, height, dpi=160)
     rows = {name: entry for entry in summary["conditions"] if (name := entry["condition"]) in crossed}
     norm = _onset_norm([entry["onset"] for entry in rows.values() if entry["onset"] is not None])
@@ -121,7 +124,9 @@ def _maps_figure(keys: Sequence[_Key], crossed: GridValues, summary: Summary, sc
             if combination == tuple(key.index(settings) for key in further)
         }
         bottom = height - (number + 1) * step + GRID_MARGINS.bottom
-        for index, shown_map in enumerate((_onset_map(cells, norm, names), _loss_map(cells, names, scale))):
+        maps = [_onset_map(cells, norm, names), _loss_map(cells, names, scale)]
+        maps += [_metric_map(cells, metric, names) for metric in compared]
+        for index, shown_map in enumerate(maps):
             start = left + index * (across + between)
             panel = add_panel(figure, start, bottom, across, up)
             draw_map(panel, shown_map, MapAxis(column.name, column.labels), MapAxis(row.name, row.labels))
@@ -165,6 +170,14 @@ def _loss_map(cells: Mapping[tuple[int, int], Row], names: str, scale: LossScale
     return final_loss_map(names, scale.unit, values, texts)
 
 
+def _metric_map(cells: Mapping[tuple[int, int], Row], metric: str, names: str) -> HeatMap:
+    """The map of a metric that the recipe compares, whose colours begin at 0 or at its lowest mean below that."""
+    known = [row[metric] for row in cells.values() if row[metric] is not None]
+    norm = Normalize(min(0.0, *known, 0.0), max(known, default=0.0) or 1.0)
+    texts = {index: "none" if row[metric] is None else f"{row[metric]:.3g}" for index, row in cells.items()}
+    return HeatMap(metric, names, "", ONSET_COLOURS, norm, {i: (cells[i][metric], texts[i], False) for i in cells})
+
+
 # ---- one key ----------------------------------------------------------------------------------------
 
 
@@ -172,9 +185,10 @@ def _lines_figure(key: _Key, crossed: GridValues, summary: Summary, scale: LossS
     spacing = max(CELL_WIDTH, LABEL_WIDTH * max(map(len, key.labels)))
     across = max(len(key.values), 3) * spacing
     margins = Margins(left=0.75, right=0.2, top=0.42, bottom=0.75)
-    width, height = margins.around(2 * across + 0.85, LINE_HEIGHT)
-    figure = blank_figure(width, height, dpi=160)
     units = {"onset": ("Onset", "sequences"), "final_loss": ("Final loss", scale.unit)}
+    units |= {metric: (metric, "") for metric in compared_metrics(summary["conditions"])}
+    width, height = margins.around(len(units) * (across + 0.85) - 0.85, LINE_HEIGHT)
+    figure = blank_figure(width, height, dpi=160)
     for index, (quantity, (title, unit)) in enumerate(units.items()):
         axes = add_panel(figure, margins.left + index * (across + 0.85), margins.bottom, across, LINE_HEIGHT)
         axes.set_title(title)

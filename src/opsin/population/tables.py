@@ -201,6 +201,15 @@ def with_intervals(row: Row) -> list[str]:
     return [name for name in row if f"{name}_low" in row]
 
 
+def compared_metrics(conditions: Sequence[Row]) -> list[str]:
+    """Names of the metrics that the recipe compares.
+
+    Args:
+        conditions: rows of the table of conditions, at least one.
+    """
+    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
+
+
 def _by_seed(members: Sequence[Row], quantity: str) -> dict[int, float | None]:
     """The quantity of every member that trained as far as it should."""
     return {row["seed"]: row[quantity] for row in members if row["status"] in (COMPLETE, FINISHED_EARLY)}

@@ -26,6 +26,8 @@ def final_report(summary: Mapping[str, Any], folder: Path) -> str:
     elif "onset" in summary:
         rows += _change_rows(summary) + _beside_rows(summary) + _head_rows(summary) + _loss_rows(summary)
     rows += _algorithm_rows(summary["algorithm"]) if "algorithm" in summary else []
+    rows += _clustering_rows(_by_member(summary["clustering"])) if "clustering" in summary else []
+    rows += _variance_rows(_by_member(summary["feature_variance"])) if "feature_variance" in summary else []
     if "wall_time_seconds" in summary:
         rows.append(("time", f"{_duration(summary['wall_time_seconds'])}, {summary['sequences']:,} sequences"))
     rows.append(("files", str(folder)))
@@ -148,6 +150,34 @@ def _algorithm_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     explained = ", ".join(f"{member['r_squared']:.3f}" for member in members if member["r_squared"] is not None)
     texts.append(f"R² of its predictions to {found['after']} after all examples: {explained}")
     return [("" if index else "nearest", text) for index, text in enumerate(texts)]
+
+
+def _by_member(found: Any) -> list[Mapping[str, Any]]:
+    """A part of a summary as a list, also where there is one member, of which it holds no list."""
+    return list(found) if isinstance(found, list) else [found]
+
+
+def _clustering_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many members of a clustering head are solved, and in how many of these clusters came first."""
+    solved = [member for member in members if member["solved_at"] is not None]
+    first = [row for row in solved if row["clustered_at"] is not None and row["clustered_at"] < row["solved_at"]]
+    rows = [("clusters", f"{len(solved)} of {len(members)} solved; clusters came first in {len(first)} of them")]
+    for member in solved[:MOST_LISTED]:
+        clustered = "none formed" if member["clustered_at"] is None else f"formed at step {member['clustered_at']:,}"
+        rows.append(("", f"{clustered}, solved at step {member['solved_at']:,}"))
+    if len(solved) > MOST_LISTED:
+        rows.append(("", f"and {len(solved) - MOST_LISTED} more, in summary.json"))
+    return rows
+
+
+def _variance_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Share of the last layer's variance that each feature explains, for every member."""
+    names = list(members[0])
+    cells = [tuple(names)]
+    for member in members[:MOST_LISTED]:
+        cells.append(tuple("-" if (x := member[name][-1]) is None else f"{100 * x:.1f} %" for name in names))
+    lines = [("variance", "of the last layer that each feature explains")]
+    return [*lines, *(("", line) for line in aligned(cells))]
 
 
 def _population_rows(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
