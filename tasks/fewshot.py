@@ -60,7 +60,7 @@ def _require(holds: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(field, value, expected)
 
 
-KIND_LABELS = ("task", "drawn", "exchanged")
+KIND_LABELS = ("task", "drawn", "exchanged", "shifted")
 """What the labels of a context can be."""
 
 
@@ -83,8 +83,9 @@ class Kind:
         matched_distractors: all copies of a distractor class show the same exemplar. Exemplars not
             matched are drawn independently.
         labels: what the context shows: the labels that the task's classes carry (``task``), labels drawn for this
-            sequence (``drawn``), or fixed labels passed on in a circle between the k classes of the context
-            (``exchanged``, which swaps those of two), the target being the one shown for the query's class.
+            sequence (``drawn``), fixed labels passed on in a circle between the k classes of the context
+            (``exchanged``, which swaps those of two), or the fixed label plus 1 modulo the number of labels
+            (``shifted``), the target being the one shown for the query's class.
         among: number of labels, the first ones, that drawn labels are taken from, held-out sets and all; None for all
             labels.
         label_present: the class that stands in for an absent one shows the fixed label of the query's class.
@@ -115,7 +116,7 @@ class Kind:
     label_flip: float = 0.0
     matched_query: bool = False
     matched_distractors: bool = False
-    labels: Literal["task", "drawn", "exchanged"] = "task"
+    labels: Literal["task", "drawn", "exchanged", "shifted"] = "task"
     among: int | None = None
     label_present: bool = False
     independent: bool = False
@@ -191,6 +192,9 @@ class _Pool:
     kinds: tuple[Kind, ...]
 
 
+HELDOUT_RELABELLINGS = 0.2
+"""Share of the label sets that is held out where a recipe names none."""
+
 SPLIT_SETS = ("train", "relabellings", "exemplars", "classes")
 """Evaluation sets that have the kinds of training."""
 
@@ -240,12 +244,22 @@ class FewShot(Task):
         label_seed: seed that deals these labels to the classes in another order; None for class c's c mod n_labels.
         evaluation_kinds: kinds of sequences of further evaluation sets, by the name of the set; None for none, or those
             above where labels are fixed.
+        burstiness: how often each class of a context occurs in it, the query's among them; a short form of ``kinds``,
+            which None leaves in force.
+        bursty: share of the sequences that are so; classes of the others are independent of each other, which takes
+            fixed labels.
 
     Raises:
         ConfigError: settings that do not fit each other or the exemplars, which are loaded here.
     """
 
-    added_settings: ClassVar[Mapping[str, Any]] = {"labels": "drawn", "label_seed": None, "evaluation_kinds": None}
+    added_settings: ClassVar[Mapping[str, Any]] = {
+        "labels": "drawn",
+        "label_seed": None,
+        "evaluation_kinds": None,
+        "burstiness": None,
+        "bursty": 1.0,
+    }
 
     def __init__(
         self,
@@ -257,7 +271,7 @@ class FewShot(Task):
         heldout_classes: int | None = None,
         train_exemplars: int = 1,
         heldout_exemplars: int | None = None,
-        heldout_relabellings: float = 0.2,
+        heldout_relabellings: float = HELDOUT_RELABELLINGS,
         relabelling_seed: int = 55,
         zipf: float = 0.0,
         noise: float = 0.0,
@@ -265,8 +279,11 @@ class FewShot(Task):
         labels: Literal["drawn", "fixed"] = "drawn",
         label_seed: int | None = None,
         evaluation_kinds: Mapping[str, Sequence[Kind]] | None = None,
+        burstiness: int | None = None,
+        bursty: float = 1.0,
     ) -> None:
-        self.kinds, self.labels = tuple(kinds) or (Kind(),), labels
+        _check_burstiness(burstiness, bursty, context, labels, kinds)
+        self.kinds, self.labels = tuple(kinds) or _bursty_kinds(burstiness, bursty), labels
         self.context, self.batch_size, self.noise = context, batch_size, noise
         self.n_tokens = self.n_outputs = n_labels
         self._source = exemplars
@@ -275,7 +292,7 @@ class FewShot(Task):
         length = 2 * context + 1
         check_memory("FewShot.context", context, 2 * length**2 + 8 * length)
         check_memory("FewShot.batch_size", batch_size, batch_size * (2 * length**2 + 8 * length))
-        self._check_labels(label_seed)
+        self._check_labels(label_seed, heldout_relabellings)
         for i, kind in enumerate(self.kinds):
             self._check_kind(f"FewShot.kinds[{i}]", kind)
         self._check_sets(evaluation_kinds or {})
@@ -304,12 +321,14 @@ class FewShot(Task):
             _require(0 <= value < math.inf, f"FewShot.{name}", value, "a finite number, at least 0")
         _require(0 <= relabelling_seed <= UINT64_MAX, "FewShot.relabelling_seed", relabelling_seed, "0 .. 2**64 - 1")
 
-    def _check_labels(self, label_seed: int | None) -> None:
+    def _check_labels(self, label_seed: int | None, heldout: float) -> None:
         _require(self.labels in ("drawn", "fixed"), "FewShot.labels", self.labels, "drawn or fixed")
         used = label_seed is None or self.labels == "fixed"
         _require(used, "FewShot.label_seed", label_seed, "null, as labels are drawn")
         in_range = label_seed is None or 0 <= label_seed <= UINT64_MAX
         _require(in_range, "FewShot.label_seed", label_seed, "0 .. 2**64 - 1, or null")
+        holds_out = self.labels == "drawn" or heldout in (0, HELDOUT_RELABELLINGS)
+        _require(holds_out, "FewShot.heldout_relabellings", heldout, "none, as labels are fixed and none is held out")
 
     def _check_sets(self, sets: Mapping[str, Sequence[Kind]]) -> None:
         """Refuse names of evaluation sets that are taken, and kinds that do not fit."""
@@ -386,6 +405,12 @@ class FewShot(Task):
         exchanged = kind.labels != "exchanged" or (self.labels == "fixed" and alone)
         expected = "task or drawn: only fixed labels are exchanged, between two or more classes, none absent or new"
         _require(exchanged, f"{field}.labels", kind.labels, expected)
+        present = kind.no_support == 0 and not kind.new_classes and labels > 1
+        shifted = kind.labels != "shifted" or (self.labels == "fixed" and present)
+        expected = (
+            "task or drawn: only fixed labels, two or more, are shifted, of classes none of which is absent or new"
+        )
+        _require(shifted, f"{field}.labels", kind.labels, expected)
         for setting in ("label_present", "independent"):
             on = getattr(kind, setting)
             _require(not (on and drawn), f"{field}.{setting}", on, "false, as its labels are drawn")
@@ -546,6 +571,8 @@ class FewShot(Task):
         label, fixed_target = self._fixed[shown], self._fixed[query]
         if kind.labels == "exchanged":
             return np.roll(label, -1, 0), None
+        if kind.labels == "shifted":
+            return (label + 1) % self.n_outputs, None
         if kind.label_present:
             label[0] = fixed_target  # a supported query's class carries it anyway
         return label, fixed_target
@@ -644,7 +671,7 @@ class FewShot(Task):
 
     def _uninformed(self, kind: Kind) -> float:
         """The share of targets that guessing evenly among the labels of the context must leave to all labels."""
-        if self._draws_labels(kind) or kind.labels == "exchanged":
+        if self._draws_labels(kind) or kind.labels in ("exchanged", "shifted"):
             return kind.uninformed
         if kind.independent:
             return 1.0
@@ -662,7 +689,8 @@ class FewShot(Task):
         for kind in self.kinds:
             among = kind.among or self.n_outputs
             even = (np.arange(self.n_outputs) < among) / among
-            known = even if self._draws_labels(kind) else of_classes
+            fixed = np.roll(of_classes, 1) if kind.labels == "shifted" else of_classes
+            known = even if self._draws_labels(kind) else fixed
             total += kind.weight * ((1 - kind.random_query) * known + kind.random_query / self.n_outputs)
         return torch.from_numpy(total / total.sum())
 
@@ -692,6 +720,27 @@ def _truth(tokens: Int[Tensor, "M B C"], answers: Int[Tensor, "M B"]) -> Truth:
     right = torch.cat([spread, torch.zeros_like(right[..., :1])], -1)[..., None, :]
     rows = query[..., None]
     return Truth((position - 1).clamp(min=0), labels, query, rows & right, rows & labels & ~right)
+
+
+def _check_burstiness(burstiness: int | None, bursty: float, context: int, labels: str, kinds: Sequence[Kind]) -> None:
+    """Refuse a burstiness that does not fit the context, and one beside kinds."""
+    _require(0 <= bursty <= 1, "FewShot.bursty", bursty, "a share, from 0 to 1")
+    if burstiness is None:
+        _require(bursty == 1, "FewShot.bursty", bursty, "1, as there is no burstiness")
+        return
+    fits = 1 <= burstiness <= context and context % burstiness == 0
+    _require(fits, "FewShot.burstiness", burstiness, f"a divisor of {context} (context), or null")
+    _require(not kinds, "FewShot.burstiness", burstiness, "null beside kinds, each of which has its own")
+    fixed = bursty == 1 or labels == "fixed"
+    _require(fixed, "FewShot.bursty", bursty, "1, as labels are drawn: independent classes carry fixed ones")
+
+
+def _bursty_kinds(burstiness: int | None, bursty: float) -> tuple[Kind, ...]:
+    """What a burstiness stands for (Reddy 2024): B copies of each class, or independent classes."""
+    if burstiness is None:
+        return (Kind(),)
+    found = (Kind(weight=bursty, matches=burstiness, distractor_copies=burstiness),) if bursty > 0 else ()
+    return found if bursty == 1 else (*found, Kind(weight=1 - bursty, independent=True))
 
 
 def _fixed_labels(classes: int, labels: int, seed: int | None) -> Int64[np.ndarray, " classes"]:

@@ -21,7 +21,7 @@ from opsin.task import Bank, Batch, Feature, Layout, Truth
 from opsin.tasks.shared.finite import FiniteTask
 from opsin.tasks.shared.streams import below, stream_key, uniforms
 
-_TOKEN_STREAM = 2
+_TABLE_STREAM = 2
 
 MOST_CLUSTERINGS = 256
 """Largest number of shifts whose clusters are all looked at."""
@@ -78,7 +78,7 @@ class SparseModularAddition(FiniteTask):
         """``sequences``: Int64 [E, T], the tokens of every example."""
         count = self.set_size("train") + self.set_size("eval/test")
         key = stream_key(self._seed, "sequences", count)
-        u = uniforms([key], _TOKEN_STREAM, 0, 1, count, {"tokens": self.positions})["tokens"]
+        u = uniforms([key], _TABLE_STREAM, 0, 1, count, {"tokens": self.positions})["tokens"]
         return {"sequences": torch.from_numpy(below(u.T.copy(), self.modulus))}
 
     def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Batch:

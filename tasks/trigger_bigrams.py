@@ -11,8 +11,10 @@ Legend: M members, B batch, L positions, T = L + 1 tokens drawn, K triggers, R =
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from opsin.model.memory import check_memory
-from opsin.task import Reference
+from opsin.objective import CLASS_MEASURES, CrossEntropy, Measure, accuracy, cross_entropy
+from opsin.task import Batch, Reference
 from opsin.tasks.shared.next_token import REPEATED_SPLIT, NextToken, entropy, repeat_first_half
 from opsin.tasks.shared.references import after_token
 from opsin.tasks.shared.streams import (
@@ -42,8 +45,83 @@ ROW_MASS = 2.0**40
 MEASURED_SEQUENCES = 4096
 """Sequences over which the unigram and the bigram loss are measured, which no formula gives."""
 
+COUNTED_DRAWS = 2**16
+"""Draws of triggers in which the share of sequences with each is counted."""
+
 NO_TRIGGER = 1e-6
 """Least probability that a token is no trigger: sequences of another process stay possible."""
+
+DrawnBy = Literal["uniform", "unigram"]
+"""How triggers that change from sequence to sequence are chosen."""
+
+ScoredRows = Literal["all", "repeated_triggers"]
+"""Rows whose loss is minimised."""
+
+
+# ---- what is measured -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerBatch(Batch):
+    """A batch that says which rows look a successor up.
+
+    Args:
+        looked_up: rows of a trigger, that of its first occurrence among them.
+    """
+
+    looked_up: Bool[Tensor, "M B L"]
+
+    def changed_fields(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Every field that has a batch axis, changed by one function."""
+        return {**super().changed_fields(change), "looked_up": change(self.looked_up)}
+
+
+def _mean_over(rows: Bool[Tensor, "M B L"], values: Float[Tensor, "M B L"]) -> Float[Tensor, " M"]:
+    """Mean of every member over some rows; 0 where there are none."""
+    return torch.where(rows, values, 0.0).sum((1, 2)) / rows.sum((1, 2)).clamp(min=1)
+
+
+def trigger_loss(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
+    """Mean loss of rows whose trigger has occurred before, so that its successor can be copied (nats)."""
+    return _mean_over(batch.truth.query, cross_entropy(outputs, batch))
+
+
+def trigger_accuracy(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
+    """Share of rows whose trigger has occurred before that predict its successor."""
+    return _mean_over(batch.truth.query, accuracy(outputs, batch))
+
+
+def other_loss(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
+    """Mean loss of rows that are no trigger's, which follow the global bigrams (nats)."""
+    assert isinstance(batch, TriggerBatch)
+    return _mean_over(~batch.looked_up, cross_entropy(outputs, batch))
+
+
+@dataclass(frozen=True)
+class TriggerCrossEntropy(CrossEntropy):
+    """Cross-entropy (nats) with the loss of triggers and of all other rows apart.
+
+    Measures beside ``accuracy``: ``trigger_loss`` and ``trigger_accuracy`` over rows whose trigger has occurred before,
+    and ``other_loss`` over rows that are no trigger's. They count all these rows alike, whichever the loss counts.
+
+    Args:
+        in_float64: whether the loss is computed in double precision.
+    """
+
+    measures = (
+        *CLASS_MEASURES,
+        Measure("trigger_loss", "down", trigger_loss, "nats", while_training=True),
+        Measure("trigger_accuracy", "up", trigger_accuracy, while_training=True),
+        Measure("other_loss", "down", other_loss, "nats", while_training=True),
+    )
+
+    @property
+    def minimised(self) -> CrossEntropy:
+        """The cross-entropy, to which it adds measures alone."""
+        return CrossEntropy(self.in_float64)
+
+
+# ---- the task ---------------------------------------------------------------------------------------
 
 
 class TriggerBigrams(NextToken):
@@ -53,6 +131,8 @@ class TriggerBigrams(NextToken):
     probability proportional to that unigram of x times exp(``spread`` g), g a normal number of the pair (v, x). Each
     trigger is always followed by its successor of this sequence, uniform over all tokens.
 
+    The objective tells the losses of triggers and of other rows apart (``TriggerCrossEntropy``).
+
     Queries are the rows of a trigger that has occurred before. All its earlier occurrences have the same successor, so
     there is no ``other``. Evaluation sets: ``train``; ``repeated``: the second half repeats the first, and every row
     of it can be copied (there tokens that are no triggers have ``other``, too).
@@ -60,8 +140,11 @@ class TriggerBigrams(NextToken):
     Args:
         vocabulary: V, number of different tokens.
         triggers: K, trigger tokens of a sequence, less than V.
-        fixed: the K likeliest tokens of the unigram are the triggers of every sequence; otherwise any K different
-            ones, each choice equally likely.
+        fixed: the K likeliest tokens of the unigram are the triggers of every sequence; otherwise each has its own.
+        drawn_by: how triggers that are not fixed are drawn, one after another and each once: all tokens equally likely
+            (``uniform``), or in proportion to the unigram.
+        scored_rows: rows whose loss is minimised: all, or those whose trigger has occurred before
+            (``repeated_triggers``), the only ones that can be copied.
         zipf: exponent of the unigram: token v (from 0) has mass 1 / (v + 1) ** zipf.
         spread: standard deviation of the log-ratio of bigrams to the unigram, nats; 0 for no difference.
         positions: L, tokens that the model sees.
@@ -71,6 +154,9 @@ class TriggerBigrams(NextToken):
     Raises:
         ConfigError: a value out of its range.
     """
+
+    objective = TriggerCrossEntropy()
+    added_settings: ClassVar[Mapping[str, Any]] = {"drawn_by": "uniform", "scored_rows": "all"}
 
     def __init__(
         self,
@@ -82,21 +168,32 @@ class TriggerBigrams(NextToken):
         positions: int = 48,
         batch_size: int = 64,
         table_seed: int = 0,
+        drawn_by: DrawnBy = "uniform",
+        scored_rows: ScoredRows = "all",
     ) -> None:
         super().__init__(vocabulary, positions, batch_size, ("train", "repeated"))
         self.require("triggers", triggers, 1 <= triggers < vocabulary, f"1 .. {vocabulary - 1}")
         for name, value in (("zipf", zipf), ("spread", spread)):
             self.require(name, value, 0 <= value < math.inf, "a finite number, at least 0")
         self.require("table_seed", table_seed, 0 <= table_seed <= UINT64_MAX, "0 .. 2**64 - 1")
+        for name, chosen, choices in (("drawn_by", drawn_by, DrawnBy), ("scored_rows", scored_rows, ScoredRows)):
+            self.require(name, chosen, chosen in get_args(choices), f"one of {', '.join(get_args(choices))}")
+        self.require("drawn_by", drawn_by, not fixed or drawn_by == "uniform", "uniform where triggers are fixed")
         check_memory("TriggerBigrams.vocabulary", vocabulary, 3 * 8 * vocabulary**2)
-        self.triggers, self.fixed = triggers, fixed
+        self.triggers, self.fixed, self.scored_rows = triggers, fixed, scored_rows
         self._masses = zipf_masses(vocabulary, zipf)
+        self._trigger_masses = self._masses if drawn_by == "unigram" else zipf_masses(vocabulary, 0.0)
         normal = np.random.Generator(np.random.Philox(table_seed)).standard_normal((vocabulary, vocabulary))
         # less the row's largest, so that no spread overflows
         tilt = np.exp(spread * (normal - normal.max(1, keepdims=True)))
         shares = self._masses * tilt
         shares /= shares.sum(1, keepdims=True)
         self._bigrams = np.maximum(1, np.round(ROW_MASS * shares)).astype(np.int64)
+
+    @property
+    def constant_triggers(self) -> tuple[int, ...]:
+        """Tokens that are triggers in every sequence; none where each sequence has its own."""
+        return tuple(range(self.triggers)) if self.fixed else ()
 
     @property
     def bigrams(self) -> Float[np.ndarray, "V V"]:
@@ -112,7 +209,7 @@ class TriggerBigrams(NextToken):
         if self.fixed:
             triggers = np.broadcast_to(np.arange(self.triggers)[:, None], u["which"].shape)
         else:
-            triggers = without_replacement(u["which"], zipf_masses(self.n_tokens, 0.0))
+            triggers = without_replacement(u["which"], self._trigger_masses)
         length = half if split == REPEATED_SPLIT else self.positions + 1
         tokens = self._chain(
             uniforms(keys, _CHAIN_STREAM, *span, {"tokens": length})["tokens"], triggers, u["successor"]
@@ -147,6 +244,14 @@ class TriggerBigrams(NextToken):
         """Rows of triggers, and in repetitions every row."""
         return draw["looked_up"] > 0
 
+    def assemble(self, bank: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> TriggerBatch:
+        """One step's draw (tensors ``[M, B, ...]``, no S) as a batch that knows the rows of triggers."""
+        plain, looked_up = super().assemble(bank, draw), self.copied(draw)
+        query = plain.truth.query
+        weights = query.to(torch.get_default_dtype()) if self.scored_rows == "repeated_triggers" else None
+        tokens, targets = plain.tokens, plain.targets
+        return TriggerBatch(None, tokens, targets, None, plain.truth, self.layout, weights, looked_up=looked_up)
+
     @cached_property
     def _measured(self) -> Mapping[str, Int64[np.ndarray, "_ R"]]:
         return self.sequences([stream_key(0, "measured", MEASURED_SEQUENCES)], 0, 1, MEASURED_SEQUENCES, "train")
@@ -161,23 +266,34 @@ class TriggerBigrams(NextToken):
         found = given + np.bincount(tokens[1:][looked_up], minlength=self.n_tokens)
         return torch.from_numpy(found / found.sum())
 
+    @cached_property
+    def trigger_shares(self) -> Float[np.ndarray, " V"]:
+        """Share of sequences in which each token is a trigger; counted in 65,536 draws where no formula gives it."""
+        if self.fixed:
+            return (np.arange(self.n_tokens) < self.triggers).astype(float)
+        if (self._trigger_masses == self._trigger_masses[0]).all():
+            return np.full(self.n_tokens, self.triggers / self.n_tokens)
+        u = np.random.Generator(np.random.Philox(0)).random((self.triggers, COUNTED_DRAWS))
+        drawn = without_replacement(u, self._trigger_masses)
+        return np.bincount(drawn.ravel(), minlength=self.n_tokens) / COUNTED_DRAWS
+
     def _bigram_guess(self) -> Float[np.ndarray, "V V"]:
         """Probability [v, x] of x after v without a look-up."""
-        if self.fixed:
-            chance = (np.arange(self.n_tokens) < self.triggers).astype(float)
-        else:
-            chance = np.full(self.n_tokens, self.triggers / self.n_tokens)
+        chance = self.trigger_shares
         return (1 - chance[:, None]) * self.bigrams + chance[:, None] / self.n_tokens
 
     def baselines(self) -> dict[str, float]:
         """Losses (nats) of equal probabilities, of the unigram, and of knowing the bigrams and how likely a trigger is.
 
-        The third is measured over 4,096 sequences; it gives triggers equal probabilities after them.
+        The third is measured over 4,096 sequences; it gives triggers equal probabilities after them. Where repeated
+        triggers alone are scored, nothing is better than equal probabilities without a look-up.
         """
+        uniform = {"uniform": math.log(self.n_outputs)}
+        if self.scored_rows == "repeated_triggers":
+            return uniform
         tokens = self._measured["tokens"]
         bigram = -np.log(self._bigram_guess())[tokens[:-1], tokens[1:]].mean()
-        unigram = entropy(self.unigram().numpy())
-        return {"uniform": math.log(self.n_outputs), "unigram": unigram, "bigram": float(bigram)}
+        return {**uniform, "unigram": entropy(self.unigram().numpy()), "bigram": float(bigram)}
 
     def references(self) -> Mapping[str, Reference]:
         """Those of every task of tokens, and ``bigram``: the bigrams, as far as a token may be a trigger uniform."""
@@ -187,11 +303,13 @@ class TriggerBigrams(NextToken):
         """Bayes' rule over the triggers and their successors, given the tokens up to each row.
 
         The best possible prediction in the training stream, but for one in a million that is left to the bigrams
-        where a trigger is certain; evaluation sets are predicted as if they came from it.
+        where a trigger is certain; evaluation sets are predicted as if they came from it. Where triggers are drawn by
+        the unigram, a choice of them weighs the product of its tokens' shares, which is nearly how often it is drawn.
         """
         bigrams = torch.from_numpy(self.bigrams)
         past = _Past(tokens, bigrams)
-        trigger = (tokens < self.triggers).double() if self.fixed else past.trigger(self.triggers)
+        masses = torch.from_numpy(self._trigger_masses)
+        trigger = (tokens < self.triggers).double() if self.fixed else past.trigger(self.triggers, masses)
         certain = torch.nn.functional.one_hot(past.successor.clamp(min=0), self.n_tokens).double()
         known = (past.successor >= 0)[..., None]
         looked_up = torch.where(known, certain, torch.full_like(certain, 1 / self.n_tokens))
@@ -231,23 +349,25 @@ class _Past:
         broken = torch.nn.functional.pad(self.same[:, :, :-1] & differs & self.earlier.T[None, :, :-1], (1, 0))
         return (after.cumsum(-1) - math.log(self.vocabulary)).masked_fill(broken.cumsum(-1) > 0, -torch.inf)
 
-    def trigger(self, triggers: int) -> Float[Tensor, "n L"]:
-        """Probability that the row's token is one of so many triggers, any choice of which is equally likely.
+    def trigger(self, triggers: int, masses: Int[Tensor, " V"]) -> Float[Tensor, "n L"]:
+        """Probability that the row's token is one of so many triggers.
 
-        A choice weighs the product of its tokens' odds, so sums over choices are elementary symmetric polynomials.
+        A choice weighs the product of its tokens' masses and odds, so sums over choices are elementary symmetric
+        polynomials.
+
+        Args:
+            triggers: K, number of triggers of a sequence.
+            masses: relative weight of every token in a choice.
         """
-        odds = self._log_odds()
         known = self.is_first[:, :, None] & self.earlier.T  # n i l: the token of i has been followed by something
-        rivals = known & ~self.same  # known tokens other than the row's
-        free = self.vocabulary - 1 - rivals.sum(1)  # tokens other than the row's that are not known: odds of 1
-        size = torch.arange(triggers + 1)
-        free = free[..., None].double()
-        ways = torch.lgamma(free + 1) - torch.lgamma(size + 1) - torch.lgamma((free - size).clamp(min=0) + 1)
-        weight = ways.masked_fill(size > free, -torch.inf)  # n l k: log of the sum over choices of k tokens
-        for i in range(odds.shape[1]):
-            rival = odds[:, i].masked_fill(~rivals[:, i], -torch.inf)[..., None]
+        learned = torch.where(known, self._log_odds().double(), 0.0)
+        share = (masses.double() / masses.sum()).log()[None, :, None].expand(len(self.tokens), -1, known.shape[2])
+        odds = share.scatter_add(1, self.tokens[:, :, None].expand_as(learned), learned)  # n V l
+        weight = torch.full((*self.tokens.shape, triggers + 1), -torch.inf, dtype=odds.dtype)
+        weight[..., 0] = 0.0  # n l k: log of the sum over choices of k tokens other than the row's
+        for v in range(self.vocabulary):
+            rival = odds[:, v].masked_fill(self.tokens == v, -torch.inf)[..., None]
             weight = torch.cat([weight[..., :1], torch.logaddexp(weight[..., 1:], weight[..., :-1] + rival)], -1)
-        row = torch.where(known & self.same, odds, -torch.inf).amax(1)
-        row = torch.where((known & self.same).any(1), row, torch.zeros_like(row))
+        row = odds.gather(1, self.tokens[:, None])[:, 0]
         # no number where no choice explains the past: the sequence is of another process
         return torch.sigmoid(row + weight[..., -2] - weight[..., -1]).nan_to_num(nan=0.0)

@@ -32,7 +32,7 @@ from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from opsin.training.observers import Observation
 
-SEEN, VALUES, PATTERN, POINT, LOGITS = (
+SEEN, VALUES, PATTERN, POINT, CLASS_LOGITS = (
     *("ln1.hook_normalized", "pool.hook_v", "pool.hook_pattern", "pool.hook_z"),
     "hook_logits",
 )
@@ -123,7 +123,7 @@ class ClusteringHead(ProbeReader):
         return {"states": [vars(PlaneState(**row).of_member(member)) for row in state["states"]]}
 
     def sites(self, table: SiteTable) -> list[str]:
-        return [SEEN, VALUES, PATTERN, POINT, LOGITS]
+        return [SEEN, VALUES, PATTERN, POINT, CLASS_LOGITS]
 
     def requirements(self) -> list[Requirement]:
         def without_relevant(module: OpsinModule) -> str | None:
@@ -160,7 +160,7 @@ class ClusteringHead(ProbeReader):
         module, batch, task, relevant = self._module, seen.batch, self._module.task, seen.batch.truth.relevant
         # what requirements have found
         assert relevant is not None and isinstance(task, ClusteredTask)
-        points, logits = seen.activations[POINT][:, :, 0], scored_logits(seen.activations[LOGITS], batch)
+        points, logits = seen.activations[POINT][:, :, 0], scored_logits(seen.activations[CLASS_LOGITS], batch)
         shares = torch.stack([1 - explained_share(points, clusters) for clusters in task.clusterings(batch)])
         within, self._best = shares.min(0)
         found = {
@@ -222,7 +222,7 @@ class ClusteringHead(ProbeReader):
         def with_grid(name: str, x: Tensor) -> Tensor:
             return grid.to(x) if name == POINT else tap(name, x)
 
-        logits = passes.activations(seen.batch, [LOGITS], with_grid)[LOGITS][:, :, -1]
+        logits = passes.activations(seen.batch, [CLASS_LOGITS], with_grid)[CLASS_LOGITS][:, :, -1]
         return logits.softmax(-1).unflatten(1, (GRID, GRID))
 
     def picture(self, member: int) -> Image | None:

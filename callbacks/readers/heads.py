@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.callbacks.readers.base import ProbeReader, Requirement, needs_labels
-from opsin.metrics.heads import induction_strength, previous_token_strength
+from opsin.metrics.heads import answer_attention, induction_strength, previous_token_strength
 from opsin.model.sites import SiteTable
 from opsin.records.axes import Axes
 from opsin.task import Truth
@@ -64,6 +64,13 @@ class InductionHeads(HeadTracker):
 
     metric = "induction_strength"
     score = staticmethod(induction_strength)
+
+
+class AnswerHeads(HeadTracker):
+    """Attention of every head at the query to the labels that are right, summed over them (Reddy 2023)."""
+
+    metric = "answer_attention"
+    score = staticmethod(answer_attention)
 
 
 class PreviousTokenHeads(HeadTracker):

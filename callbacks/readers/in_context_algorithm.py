@@ -111,7 +111,7 @@ class InContextAlgorithm(ProbeReader):
         every: int = 100,
         before: str = "gradient_step",
         after: str | None = None,
-        contexts: int = 16,
+        contexts: int = 8,
         queries: int = 16,
     ) -> None:
         super().__init__(every)

@@ -34,7 +34,7 @@ FINAL_SHARE = 0.05
 """Share of the record whose mean is the final loss."""
 
 BEST_LOSS_SEQUENCES = 128
-"""Sequences over which the best loss is measured."""
+"""Sequences over which the best loss is measured where a set has no fixed size."""
 
 RECORDS_GROW_BY = 1.05
 """Growth of the record, as a factor, after which a curve without a named level is looked at again."""
@@ -375,7 +375,7 @@ def best_loss(task: Task, metric: str, plateau: float) -> float | None:
         plateau: loss before the phase change, in the objective's unit.
     """
     name = metric.split("/")[1] if metric.startswith("val/") else "train"
-    batch = task.batch(0, 0, f"eval/{name}", BEST_LOSS_SEQUENCES)
+    batch = task.batch(0, 0, f"eval/{name}", task.set_size(f"eval/{name}") or BEST_LOSS_SEQUENCES)
     exact = task.exact(batch)
     if exact is None:
         return task.objective.lowest

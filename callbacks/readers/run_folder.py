@@ -196,7 +196,8 @@ class KeepRun(Reader):
             module.summary["allowed"] = module.allowed
         self.files.write_json(SUMMARY_FILE, module.summary)
         save_figure(summary_figure(module.history, module.summary), self.files.path / SUMMARY_PICTURE)
-        # last, so that a run killed before its summary was written goes back and writes it
+        module.announce_completion()
+        # last, so that a run killed before its summary was written or sent goes back and does it
         self._finished = True
         self._save(trainer)
 

@@ -37,7 +37,9 @@ class WeightsAndBiases(Reader):
 
     Never asks for a login and needs no account: where no API key is configured, or the server does
     not answer, the run is kept offline under ``FOLDER/wandb`` and ``wandb sync`` uploads it. A
-    resumed run continues under the same id, and its steps go on where the killed process stopped.
+    resumed run continues under the same id, in a further file that begins after the last step that those before it
+    hold: what a killed process left unwritten is sent again, except for rows of pictures alone. The run counts as
+    finished once its W&B run has ended.
     Read-only: the weights are the same with and without it.
 
     Keys are those of ``metrics.csv``, ``METRIC/LAYER:HEAD`` for a head and ``METRIC/max`` for the
@@ -89,6 +91,7 @@ class WeightsAndBiases(Reader):
             if mode != "disabled":
                 self._runs = self._start(trainer, mode)
                 self._module.on_event(self._on_event)
+                self._module.when_complete(lambda: self._finish(interrupted=False))
 
     def _start(self, trainer: Trainer, mode: WandbMode) -> list[MemberRun]:
         """A run for each member, or none at all."""
@@ -109,9 +112,7 @@ class WeightsAndBiases(Reader):
             settings = settings[:1]
         started = [*zip(start(mode, files, settings), ledgers, strict=False)]
         for run, ledger in started:
-            # an agent's run is called as the agent says, and a resumed process needs the name
-            ledger.id = run.id
-            ledger.save()
+            ledger.note_start(run)
         return [MemberRun(run, ledger, module.task.batch_size, module.task.time_axis) for run, ledger in started]
 
     # ---- while it trains --------------------------------------------------------------------------
@@ -204,27 +205,30 @@ class WeightsAndBiases(Reader):
     # ---- end ----------------------------------------------------------------------------------------
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish the runs now and not in ``on_fit_end``, where other callbacks still complete the summary."""
-        if self._runs:
-            # readers may record what they found at the end
-            self._collect()
+        """End the W&B runs that have not ended: of a run that is not trained, or that no ``KeepRun`` keeps."""
         if self._runs and not self._module.is_trained:
             # it was saved: when it goes on, the newest step may gain a validation, and is sent then
+            self._collect()
             for run in self._runs:
                 run.send(before=self._module.steps_done)
                 run.forget_unsent()
             self._finish(interrupted=True)
         self._finish(interrupted=False)
+        for run in self._runs:
+            run.close()
+        self._runs = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._runs:
-            self._collect()
         self._finish(interrupted=True)
+        self._runs = []
 
     def _finish(self, interrupted: bool) -> None:
+        """End the W&B runs that have not ended, with all that there is of them."""
+        if self._runs:
+            self._collect()
         for slot, run in enumerate(self._runs):
-            run.finish(summary_of(self._module, slot), interrupted)
-        self._runs = []
+            with unharmed():
+                run.finish(summary_of(self._module, slot), interrupted)
 
 
 # ---- what is sent -----------------------------------------------------------------------------------

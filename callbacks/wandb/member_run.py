@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from opsin.callbacks.wandb.start import Ledger, unharmed
+from opsin.callbacks.wandb.start import Ledger, finish, unharmed
 from opsin.records.schema import DIVERGED
 from opsin.task import TimeAxis
 from opsin.training.observers import Event
@@ -28,6 +28,7 @@ class MemberRun:
         self._run: wandb.Run | None = run
         self._ledger, self._batch_size, self._axis = ledger, batch_size, axis
         self._rows: dict[int, dict[str, Any]] = {}
+        self._finished = False
         with unharmed(self._give_up):
             name = "step" if axis.unit == "steps" else axis.unit
             run.define_metric(name)
@@ -58,7 +59,7 @@ class MemberRun:
         rows = {step: row for step, row in rows.items() if step > self._ledger.logged_until}
         if not rows or self._run is None:
             return
-        # written first: a kill in between leaves a gap (metrics.csv has it), never a step that goes back
+        # written first: a kill in between leaves a gap online (metrics.csv has it), never a step that goes back
         self._ledger.logged_until = max(rows)
         self._ledger.save()
         with unharmed(self._give_up):
@@ -82,16 +83,26 @@ class MemberRun:
             self._ledger.save()
 
     def finish(self, summary: Mapping[str, Any], interrupted: bool) -> None:
-        """Send what is left and the summary; W&B shows a run that was interrupted or diverged as failed."""
+        """Send what is left and the summary; W&B shows a run that was interrupted or diverged as failed.
+
+        Args:
+            summary: what the run has found of this member.
+            interrupted: whether the run was ended before it was trained.
+        """
         self.send()
         if self._run is None:
             return
         with unharmed(self._give_up):
             self._run.summary.update(flat(summary))
-            self._run.finish(exit_code=int(interrupted or summary.get("status") == DIVERGED))
-            self._ledger.finished = not interrupted
-            self._ledger.save()
+            finish(self._run, exit_code=int(interrupted or summary.get("status") == DIVERGED))
+            self._finished = not interrupted
         self._run = None
+
+    def close(self) -> None:
+        """Note that the run came to its end: after this a new run in its folder has a W&B run of its own."""
+        if self._finished:
+            self._ledger.finished = True
+            self._ledger.save()
 
 
 def flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:

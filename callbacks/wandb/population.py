@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.callbacks.wandb.callback import WeightsAndBiases
-from opsin.callbacks.wandb.start import Ledger, WandbMode, default_mode, open_ledgers, start, unharmed
+from opsin.callbacks.wandb.start import Ledger, WandbMode, default_mode, finish, open_ledgers, start, unharmed
 from opsin.errors import log
 from opsin.population.chunks import listed
 from opsin.population.tables import Row, with_intervals
@@ -18,7 +18,7 @@ from opsin.records.schema import CHUNKS_FOLDER, CONFIG_FILE
 
 SummaryTables = Mapping[str, Sequence[Row]]
 
-FIGURES = ("population", "comparison", "critical_period")
+FIGURES = ("population", "comparison", "critical_period", "grid", "scaling")
 LEDGER = "wandb_summary.json"
 
 
@@ -63,12 +63,10 @@ def _send(
     }
     for run in start(mode, files, [about]):
         ledger.logged_until += 1
-        # a sweep's agent has chosen the name of its run
-        ledger.id = run.id
-        ledger.save()
+        ledger.note_start(run)
         run.log(pictures(folder) | tables(summary), step=ledger.logged_until)
         run.summary.update(numbers(summary))
-        run.finish()
+        finish(run)
         ledger.finished = True
         ledger.save()
         if run.offline:

@@ -6,18 +6,16 @@ import json
 import netrc
 import os
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from opsin.callbacks.wandb.offline_files import last_step, offline_files, wait_until_written
 from opsin.errors import log
 from opsin.records.folder import write_atomically
 
@@ -34,21 +32,6 @@ LONGEST_LINE = 200
 UPSTREAM_HOST = "api.wandb.ai"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 300
-SETTLED_SECONDS = 2.0
-"""Longer than the interval in which wandb writes."""
-
-SEPARATOR = "\x1e"
-
-READ_SUMMARIES = f"""
-import sys
-from wandb.cli.cli import cli
-for path in sys.argv[1:]:
-    try:
-        cli(["leet", "inspect", "--summary", "--json", path])
-    except SystemExit:
-        print(end={SEPARATOR!r}, flush=True)
-"""
-"""Prints the summary of each file, and a separator after it; one process, as wandb takes a second to import."""
 
 WANDB_SETTINGS: dict[str, Any] = {
     # nothing on the terminal but what this file prints
@@ -77,7 +60,9 @@ class Ledger:
         path: file that keeps the ledger.
         id: name under which the W&B run is uploaded and continued.
         fingerprint: hash of the configuration, as ``fingerprint`` makes it.
-        logged_until: last optimizer step that was logged; no step up to it is logged again.
+        logged_until: last optimizer step that was handed to W&B; what an offline file lacks of it is logged again.
+        logged_before: last step that was logged before the process began that has written this.
+        offline: whether that process has kept its W&B run offline.
         told: events that were sent as alerts, each with its step and member.
         finished: whether the run came to its end.
     """
@@ -86,6 +71,8 @@ class Ledger:
     id: str
     fingerprint: str
     logged_until: int = -1
+    logged_before: int = -1
+    offline: bool = True
     told: list[str] = field(default_factory=list)
     finished: bool = False
 
@@ -110,8 +97,13 @@ class Ledger:
         if path.exists():
             old = cls.read(path)
             if from_checkpoint or (old.fingerprint == fingerprint and not old.finished):
-                return cls(path, old.id, fingerprint, old.logged_until, old.told)
+                return replace(old, fingerprint=fingerprint, finished=False)
         return cls(path, wanted_id or secrets.token_hex(4), fingerprint)
+
+    def note_start(self, run: wandb.Run) -> None:
+        """Note which W&B run has started; the agent of a sweep has chosen the id of its own."""
+        self.id, self.offline = run.id, bool(run.offline)
+        self.save()
 
     def save(self) -> None:
         """Write the file."""
@@ -136,11 +128,19 @@ def open_ledgers(
         for path, fingerprint, wanted in zip(paths, fingerprints, ids, strict=True)
     ]
     # what a killed process handed over last may not have reached its file
-    written = written_until(files, [ledger.id for ledger in ledgers if ledger.logged_until >= 0])
-    for ledger in ledgers:
-        ledger.logged_until = min(ledger.logged_until, written.get(ledger.id, ledger.logged_until))
+    written = [offline_files(files, ledger.id) if _is_in_files(ledger) else [] for ledger in ledgers]
+    wait_until_written(path for paths in written for path in paths)
+    for ledger, paths in zip(ledgers, written, strict=True):
+        if paths:
+            ledger.logged_until = max(ledger.logged_before, *map(last_step, paths))
+        ledger.logged_before = ledger.logged_until
         ledger.save()
     return ledgers
+
+
+def _is_in_files(ledger: Ledger) -> bool:
+    """Whether files say what was logged last; an online run's steps are on the server."""
+    return ledger.offline and ledger.logged_until >= 0
 
 
 def wanted_ids(count: int) -> list[str | None]:
@@ -154,43 +154,6 @@ def wanted_ids(count: int) -> list[str | None]:
 def has_agent() -> bool:
     """Whether this process is the trial of a sweep, whose agent has chosen the id of its run."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
-
-
-def written_until(folder: Path, ids: Sequence[str]) -> dict[str, int]:
-    """Last step that the files of offline runs hold, as wandb's own reader sees them; -1 where they hold none.
-
-    Args:
-        folder: folder that holds ``wandb/offline-run-*``.
-        ids: ids of the runs that are looked for.
-
-    Returns:
-        Steps by id, without runs that have no files in the folder (online runs) or one that cannot be read.
-    """
-    paths = [(run_id, path) for run_id in ids for path in folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")]
-    if not paths:
-        return {}
-    for _, path in paths:
-        _wait_until_settled(path)
-    # -P: a file of the working folder is not taken for one of Python's
-    command = [sys.executable, "-P", "-c", READ_SUMMARIES, *(str(path) for _, path in paths)]
-    read = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    texts = [*zip_longest((run_id for run_id, _ in paths), read.stdout.split(SEPARATOR)[:-1], fillvalue="")]
-    unread = {run_id for run_id, text in texts if not text}
-    until: dict[str, int] = {}
-    for run_id, text in texts:
-        if run_id not in unread:
-            step = json.loads(text)["step"]
-            until[run_id] = max(until.get(run_id, -1), -1 if step is None else step)
-    return until
-
-
-def _wait_until_settled(path: Path) -> None:
-    """The service of a killed process may still be writing what it was handed; ten seconds at the most."""
-    for _ in range(10):
-        age = time.time() - path.stat().st_mtime
-        if age >= SETTLED_SECONDS:
-            return
-        time.sleep(min(1.0, SETTLED_SECONDS - age))
 
 
 def default_mode() -> WandbMode:
@@ -288,6 +251,19 @@ def _init(mode: WandbMode, folder: Path, arguments: Mapping[str, Any]) -> wandb.
     settings = wandb.Settings(init_timeout=CONNECT_SECONDS, **known)
     resuming: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "allow_val_change": True}
     return wandb.init(**arguments, **resuming, mode=mode, dir=folder, settings=settings)
+
+
+def finish(run: wandb.Run, exit_code: int = 0) -> None:
+    """End a W&B run; an offline one is whole in its file then, for which wandb itself does not wait.
+
+    Args:
+        run: W&B run that was started.
+        exit_code: 0 for one that W&B shows as finished, 1 for failed.
+    """
+    offline, path = run.offline, Path(run.dir).parent / f"run-{run.id}.wandb"
+    run.finish(exit_code=exit_code)
+    if offline:
+        wait_until_written([path])
 
 
 def wait_for_free_second(folder: Path, run_id: str | None) -> None:

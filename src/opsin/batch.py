@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -185,18 +186,23 @@ class Batch:
         Args:
             change: function of a tensor ``[M, B, ...]``; what it does to the axes M and B is the same for all tensors.
         """
-        truth = self.truth
-        return replace(
-            self,
-            features=None if self.features is None else change(self.features),
-            tokens=change(self.tokens),
-            targets=change(self.targets),
-            plausible=None if self.plausible is None else change(self.plausible),
-            weights=None if self.weights is None else change(self.weights),
-            offset=None if self.offset is None else change(self.offset),
-            shown=None if self.shown is None else replace(self.shown, which=change(self.shown.which)),
-            truth=replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
-        )
+        return replace(self, **self.changed_fields(change))
+
+    def changed_fields(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Every field that has a batch axis, changed by one function; a subclass adds those of its own.
+
+        Args:
+            change: function of a tensor ``[M, B, ...]``; what it does to the axes M and B is the same for all tensors.
+        """
+        truth, names = self.truth, ("features", "plausible", "weights", "offset")
+        known = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {
+            **{name: change(value) for name, value in known.items()},
+            "tokens": change(self.tokens),
+            "targets": change(self.targets),
+            "shown": None if self.shown is None else replace(self.shown, which=change(self.shown.which)),
+            "truth": replace(truth, query=change(truth.query), match=change(truth.match), other=change(truth.other)),
+        }
 
     def shared_by(self, members: int) -> Batch:
         """The batch of one member as that of several, without copies."""

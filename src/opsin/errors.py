@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
+from collections.abc import Sequence
 
 log = logging.getLogger("lightning.pytorch.opsin")
 """A child of Lightning's logger, so that it shows where Lightning's does."""
@@ -11,6 +13,9 @@ log = logging.getLogger("lightning.pytorch.opsin")
 
 LONGEST_VALUE = 200
 """Characters of a value that a message shows."""
+
+MOST_CHOICES = 12
+"""Names that a message lists where none is near."""
 
 
 def shortened(text: str, length: int) -> str:
@@ -22,6 +27,21 @@ def shortened(text: str, length: int) -> str:
     """
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 17]} ... {line[-12:]}"
+
+
+def nearest(name: str, known: Sequence[str], expected: str) -> str:
+    """What was expected, with the names that are like the one that was written, or all where they are few.
+
+    Args:
+        name: name that was written.
+        known: names that exist where it stands.
+        expected: words for what they are.
+    """
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near += [like for like in known if like.lower() == name.lower() and like not in near]
+    if near:
+        return f"{expected}; nearest: {', '.join(near)}"
+    return f"{expected}: {', '.join(known)}" if 0 < len(known) <= MOST_CHOICES else expected
 
 
 class ConfigError(ValueError):

@@ -125,6 +125,11 @@ class Objective(ABC):
             batch: sequences with their targets.
         """
 
+    @property
+    def minimised(self) -> Objective:
+        """The objective with this loss: itself, or a simpler one to which it adds measures alone."""
+        return self
+
     def distance(self, outputs: Float[Tensor, "M B Q V"], reference: Float[Tensor, "M B Q V"]) -> Tensor:
         """How far outputs are from those of a reference at every scored entry, ``[M, B, Q]``, at least 0.
 
@@ -208,6 +213,18 @@ def accuracy(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "
     return (outputs.argmax(-1) == batch.targets).to(outputs.dtype)
 
 
+def margin(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, "M B Q"]:
+    """Logit of the target less the highest other one; above 0 where the answer is right."""
+    targets = batch.targets[..., None]
+    highest_other = outputs.scatter(-1, targets, -torch.inf).amax(-1)
+    return outputs.gather(-1, targets).squeeze(-1) - highest_other
+
+
+def least_margin(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> Float[Tensor, " M"]:
+    """Smallest margin among the scored entries of a member, whatever their weights."""
+    return margin(outputs, batch).amin((1, 2))
+
+
 def restrict(outputs: Float[Tensor, "M B Q V"], plausible: Bool[Tensor, "M B V"]) -> Float[Tensor, "M B Q V"]:
     """Logits with outputs that do not occur in the context ruled out."""
     return outputs + ABSENT_LOGIT * (~plausible[:, :, None]).to(outputs.dtype)
@@ -228,7 +245,7 @@ def probability_in_context(outputs: Float[Tensor, "M B Q V"], batch: Batch) -> F
     return (-cross_entropy(_plausible_logits(outputs, batch), batch)).exp()
 
 
-CLASS_MEASURES = (
+CLASS_MEASURES: tuple[Measure, ...] = (
     Measure("accuracy", "up", accuracy, while_training=True),
     Measure("accuracy_in_context", "up", accuracy_in_context, needs="plausible"),
     Measure("probability_in_context", "up", probability_in_context, needs="plausible"),

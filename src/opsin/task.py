@@ -78,6 +78,7 @@ class Task(ABC):
         evaluations: names of the evaluation sets, ``"train"`` (the training distribution, other
             draws) first.
         axis: what the x-axis of its figures counts: training sequences, optimizer steps, or epochs.
+        offsets: number of positions of a longer position code that a sequence may begin at (``Batch.offset``).
         settings: what the task was made with, by the name of the argument; by these a resume knows its task.
     """
 
@@ -89,6 +90,7 @@ class Task(ABC):
     objective: Objective = CrossEntropy()
     evaluations: tuple[str, ...]
     axis: Literal["sequences", "steps", "epochs"] = "sequences"
+    offsets: int = 1
     settings: Mapping[str, Any]
 
     def __new__(cls, *arguments: Any, **settings: Any) -> Self:

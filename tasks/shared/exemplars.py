@@ -13,8 +13,10 @@ import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -97,7 +99,7 @@ class GaussianClusters(Exemplars):
 
     All classes share one further vector, as the rectified features of a vision network do; with
     more of it the matching between classes is learned later and the loss has a longer plateau.
-    Entries have unit mean square; the cosine of two exemplars is about
+    Entries have a mean square of ``scale`` ** 2; the cosine of two exemplars is about
     common ** 2 / total between classes and (common ** 2 + 1) / total within one, where total is
     common ** 2 + 1 + within ** 2.
 
@@ -108,7 +110,10 @@ class GaussianClusters(Exemplars):
         within: standard deviation inside a class, in units of that between centres.
         common: standard deviation of the shared vector's entries, in units of that between centres.
         seed: seed of all centres and exemplars, at least 0.
+        scale: root mean square of the entries, above 0.
     """
+
+    added_settings: ClassVar[Mapping[str, Any]] = {"scale": 1.0}
 
     def __init__(
         self,
@@ -118,17 +123,19 @@ class GaussianClusters(Exemplars):
         within: float = 0.5,
         common: float = 2.0,
         seed: int = 0,
+        scale: float = 1.0,
     ) -> None:
         for field, value in (("classes", classes), ("exemplars", exemplars), ("features", features)):
             _at_least(self, field, value, 1)
         _at_least(self, "within", within, 0)
         _at_least(self, "common", common, 0)
         _at_least(self, "seed", seed, 0)
+        check_number("GaussianClusters.scale", scale, "more than 0", 0, open_low=True)
         self.shape = (classes, exemplars, features)
         # the normal numbers and the exemplars made from them, in double precision
         sizes = f"{classes} classes, {exemplars} exemplars, {features} features"
         check_memory("GaussianClusters", sizes, 2 * 8 * math.prod(self.shape))
-        self.within, self.common, self.seed = within, common, seed
+        self.within, self.common, self.seed, self.scale = within, common, seed, scale
 
     makes_classes = True
 
@@ -144,7 +151,7 @@ class GaussianClusters(Exemplars):
 
     def _scaled(self, centres: np.ndarray, deviations: np.ndarray, shared: np.ndarray) -> np.ndarray:
         scattered = centres + self.within * deviations + self.common * shared
-        return (scattered / np.sqrt(1 + self.within**2 + self.common**2)).astype(np.float32)
+        return (self.scale * (scattered / np.sqrt(1 + self.within**2 + self.common**2))).astype(np.float32)
 
     @cached_property
     def _shared(self) -> np.ndarray:

@@ -4,8 +4,8 @@ Pure functions. A prediction is what a model would have to put out to predict th
 (nats), for numbers the numbers. Those that learn from the context take it as examples x [..., n, d] with answers
 y [..., n, V], and ask for the answer at one further x [..., d]; leading axes are members, sequences, queries.
 
-Legend: M members, B batch, L positions, Q scored positions, V outputs, n examples before a query, d entries of x,
-k neighbours, C weight vectors of a mixture.
+Legend: M members, B batch, L positions, Q scored positions, T tokens, V outputs, n examples before a query, d entries
+of x, k neighbours, C weight vectors of a mixture.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def among_plausible(uninformed: float) -> Reference:
     return predict
 
 
-def after_token(probabilities: Float[Tensor, "V V"]) -> Reference:
+def after_token(probabilities: Float[Tensor, "T V"]) -> Reference:
     """Bigrams: the distribution of the next token given the one at each scored position.
 
     Args:
-        probabilities: probability [v, x] of x after v; every row sums to 1.
+        probabilities: probability [t, x] of output x after token t; every row sums to 1.
     """
 
     def predict(batch: Batch) -> Float[Tensor, "M B Q V"]:

@@ -12,11 +12,11 @@ from opsin.errors import ConfigError
 from opsin.model.clustering import ClusteringTransformer
 from opsin.model.protocol import Model
 from opsin.task import Task
-from opsin.tasks import LinearRegression, SparseModularAddition
+from opsin.tasks import LinearRegression, SparseModularAddition, TriggerBigrams
 from opsin.training.module import opsin_module
 from opsin.training.observers import Observation
 from tests.contracts.examples import built, examples_of, needs_an_example, short, with_short_cadence
-from tests.contracts.runs import WHOLE, rich_task
+from tests.contracts.runs import MEMORIES, WHOLE, rich_task
 
 ROOMS = ("opsin.callbacks.readers", "opsin.callbacks.wandb")
 
@@ -51,11 +51,12 @@ READERS = readers()
 TASKS: dict[str, Callable[[], tuple[Task, Model]]] = {
     "rich": lambda: (rich_task(), WHOLE),
     "regression": lambda: (LinearRegression(dimensions=2, examples=3, batch_size=4), WHOLE),
+    "birth": lambda: (TriggerBigrams(vocabulary=8, positions=12, batch_size=4), MEMORIES),
     "clustering": lambda: (SparseModularAddition(positions=4, relevant=2, batch_size=4), ClusteringTransformer()),
 }
 """Tasks that the runs of these contracts learn, the first by default, and by which model."""
 
-MEASURES_ONE = {"InContextAlgorithm": "regression", "ClusteringHead": "clustering"}
+MEASURES_ONE = {"InContextAlgorithm": "regression", "MemoryRecall": "birth", "ClusteringHead": "clustering"}
 """Readers that measure one kind of task alone, and which of the above it is."""
 
 

@@ -12,9 +12,10 @@ import torch
 
 from opsin.callbacks import Ablate, Clamp
 from opsin.interventions.schedules import Schedule
+from opsin.model.birth import BirthTransformer
 from opsin.model.protocol import Model
 from opsin.model.transformer import Transformer
-from opsin.task import Task
+from opsin.task import Bank, Batch, Task, Truth
 from opsin.tasks import Repeats
 from opsin.training.module import OpsinModule
 from tests.contracts.examples import STEPS
@@ -26,10 +27,36 @@ QUIET = ("logger", "enable_checkpointing", "enable_model_summary")
 WHOLE = Transformer(layers=2, width=16, heads=8, mlp_ratio=1, positions="learned", max_positions=12)
 """Heads as many as the documents name, LayerNorm and MLPs."""
 
+MEMORIES = BirthTransformer(width=16, max_positions=12, linear_mlp=True)
+"""What bigrams with triggers are learned by."""
+
+
+class RichTask(Repeats):
+    """Tokens of different frequency that repeat, two held-out sets, and a table of sums modulo eleven."""
+
+    modulus = 11
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary=11, positions=12, batch_size=4, segments=1, shortest=2, longest=4)
+        self.evaluations = (*self.evaluations, "test")
+
+    def table(self, bank: Bank) -> Batch:
+        """All pairs, each at the beginning of a sequence of zeros."""
+        a, b = torch.arange(121) // 11, torch.arange(121) % 11
+        tokens = torch.zeros(1, 121, 12, dtype=torch.int64)
+        tokens[0, :, 0], tokens[0, :, 1] = a, b
+        targets = ((a + b) % 11)[None, :, None].expand(-1, -1, len(self.layout.scored))
+        truth = Truth.without_queries(self.layout, 1, 121)
+        return Batch(None, tokens, targets, None, truth, self.layout)
+
+    def examples_of(self, split: str) -> np.ndarray:
+        """Every second pair is trained on."""
+        return np.arange(0, 121, 2)
+
 
 def rich_task() -> Task:
-    """Tokens of different frequency, with an evaluation set that repeats itself and an exact predictor."""
-    return Repeats(vocabulary=10, positions=12, batch_size=4, segments=1, shortest=2, longest=4)
+    """A task that has everything a reader may need."""
+    return RichTask()
 
 
 def module(task: Task | None = None, model: Model = WHOLE, seeds: Sequence[int] = (3, 5)) -> OpsinModule:
@@ -42,8 +69,8 @@ def fit(
     model: OpsinModule, callbacks: Sequence[pl.Callback], folder: Path, steps: int = STEPS, resume: Path | None = None
 ) -> pl.Trainer:
     """Train under an intervention that comes and goes, with an evaluation every second Lightning batch."""
-    window = Schedule(start=2, stop=STEPS - 4, ramp=4)
-    clamp = Clamp(heads=["0:1"], pattern="previous_token", schedule=window)
+    window, head = Schedule(start=2, stop=STEPS - 4, ramp=4), min(1, model.sites.size("H") - 1)
+    clamp = Clamp(heads=[f"0:{max(head, 0)}"], pattern="previous_token", schedule=window)
     writer = clamp if model.sites.size("H") else Ablate(sites=["hook_pos_embed"], schedule=window)
     trainer = pl.Trainer(
         max_steps=steps,

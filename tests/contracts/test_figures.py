@@ -27,16 +27,19 @@ SLACK = 1.0
 
 @pytest.fixture(scope="module")
 def drawn(runs, tmp_path_factory) -> Drawn:
-    """Figures of a run of every task with its readers, of a population, and of one with windows, by their functions."""
+    """Figures of a run of every task with its readers, and of populations: plain, with windows, with grids."""
     folder = tmp_path_factory.mktemp("populations")
     names = ("none", "copy", "a condition with quite a long name")
     members = [(name, seed) for name in names for seed in range(2)]
     records = [record(onset, 0.01 if onset else 0.69) for onset in (6000.0, 6500.0, 4000.0, 4400.0, None, 8000.0)]
     grid = {"none": None, "copy": {"start": 0, "length": 2000}, names[2]: {"start": 4000, "length": 2000}}
+    rates = {"copy": {"model.learning_rate": 3e-4}, names[2]: {"model.learning_rate": 1e-3}}
+    crossed = {name: {**values, "task.burstiness": index} for index, (name, values) in enumerate(rates.items())}
     with collected() as found:
-        for windows in (None, grid):
-            compare = {"algorithm/change": [range(6), [math.nan] * 6]}
-            path = write_population(folder / str(windows is None), members, records, grid=windows, compare=compare)
+        widths = {"crossed": {name: {"model.width": 2**index} for index, name in enumerate(names)}}
+        for number, grids in enumerate(({}, {"grid": grid}, {"crossed": rates}, {"crossed": crossed}, widths)):
+            compare = {"algorithm/change": [range(6), [math.nan] * 6], "error": [[0.5, 0.4, 0.2, 0.3, 0.1, 0.12]]}
+            path = write_population(folder / str(number), members, records, compare=compare, **grids)
             assert population_report(finish_population(path), path, LossScale("nats", 0.0))
     of_runs = [runs.read(task).drawn for task in TASKS]
     return {name: [*(figure for run in of_runs for figure in run[name]), *figures] for name, figures in found.items()}

@@ -35,7 +35,7 @@ def draw(tmp_path):
         records = [record for records in conditions.values() for record in records]
         population = read_population(write_population(tmp_path / "run", members, records, grid=GRID))
         return critical_period_figure(
-            population.grid, summarise(population, merge_metrics(population)), population.scale
+            population.windows, summarise(population, merge_metrics(population)), population.scale
         )
 
     return drawn

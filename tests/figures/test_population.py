@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from opsin.figures.population import MARKS, _bin_means, colour, population_figure
+from opsin.figures.population import LONGEST_NAME, MARKS, _bin_means, colour, population_figure
 from opsin.figures.style import save_figure
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
@@ -154,3 +154,18 @@ def test_no_text_leaves_the_picture_or_meets_another(draw, count):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
         for other, beside in boxes[:index]:
             assert not box.overlaps(beside), (text, other)
+
+
+def test_the_names_of_a_grid_keep_their_values_where_they_are_too_long(draw):
+    names = [f"learning_rate=0.0003 burstiness={copies}" for copies in (1, 2)]
+    figure = draw(dict.fromkeys(names, seeds(6000.0))).figure
+    shown = [axes.get_title(loc="left") for axes in figure.axes[:2]]
+    assert shown == ["learnin…=0.0003 burstin…=1", "learnin…=0.0003 burstin…=2"]
+    assert all(len(name) <= LONGEST_NAME for name in shown)
+
+
+def test_of_more_conditions_than_there_is_room_for_the_first_are_drawn_and_counted(draw, monkeypatch):
+    monkeypatch.setattr("opsin.figures.population.MOST_CONDITIONS", 2)
+    figure = draw(THREE).figure
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["none", "copy"] and len(figure.axes) == 3
+    assert "the first 2 of 3 conditions" in [text.get_text() for text in figure.texts]

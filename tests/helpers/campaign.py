@@ -17,15 +17,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.helpers.processes import Started, all_have_ended, opsin
-from tests.helpers.wandb_files import offline_runs, steps_of
+from tests.helpers.wandb_files import history, offline_runs, read
 
 OTHER_FILE_SYSTEM = Path("/dev/shm")
 PER_FOLDER = 5
 """Kills of one folder before it may come to its end."""
+
+TIMES = ("_runtime", "_timestamp")
+"""What W&B adds to a row, different in every process."""
 
 STEPS = 200
 RECIPE = f"""
@@ -80,7 +84,7 @@ class Result:
         late: number of those that came after the end.
         folders: number of folders that were compared with one that nobody killed.
         rows: number of rows that W&B should have of all folders; 0 where nothing is sent.
-        missing: number of those that it lacks, since a process was killed as it sent them; ``metrics.csv`` has them.
+        missing: number of those that it lacks; ``metrics.csv`` has them.
         faults: what was found wrong, a line each.
     """
 
@@ -178,9 +182,15 @@ class Campaign:
     def _compare_rows(self, result: Result, whole: Path, killed: Path) -> None:
         for run in sorted(path.parent for path in whole.rglob("wandb_run.json")):
             other = killed / run.relative_to(whole)
-            steps, expected = steps_of(offline_runs(other)), steps_of(offline_runs(run))
+            rows, expected = _rows(other), _rows(run)
+            steps, missing = [step for step, _ in rows], dict(expected).keys() - dict(rows)
             result.rows += len(expected)
-            result.missing += len({*expected} - {*steps})
+            result.missing += len(missing)
+            if missing:
+                result.faults.append(f"{killed.name}: W&B lacks the rows of steps {sorted(missing)} ({other.name})")
+            different = [step for step, numbers in rows if numbers != dict(expected).get(step)]
+            if different:
+                result.faults.append(f"{killed.name}: other numbers in W&B at steps {different} ({other.name})")
             if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
                 result.faults.append(f"{killed.name}: a row of W&B was sent twice, or goes back ({other.name})")
 
@@ -216,6 +226,12 @@ class Campaign:
         if not all_have_ended(self.folder):
             result.faults.append(f"{' '.join(map(str, line))}: left a process behind")
         return late
+
+
+def _rows(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Step and numbers of all rows that W&B has of a run, file by file, without the times at which they were sent."""
+    rows = [row for path in offline_runs(folder) for row in history(read(path))]
+    return [(row["_step"], {name: row[name] for name in row if name not in TIMES}) for row in rows]
 
 
 def _in(name: str) -> list[str]:

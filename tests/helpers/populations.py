@@ -67,6 +67,7 @@ def write_population(
     steps: int = 2000,
     every: int = 20,
     grid: Mapping[str, Any] | None = None,
+    crossed: Mapping[str, Mapping[str, Any]] | None = None,
     compare: Mapping[str, Sequence[Sequence[float]]] | None = None,
     objectives: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
@@ -83,6 +84,7 @@ def write_population(
     ]
     names = list(dict.fromkeys(condition for condition, _ in members)) if conditions is None else list(conditions)
     content = {"members": rows, "conditions": names} | ({"grid": dict(grid)} if grid else {})
+    content |= {"crossed": dict(crossed)} if crossed else {}
     content |= {"compare": list(compare)} if compare else {}
     RunFolder(path).write_json("population.json", content)
     x = np.arange(every, steps + 1, every)

@@ -44,21 +44,24 @@ def _checked(item: Any) -> Any:
     stated = " ".join(map(str, getattr(item, "__annotations__", {}).values()))
     if not _SHAPE.search(stated) or "<locals>" in item.__qualname__:
         return item  # a function inside a function would be wrapped anew at every call
-    checked, results = _jaxtyped(item, typechecker=_shapes_only), list[Any]()
-    check_result = _jaxtyped(_returning_last(results, item), typechecker=_shapes_only)
+    shaped: set[str] = set()
+    check, results = functools.partial(_shapes_only, shaped), list[Any]()
+    checked = _jaxtyped(item, typechecker=check)
+    check_result = _jaxtyped(_returning_last(results, item), typechecker=check)
+    seen = _seen_by_checks(item, shaped)
     passed: dict[Any, set[Any]] = {}
 
     @functools.wraps(item)
     def function(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return item(*args, **kwargs)
-        described = _described(args), _described(kwargs)
+        described = seen(args, kwargs)
         if described not in passed:
             result = checked(*args, **kwargs)
             passed[described] = {_described(result)}
             return result
         result = item(*args, **kwargs)
-        if (found := _described(result)) not in passed[described]:
+        if "return" in shaped and (found := _described(result)) not in passed[described]:
             results.append(result)
             check_result(*args, **kwargs)
             results.pop()
@@ -66,6 +69,22 @@ def _checked(item: Any) -> Any:
         return result
 
     return function
+
+
+def _seen_by_checks(item: Callable[..., Any], shaped: set[str]) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
+    """From the arguments of a call to what the checks see of them: of those alone whose annotation has a shape."""
+    parameters = inspect.signature(item).parameters.values()
+    named = [(i, p.name, p.kind is p.VAR_POSITIONAL) for i, p in enumerate(parameters) if p.name in shaped]
+    any_name = any(p.kind is p.VAR_KEYWORD and p.name in shaped for p in parameters)
+
+    def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        found = [
+            _described(args[i:] if all_others else args[i] if i < len(args) else kwargs.get(name))
+            for i, name, all_others in named
+        ]
+        return (*found, _described(kwargs)) if any_name else tuple(found)
+
+    return described
 
 
 def _returning_last(results: list[Any], item: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,18 +99,19 @@ def _returning_last(results: list[Any], item: Callable[..., Any]) -> Callable[..
 
 def _described(value: Any) -> Any:
     """What the checks can see of a value, hashable: shapes and dtypes, in containers too, and else its type."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return type(value), tuple(value.shape), value.dtype
+    kind = type(value)
+    if kind is torch.Tensor or isinstance(value, torch.Tensor | np.ndarray):
+        return kind, value.shape, value.dtype
     if isinstance(value, Mapping):
-        return type(value), tuple([(key, _described(part)) for key, part in value.items()])
+        return kind, tuple([(key, _described(part)) for key, part in value.items()])
     if isinstance(value, list | tuple):
-        return type(value), tuple([_described(part) for part in value])
-    return type(value)
+        return kind, tuple([_described(part) for part in value])
+    return kind
 
 
-def _shapes_only(function: Any) -> Any:
-    shaped = {name: hint for name, hint in function.__annotations__.items() if _holds_shape(hint)}
-    function.__annotations__ = shaped
+def _shapes_only(shaped: set[str], function: Any) -> Any:
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if _holds_shape(hint)}
+    shaped.update(function.__annotations__)
     return beartype(function)
 
 

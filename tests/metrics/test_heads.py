@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from opsin.metrics.heads import attention_sink, induction_strength, previous_token_strength, with_attention_sunk
+from opsin.metrics.heads import (
+    answer_attention,
+    attention_sink,
+    induction_strength,
+    previous_token_strength,
+    with_attention_sunk,
+)
 from tests.helpers.toys import SMALL, ToyTokens, batch_of, hand_batch, run, weights
 
 TWO = hand_batch(classes=[[0, 1, 0], [0, 1, 1]], labels=[[2, 3]] * 2, answers=[2, 3])
@@ -47,6 +53,13 @@ def test_every_query_of_a_sequence_counts():
     assert induction_strength(pattern, batch.truth).tolist() == [[1.0]]
     pattern[:, :, :, 4] = 0
     assert induction_strength(pattern, batch.truth).tolist() == [[0.5]]
+
+
+def test_answer_attention_is_the_attention_to_right_labels_whatever_else_is_seen():
+    rows = [[0, 0.25, 0, 0.5, 0.25], [0, 0.125, 0, 0.75, 0.125]]
+    assert answer_attention(at_query(TWO, rows), TWO.truth).tolist() == [[0.5]]
+    assert answer_attention(at_query(SECOND_ABSENT, rows), SECOND_ABSENT.truth).tolist() == [[0.25]]
+    assert answer_attention(at_query(NONE, rows[:1]), NONE.truth).tolist() == [[0.0]]
 
 
 def test_previous_token_strength_is_the_attention_from_labels_to_what_precedes_them():

@@ -55,7 +55,7 @@ def test_chunks_hold_every_member_once_and_never_mix_graphs(graphs, seeds, proce
 
 
 def test_a_chunk_is_an_ordinary_recipe_of_its_members():
-    conditions, _ = expanded(RECIPE)
+    conditions = expanded(RECIPE).settings
     members = members_of(2, 3, list(conditions), paired=True)
     chunk = chunk_recipe(RECIPE, conditions, members[1:])
     assert "population" not in chunk
@@ -69,7 +69,7 @@ def test_a_chunk_is_an_ordinary_recipe_of_its_members():
 
 def test_a_callback_of_all_chunks_that_names_members_is_refused():
     named = {**ABLATE, "init_args": {"heads": ["1:0"], "members": [0]}}
-    conditions, _ = expanded(RECIPE)
+    conditions = expanded(RECIPE).settings
     members = members_of(2, 3, list(conditions), paired=True)
     with pytest.raises(ConfigError, match=r"trainer.callbacks: got \{'members': \[0\]\}, expected no members"):
         chunk_recipe({**RECIPE, "trainer": {"callbacks": [named]}}, conditions, members)
@@ -87,7 +87,7 @@ def test_settings_of_a_condition_replace_only_what_they_name():
 
 def test_windows_are_conditions_that_differ_by_their_schedule():
     windows = {"callbacks": [ABLATE], "starts": [0, 10], "lengths": [5], "unit": "steps"}
-    conditions, grid = expanded({"population": {"conditions": None, "windows": windows}})
+    conditions, grid, crossed = expanded({"population": {"conditions": None, "windows": windows}})
     assert list(conditions) == ["none", "start_0_length_5", "start_10_length_5"]
     schedule = conditions["start_10_length_5"]["callbacks"][0]["init_args"]["schedule"]
     assert schedule == {"start": 10, "stop": 15, "unit": "steps"}
@@ -96,6 +96,25 @@ def test_windows_are_conditions_that_differ_by_their_schedule():
         "start_0_length_5": {"start": 0, "length": 5, "unit": "steps"},
         "start_10_length_5": {"start": 10, "length": 5, "unit": "steps"},
     }
+    assert crossed == {}
+
+
+def test_a_grid_stands_behind_the_conditions_and_changes_the_recipe_of_its_chunks():
+    grid = {"model.learning_rate": [0.1, 0.3], "task.n_labels": [5, 3]}
+    recipe = RECIPE | {"population": {"conditions": {"base": {}}, "grid": grid}}
+    conditions, windows, crossed = expanded(recipe)
+    assert [*conditions] == ["base", *crossed] and len(crossed) == 4 and windows == {}
+    assert crossed["learning_rate=0.3 n_labels=3"] == {"model.learning_rate": 0.3, "task.n_labels": 3}
+    (member,) = members_of([7], 0, ["learning_rate=0.3 n_labels=3"], paired=True)
+    chunk = chunk_recipe(recipe, conditions, [member])
+    assert chunk["task"]["init_args"]["n_labels"] == 3 and chunk["model"]["learning_rate"] == 0.3
+    assert RECIPE["task"]["init_args"]["n_labels"] == 5
+
+
+def test_a_condition_may_not_have_the_name_of_a_combination():
+    population = {"conditions": {"n_labels=3": {}}, "grid": {"task.n_labels": [5, 3]}}
+    with pytest.raises(ConfigError, match=r"^population.conditions: got 'n_labels=3', expected another name"):
+        expanded(RECIPE | {"population": population})
 
 
 def test_a_condition_that_names_members_itself_is_refused():

@@ -81,6 +81,14 @@ def test_a_member_that_descended_smoothly_had_no_plateau_whatever_level_is_named
     assert outcomes == ["no plateau", "no plateau", "not formed", None, "formed", "formed"]
 
 
+def test_a_member_without_any_plateau_that_came_near_the_lowest_loss_is_not_called_unformed(tables):
+    flat = {"train/accuracy": {"verdict": "not by the end"}}
+    # the first loss is 0.7: 0.02 is nearly all of the way to 0, and 0.2 is not
+    learned, unlearned = (record(None, final, changes=flat, plateau=None) for final in (0.02, 0.2))
+    found = tables(records=[learned, unlearned, *RECORDS[2:]], losses=[fall(3000.0)] * 6)
+    assert [row["outcome"] for row in found["members"]] == ["no plateau", "not formed", *["formed"] * 4]
+
+
 def test_a_diverged_member_is_counted_and_enters_no_mean(tables):
     records = [*RECORDS[:5], DIVERGED]
     losses = [fall(onset_of(record)) for record in records[:5]]
@@ -420,3 +428,16 @@ def test_the_report_counts_pairs_that_could_not_be_compared(tmp_path):
         NATS,
     )
     assert "0 of 3, 3 without a plateau" in none and "none of 3 pairs" in none
+
+
+def test_a_grid_has_a_column_for_each_key_and_its_figure_beside_the_picture(tmp_path):
+    crossed = {"copy": {"model.learning_rate": 3e-4, "model.betas": [0.9, 0.98]}}
+    path = write_population(tmp_path / "run", MEMBERS, RECORDS, crossed=crossed)
+    finish_population(path)
+    conditions, members = (pd.read_csv(path / f"{name}.csv") for name in ("conditions", "members"))
+    assert [*conditions.columns[:3]] == ["condition", "model.learning_rate", "model.betas"]
+    rows = conditions.set_index("condition")
+    assert rows.loc["copy", "model.learning_rate"] == 3e-4 and rows.loc["copy", "model.betas"] == "[0.9, 0.98]"
+    assert rows.drop("copy")["model.learning_rate"].isna().all()
+    assert set(members[members["condition"] == "copy"]["model.learning_rate"]) == {3e-4}
+    assert (path / "grid.png").exists() and not (path / "critical_period.png").exists()

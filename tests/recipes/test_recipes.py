@@ -1,5 +1,7 @@
 """Every recipe trains, and the clamped one is the other with a clamp."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -9,7 +11,7 @@ from tests.tasks.shared.test_exemplars import archive
 
 
 def shortened(settings):
-    """The same with one seed, little to measure, and every intervention from the start, so that each acts at once."""
+    """The same with one seed, two values of a key, little to measure, and every intervention active from the start."""
     if isinstance(settings, list):
         return [shortened(each) for each in settings]
     if not isinstance(settings, dict):
@@ -17,6 +19,8 @@ def shortened(settings):
     found = {name: shortened(value) for name, value in settings.items() if name not in ("start", "stop")}
     if "starts" in found:
         found |= {"starts": [0], "lengths": [64]}
+    if found.get("grid"):
+        found["grid"] = {key: values[:2] for key, values in found["grid"].items()}
     if "seeds" in found:
         found["seeds"] = found["seeds"][:1] if isinstance(found["seeds"], list) else 1
     if "transformer" in found:
@@ -41,8 +45,21 @@ def test_a_recipe_trains(opsin, tmp_path, monkeypatch, name):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def donors(settings):
+    """Run folders that a recipe takes trained models from; each is what the recipe of its name leaves."""
+    if isinstance(settings, list):
+        return {donor for each in settings for donor in donors(each)}
+    if not isinstance(settings, dict):
+        return set()
+    return {settings["donor"]} if "donor" in settings else donors(list(settings.values()))
+
+
 @pytest.mark.parametrize("name", names(population=True))
 def test_a_recipe_of_a_population_trains(tmp_path, name):
+    for donor in donors(yaml.safe_load((RECIPES / name).read_text())):
+        recipe = RECIPES / f"{Path(donor).name}.yaml"
+        short = ["--trainer.max_steps", "4", "--model.evaluation_size", "16"]
+        in_process("fit", "--config", recipe, "--run_folder", donor, *short, folder=tmp_path, WANDB_MODE="disabled")
     (tmp_path / name).write_text(
         yaml.safe_dump(shortened(yaml.safe_load((RECIPES / name).read_text())), sort_keys=False)
     )

@@ -53,6 +53,20 @@ def test_it_names_the_strongest_heads_and_when_they_rose():
     assert "0:0" not in text
 
 
+def test_the_algorithm_of_a_model_of_regression_is_told_with_the_interval_over_members():
+    member = {"change": 622.6, "r_squared": 0.98, "nearest": [["gradient_step", 200], ["ridge", 650]]}
+    found = {"before": "gradient_step", "after": "ridge", "members": [member, {**member, "change": None}]}
+    change = {"count": 1, "value": 622.6, "low": None, "high": None}
+    text = report({**RUN, "algorithm": {**found, "change": change}})[0:3]
+    assert text[0] == "nearest       ridge at the end"
+    assert text[1].strip() == "nearer to ridge than to gradient_step from step 623 on in 1 of 2 members"
+    assert text[2].strip().endswith("to ridge after all examples: 0.980, 0.980")
+    both = {**found, "change": {"count": 2, "value": 600.0, "low": 500.0, "high": 700.0}}
+    assert "from step 600 on [500 to 700, 95 % over members] in 2" in report({**RUN, "algorithm": both})[1]
+    never = {**found, "change": {"count": 0, "value": None, "low": None, "high": None}}
+    assert "not lastingly nearer to ridge than to gradient_step" in report({**RUN, "algorithm": never})[1]
+
+
 def test_losses_and_measures_are_those_of_the_objective():
     evaluations = {"train": {"loss": 0.5, "r_squared": 0.25, "accuracy": 1.0}}
     for unit, shown in (("", ""), ("m^2", " m^2")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,24 @@ def test_bursty_sequences_are_as_frequent_as_their_weight_and_the_rest_is_indepe
     absent = (masses * (1 - masses) ** 4).sum()
     assert near(np.bincount(copies == 0), [1 - 0.25 * absent, 0.25 * absent])
     assert ((answer >= 0) == (copies > 0)).all() and (answer[copies > 0] == target[copies > 0]).all()
+
+
+def test_burstiness_is_the_short_form_of_the_kinds_that_it_stands_for():
+    copies = Kind(matches=2, distractor_copies=2)
+    assert task(context=4, labels="drawn", burstiness=2).kinds == (copies,)
+    mixed = task(context=4, burstiness=2, bursty=0.75)
+    assert mixed.kinds == (replace(copies, weight=0.75), Kind(weight=0.25, independent=True))
+    assert task(context=4, burstiness=2, bursty=0.0).kinds == (Kind(weight=1.0, independent=True),)
+    assert task(context=4).kinds == (Kind(),)
+    drawn, long = mixed.draw([1], 0, 2), task(context=4, kinds=mixed.kinds).draw([1], 0, 2)
+    assert all(torch.equal(drawn[name], long[name]) for name in long)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_with_fixed_labels_no_share_of_relabellings_is_held_out(share):
+    assert "relabellings" not in task(heldout_relabellings=share).evaluations
+    with pytest.raises(ConfigError, match=r"^FewShot.heldout_relabellings: got 0.4, expected none, as labels are fix"):
+        task(heldout_relabellings=0.4)
 
 
 def test_independent_classes_are_those_of_the_stated_distribution():
@@ -238,6 +257,65 @@ def test_classes_of_different_groups_are_drawn_in_proportion_to_their_masses():
         assert near(np.bincount(second[groups[first] == group], minlength=4), shares)
 
 
+# --- strategies ---------------------------------------------------------------------------------------
+
+
+def in_context(fewshot, batch):
+    """Copies the label of the most similar item, and knows no class."""
+    return fewshot.references()["nearest_neighbour"](batch)[0, :, 0].argmax(-1)
+
+
+def in_weights(fewshot, batch, allowed=None):
+    """Looks the query's class up in a table of all exemplars, whatever the context; of the allowed labels alone."""
+    bank = fewshot.bank()["exemplars"]
+    alike = (
+        torch.nn.functional.normalize(batch.features[0, :, -1], dim=-1)
+        @ torch.nn.functional.normalize(bank, dim=-1).flatten(0, 1).T
+    )
+    found = torch.from_numpy(fewshot._fixed)[alike.argmax(-1) // bank.shape[1]]
+    if allowed is None:
+        return found
+    known = allowed.gather(1, found[:, None])[:, 0]
+    return torch.where(known, found, allowed.long().argmax(-1))
+
+
+def constrained(fewshot, batch):
+    """The same table, but answers with a label that the context shows: the first of them where its own is none."""
+    return in_weights(fewshot, batch, batch.plausible[0])
+
+
+def accuracies(strategy, rows=4000):
+    fewshot = task(
+        exemplars=GaussianClusters(12, 5, 32, within=0.1, common=0.0), heldout_exemplars=0, train_exemplars=5
+    )
+    found = {}
+    for name in ("train", "icl", "flip", "ciwl", "iwl", "new"):
+        batch = fewshot.batch(3, 0, f"eval/{name}", rows)
+        found[name] = float((strategy(fewshot, batch) == batch.targets[0, :, 0]).double().mean())
+    return found
+
+
+def within(found, expected, rows=4000):
+    """Exact where a strategy is always or never right; else within 4 standard deviations."""
+    return all(abs(found[name] - p) <= 4 * (p * (1 - p) / rows) ** 0.5 for name, p in expected.items())
+
+
+def test_a_perfect_in_context_learner_is_right_wherever_the_class_is_shown_and_never_without_its_label():
+    expected = {"train": 1.0, "icl": 1.0, "flip": 1.0, "new": 1.0, "iwl": 0.0, "ciwl": 0.5}
+    assert within(accuracies(in_context), expected)
+
+
+def test_a_perfect_table_is_right_wherever_labels_are_the_fixed_ones():
+    expected = {"train": 1.0, "flip": 0.0, "ciwl": 1.0, "iwl": 1.0, "icl": 1 / 12, "new": 1 / 12}
+    assert within(accuracies(in_weights), expected)
+
+
+def test_a_table_constrained_to_the_context_needs_the_label_but_not_the_class():
+    # with 1 / 12 the drawn label is the fixed one, with 1 / 12 the other item shows that; else one of two is guessed
+    expected = {"train": 1.0, "flip": 0.0, "ciwl": 1.0, "iwl": 0.0, "icl": 1 / 12 + 10 / 12 / 2}
+    assert within(accuracies(constrained), expected)
+
+
 # --- what cannot work ------------------------------------------------------------------------------------
 
 
@@ -248,6 +326,8 @@ def test_classes_of_different_groups_are_drawn_in_proportion_to_their_masses():
         ({"labels": "drawn", "label_seed": 1}, "FewShot.label_seed: got 1, expected null, as labels are drawn"),
         ({"label_seed": -1}, "FewShot.label_seed: got -1"),
         ({"labels": "drawn", "kinds": [Kind(labels="exchanged")]}, "FewShot.kinds[0].labels: got 'exchanged'"),
+        ({"labels": "drawn", "kinds": [Kind(labels="shifted")]}, "FewShot.kinds[0].labels: got 'shifted'"),
+        ({"kinds": [Kind(labels="shifted", no_support=1.0)]}, "FewShot.kinds[0].labels: got 'shifted'"),
         ({"labels": "drawn", "kinds": [Kind(independent=True)]}, "FewShot.kinds[0].independent: got True"),
         ({"kinds": [Kind(among=2)]}, "FewShot.kinds[0].among: got 2, expected 2 .. 12, with drawn labels, or null"),
         ({"kinds": [Kind(labels="drawn", among=1)]}, "FewShot.kinds[0].among: got 1"),

@@ -79,6 +79,45 @@ def test_random_triggers_are_any_tokens_of_which_a_sequence_has_so_many():
     assert near(counts, np.full(10, 0.1))
 
 
+def test_triggers_drawn_by_the_unigram_are_drawn_one_after_another_in_proportion_to_it():
+    bigrams = task(vocabulary=4, fixed=False, drawn_by="unigram")
+    p = 1 / np.arange(1, 5) / (1 / np.arange(1, 5)).sum()
+    second = [sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
+    shares = p + second
+    assert np.allclose(bigrams.trigger_shares, shares, atol=0.01) and math.isclose(bigrams.trigger_shares.sum(), 2)
+    drawn = rows(bigrams, count=20_000)
+    for v in range(4):
+        # the first token knows nothing of the triggers
+        is_trigger = drawn["looked_up"][:, 0][drawn["tokens"][:, 0] == v]
+        assert near(np.bincount(is_trigger, minlength=2), [1 - shares[v], shares[v]])
+    assert task().trigger_shares.tolist() == [1, 1, *[0] * 8] and task(fixed=False).trigger_shares.sum() == 2
+
+
+def test_repeated_triggers_alone_count_where_they_alone_are_scored():
+    bigrams = task(scored_rows="repeated_triggers")
+    batch = bigrams.batch(0, 0, "train", 30)
+    for b, line in enumerate(batch.tokens[0].tolist()):
+        counter = [line[: row + 1].count(token) if token < 2 else 0 for row, token in enumerate(line)]
+        assert (batch.weights[0, b] == torch.tensor([float(count >= 2) for count in counter])).all()
+    assert bigrams.baselines() == {"uniform": math.log(10)}
+    assert task().batch(0, 0, "train", 30).weights is None
+
+
+@pytest.mark.parametrize("scored_rows", ["all", "repeated_triggers"])
+def test_losses_of_triggers_and_of_other_rows_are_told_apart(scored_rows):
+    bigrams = task(scored_rows=scored_rows)
+    batch = bigrams.batch(0, 0, "train", 30).shared_by(2)
+    outputs = torch.from_numpy(bigrams.bigrams).log()[batch.tokens]
+    found = bigrams.objective.measured(outputs, batch)
+    losses = loss(outputs, batch)[0]
+    is_trigger, repeated = batch.tokens[0] < 2, batch.truth.query[0]
+    torch.testing.assert_close(found["other_loss"], losses[~is_trigger].mean().expand(2))
+    torch.testing.assert_close(found["trigger_loss"], losses[repeated].mean().expand(2))
+    copied = torch.nn.functional.one_hot(batch.targets, 10) * 100.0
+    found = bigrams.objective.measured(torch.where(batch.truth.query[..., None], copied.double(), outputs), batch)
+    assert found["trigger_accuracy"].tolist() == [1, 1] and found["trigger_loss"].max() < 1e-9
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("split", ["train", "eval/repeated"])
 def test_truth_is_what_a_slow_search_finds(fixed, split):
@@ -109,7 +148,10 @@ def enumerated(bigrams, tokens):
     found = np.zeros((len(tokens), vocabulary))
     for triggers in choices:
         for successors in itertools.product(range(vocabulary), repeat=len(triggers)):
-            successor_of, weight = dict(zip(triggers, successors, strict=True)), 1.0
+            successor_of, weight = (
+                dict(zip(triggers, successors, strict=True)),
+                bigrams._trigger_masses[[*triggers]].prod(dtype=float),
+            )
             for row, v in enumerate(tokens):
                 given = np.eye(vocabulary)[successor_of[v]] if v in successor_of else table[v]
                 found[row] += weight * given
@@ -119,8 +161,10 @@ def enumerated(bigrams, tokens):
 
 
 @pytest.mark.parametrize(("fixed", "triggers"), [(True, 2), (False, 1), (False, 2), (False, 3)])
-def test_the_best_prediction_is_the_sum_over_every_choice_of_triggers(fixed, triggers):
-    bigrams = task(vocabulary=4, triggers=triggers, fixed=fixed, positions=12)
+@pytest.mark.parametrize("drawn_by", ["uniform", "unigram"])
+def test_the_best_prediction_is_the_sum_over_every_choice_of_triggers(fixed, triggers, drawn_by):
+    drawn_by = "uniform" if fixed else drawn_by
+    bigrams = task(vocabulary=4, triggers=triggers, fixed=fixed, positions=12, drawn_by=drawn_by)
     batch = bigrams.batch(0, 0, "train", 25)
     found = bigrams.exact(batch)[0].exp()
     for b, tokens in enumerate(batch.tokens[0].tolist()):
@@ -173,6 +217,9 @@ def test_a_model_below_and_above_the_vocabulary_trains(vocabulary, fixed):
         ({"zipf": math.inf}, "TriggerBigrams.zipf: got inf"),
         ({"spread": -0.5}, "TriggerBigrams.spread: got -0.5"),
         ({"table_seed": -1}, "TriggerBigrams.table_seed: got -1"),
+        ({"drawn_by": "zipf", "fixed": False}, "TriggerBigrams.drawn_by: got 'zipf', expected one of uniform, unigram"),
+        ({"drawn_by": "unigram"}, "TriggerBigrams.drawn_by: got 'unigram', expected uniform where triggers are fixed"),
+        ({"scored_rows": "some"}, "TriggerBigrams.scored_rows: got 'some', expected one of all, repeated_triggers"),
     ],
     ids=str,
 )

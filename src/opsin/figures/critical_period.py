@@ -1,33 +1,33 @@
-"""Tables of a population to the map of its critical period: one cell a window, start across, length up.
-
-Legend: W lengths, T starts of windows.
-"""
+"""Tables of a population to the map of its critical period: one cell a window, start across, length up."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-import numpy as np
-from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
 
 from opsin.errors import ConfigError
-from opsin.figures.style import INK, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
+from opsin.figures.heat_map import (
+    BAR_GAP,
+    BAR_WIDTH,
+    BETWEEN_MAPS,
+    CELL_HEIGHT,
+    CELL_WIDTH,
+    FINAL_COLOURS,
+    HeatMap,
+    MapAxis,
+    draw_bar,
+    draw_map,
+    final_loss_map,
+)
+from opsin.figures.style import MUTED, Margins, add_panel, blank_figure, figure_style, short_count
 from opsin.objective import LossScale
 from opsin.population.tables import Row
 
 EARLIER, LATER = "#0072b2", "#d55e00"
 DELAY_COLOURS = LinearSegmentedColormap.from_list("delay", (EARLIER, "#ffffff", LATER))
-FINAL_COLOURS = LinearSegmentedColormap.from_list("level", ("#ffffff", "#8fc7b5", "#00614a"))
-CELL_WIDTH, CELL_HEIGHT, BETWEEN_MAPS = 0.68, 0.5, 1.6  # inches
-DARK_CELL = 0.55  # luminance below which a cell has white letters
 
 MAP_NOTES = (
     "bold: 95 % interval excludes 0",
@@ -35,20 +35,8 @@ MAP_NOTES = (
     "hatched: none did",
 )
 
-GridWindows = Mapping[str, Mapping[str, Any]]
-"""Start and length of each condition's window."""
-
-
-@dataclass(frozen=True)
-class _HeatMap:
-    """One heat map; ``cells`` hold, by window, a number or None, a text, and whether the number is certain."""
-
-    title: str
-    more: str
-    unit: str
-    colours: Colormap
-    norm: Normalize
-    cells: Mapping[str, tuple[float | None, str, bool]]
+CellOfWindow = Mapping[str, tuple[int, int]]
+"""Column and row of each condition's window."""
 
 
 def critical_period_figure(
@@ -75,7 +63,13 @@ def critical_period_figure(
         raise ConfigError("population.grid", [*grid], "a condition without a window (null), and some with one")
     starts = sorted({window["start"] for window in windows.values()})
     lengths = sorted({window["length"] for window in windows.values()})
-    maps = (_delay_map(windows, bare[0], summary), _final_map(windows, summary, scale))
+    indices = {name: (starts.index(w["start"]), lengths.index(w["length"])) for name, w in windows.items()}
+    maps = (_delay_map(indices, bare[0], summary), _final_map(indices, summary, scale))
+    unit = next(iter(windows.values())).get("unit", "sequences")
+    axes_of_map = (
+        MapAxis(f"start of the window ({unit})", [short_count(start) for start in starts]),
+        MapAxis(f"its length ({unit})", [short_count(length) for length in lengths]),
+    )
     across, up = max(len(starts), 3) * CELL_WIDTH, max(len(lengths), 3) * CELL_HEIGHT
     margins = Margins(left=0.75, right=0.8, top=0.42, bottom=0.8)
     width, height = margins.around(2 * across + BETWEEN_MAPS, up)
@@ -83,10 +77,9 @@ def critical_period_figure(
         figure = blank_figure(width, height, dpi=160)
         for index, shown in enumerate(maps):
             left = margins.left + index * (across + BETWEEN_MAPS)
-            axes = add_panel(figure, left, margins.bottom, across, up)
-            _draw_map(axes, shown, windows, starts, lengths)
-            bar = add_panel(figure, left + across + 0.1, margins.bottom, 0.11, up)
-            _draw_bar(figure, bar, shown)
+            draw_map(add_panel(figure, left, margins.bottom, across, up), shown, *axes_of_map)
+            bar = add_panel(figure, left + across + BAR_GAP, margins.bottom, BAR_WIDTH, up)
+            draw_bar(figure, bar, shown)
         notes = "   ·   ".join(MAP_NOTES)
         figure.text(margins.left / width, 0.16 / height, notes, fontsize=7, color=MUTED, va="center")
     return figure
@@ -95,14 +88,14 @@ def critical_period_figure(
 # ---- the numbers in the cells -----------------------------------------------------------------------
 
 
-def _delay_map(windows: GridWindows, bare: str, summary: Mapping[str, Sequence[Row]]) -> _HeatMap:
+def _delay_map(indices: CellOfWindow, bare: str, summary: Mapping[str, Sequence[Row]]) -> HeatMap:
     cells = {}
-    for name in windows:
+    for name, index in indices.items():
         row = _onset_row(summary["differences"], name, bare)
         sure = row["low"] is not None and not row["low"] <= 0 <= row["high"]
-        cells[name] = row["difference"], _delay_text(row), sure
+        cells[index] = row["difference"], _delay_text(row), sure
     widest = max((abs(delay) for delay, _, _ in cells.values() if delay is not None), default=0.0) or 1.0
-    return _HeatMap(
+    return HeatMap(
         "Delay of the onset", f"against {bare}, by seed", "sequences", DELAY_COLOURS, Normalize(-widest, widest), cells
     )
 
@@ -127,61 +120,14 @@ def _signed(delay: float) -> str:
     return ("+" if rounded > 0 else "\N{MINUS SIGN}" if rounded < 0 else "") + short_count(abs(rounded))
 
 
-def _final_map(windows: GridWindows, summary: Mapping[str, Sequence[Row]], scale: LossScale) -> _HeatMap:
+def _final_map(indices: CellOfWindow, summary: Mapping[str, Sequence[Row]], scale: LossScale) -> HeatMap:
     rows = {row["condition"]: row for row in summary["conditions"]}
-    heads = any(rows[name]["strongest_strength"] is not None for name in windows)
+    heads = any(rows[name]["strongest_strength"] is not None for name in indices)
     quantity = "strongest_strength" if heads else "final_loss"
-    values = {name: rows[name][quantity] for name in windows}
-    cells = {name: (value, "" if value is None else f"{value:.2f}", False) for name, value in values.items()}
+    values = {index: rows[name][quantity] for name, index in indices.items()}
+    texts = {index: "" if value is None else f"{value:.2f}" for index, value in values.items()}
     more = "mean over seeds"
-    if heads:
-        return _HeatMap("Final induction strength", more, "strongest head", FINAL_COLOURS, Normalize(0, 1), cells)
-    known = [value for value in values.values() if value is not None]
-    colours = Normalize(min(0.0, *known, 0.0), max(known, default=0.0) or 1.0)
-    return _HeatMap("Final loss", more, scale.unit, FINAL_COLOURS, colours, cells)
-
-
-# ---- the drawing ------------------------------------------------------------------------------------
-
-
-def _draw_map(axes: Axes, shown: _HeatMap, windows: GridWindows, starts: Sequence[int], lengths: Sequence[int]) -> None:
-    values: Float[np.ndarray, "W T"] = np.full((len(lengths), len(starts)), np.nan)
-    for name, window in windows.items():
-        row, column = lengths.index(window["length"]), starts.index(window["start"])
-        value, text, sure = shown.cells[name]
-        ink = INK
-        if value is None:
-            style = {"facecolor": "#f4f6f7", "edgecolor": "#9aa5ac", "linewidth": 0}
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, hatch="////", **style, zorder=1.5))
-        else:
-            values[row, column] = value
-            red, green, blue, _ = shown.colours(shown.norm(value))
-            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < DARK_CELL else INK
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2} if value is None and text else None
-        weight = "bold" if sure else "normal"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink, fontweight=weight, bbox=box)
-    axes.imshow(values, cmap=shown.colours, norm=shown.norm, origin="lower", aspect="auto", interpolation="nearest")
-    unit = next(iter(windows.values())).get("unit", "sequences")
-    title = axes.set_title(shown.title, pad=8)
-    axes.annotate(
-        shown.more, (1, 0), (6, 0), xycoords=title, textcoords="offset points", fontsize=7.5, color=MUTED, va="bottom"
-    )
-    axes.set_xlabel(f"start of the window ({unit})")
-    axes.set_ylabel(f"its length ({unit})")
-    axes.set_xticks(range(len(starts)), [short_count(start) for start in starts])
-    axes.set_yticks(range(len(lengths)), [short_count(length) for length in lengths])
-    axes.set_xticks(np.arange(len(starts) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
-    axes.grid(True, which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_axisbelow(False)
-
-
-def _draw_bar(figure: Figure, axes: Axes, shown: _HeatMap) -> None:
-    scale = matplotlib.cm.ScalarMappable(shown.norm, shown.colours)
-    bar = figure.colorbar(scale, cax=axes)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
-    bar.set_label(shown.unit, fontsize=7.5)
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)
+    if not heads:
+        return final_loss_map(more, scale.unit, values, texts)
+    cells = {index: (value, texts[index], False) for index, value in values.items()}
+    return HeatMap("Final induction strength", more, "strongest head", FINAL_COLOURS, Normalize(0, 1), cells)

@@ -37,7 +37,9 @@ CHARACTER_WIDTH = 0.061  # of a letter in a condition's name
 
 PANEL_COLUMNS = 3  # small panels side by side: as high as the rows of onsets, however many conditions
 LOSSES_FROM, NAMES_FROM, ONSETS_TO = 0.04, 0.555, 0.9  # edges of the two halves, as shares of the width
+MOST_CONDITIONS = 60  # that are drawn
 LONGEST_NAME = 26  # characters of a condition's name that are shown
+SHORTEST_KEY = 2  # characters that are left of a key of a grid
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,13 @@ def population_figure(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> F
     the first condition. The onsets are one row a condition: each seed with its own interval, the mean with that over
     the seeds, and a mark of another shape for each member without an onset, so that none is missing. Sequences are on
     a logarithmic axis where an onset lies in the first ``EARLY_ONSET`` of the run. A condition has one colour in all
-    panels.
+    panels. The first ``MOST_CONDITIONS`` are drawn.
 
     Args:
         losses: training losses of all members over sequences, with their unit.
         summary: tables of the population, of which ``members`` and ``conditions`` are read.
     """
+    total, summary = len(summary["conditions"]), _first_conditions(summary)
     conditions = len(summary["conditions"])
     rows = -(-conditions // PANEL_COLUMNS)
     height = max(rows * PANEL_HEIGHT, conditions * ROW_HEIGHT, LEAST_HEIGHT) + TITLE_SPACE + LABEL_SPACE
@@ -82,7 +85,19 @@ def population_figure(losses: Losses, summary: Mapping[str, Sequence[Row]]) -> F
         _draw_loss_panels(figure, losses, summary, axis)
         _draw_onsets(figure, losses, summary, axis)
         _draw_legend(figure, summary)
+        if conditions < total:
+            text = f"the first {conditions} of {total:,} conditions"
+            figure.text(LOSSES_FROM, 0.16 / height, text, fontsize=7, color=MUTED, va="center")
     return figure
+
+
+def _first_conditions(summary: Mapping[str, Sequence[Row]]) -> Mapping[str, Sequence[Row]]:
+    """The tables without the conditions that there is no room for."""
+    if len(summary["conditions"]) <= MOST_CONDITIONS:
+        return summary
+    conditions = summary["conditions"][:MOST_CONDITIONS]
+    names = {row["condition"] for row in conditions}
+    return {"conditions": conditions, "members": [row for row in summary["members"] if row["condition"] in names]}
 
 
 def colour(index: int) -> Colour:
@@ -287,4 +302,13 @@ def _draw_heading(figure: Figure, left: float, text: str, more: str) -> None:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    """A name of at most ``LONGEST_NAME`` characters; of a grid's conditions the keys are cut, and not the values."""
+    words = name.split(" ")
+    keys = {index: word.partition("=")[0] for index, word in enumerate(words) if "=" in word}
+    values = {index: words[index].partition("=")[2] for index in keys}
+    while len(" ".join(words)) > LONGEST_NAME and max(map(len, keys.values()), default=0) > SHORTEST_KEY:
+        longest = max(keys, key=lambda index: len(keys[index]))
+        keys[longest] = keys[longest][:-1]
+        words[longest] = f"{keys[longest]}…={values[longest]}"
+    found = " ".join(words)
+    return found if len(found) <= LONGEST_NAME else found[: LONGEST_NAME - 1] + "…"

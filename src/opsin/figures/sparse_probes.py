@@ -36,7 +36,7 @@ def sparse_probe_figure(
         figure = blank_figure(width, height, dpi=150)
         for layer in range(layers):
             axes = add_panel(figure, margins.left + layer * (wide + gap), margins.bottom, wide, tall)
-            _draw_curves(axes, accuracies[:, layer], sizes)
+            _draw_accuracies(axes, accuracies[:, layer], sizes)
             axes.set_title(f"layer {layer}")
             if layer:
                 axes.tick_params(labelleft=False)
@@ -47,7 +47,7 @@ def sparse_probe_figure(
     return figure
 
 
-def _draw_curves(axes: Axes, accuracies: Float[np.ndarray, "M F S"], sizes: Sequence[int]) -> None:
+def _draw_accuracies(axes: Axes, accuracies: Float[np.ndarray, "M F S"], sizes: Sequence[int]) -> None:
     means = np.ma.masked_invalid(accuracies).mean(0).filled(np.nan)
     for index, mean in enumerate(means):
         shade = FEATURE_COLOURS[index % len(FEATURE_COLOURS)]

@@ -25,6 +25,9 @@ from opsin.records.folder import write_atomically
 PICTURED_MEMBERS = 4
 """Of several members in one process only the first are drawn."""
 
+LONGEST_SIDE = 20_000
+"""Pixels of a figure's longer side."""
+
 # Okabe and Ito's colours, which colour-blind readers tell apart
 INK, MUTED, FAINT = "#22303c", "#6b7780", "#b9c1c7"
 ACCENT = "#d55e00"
@@ -91,9 +94,9 @@ def blank_figure(width: float, height: float, dpi: int) -> Figure:
 
     Args:
         width, height: size of the figure, inches.
-        dpi: pixels of the figure per inch.
+        dpi: pixels of the figure per inch; fewer where a side would have more than ``LONGEST_SIDE``.
     """
-    figure = Figure(figsize=(width, height), dpi=dpi)
+    figure = Figure(figsize=(width, height), dpi=min(dpi, LONGEST_SIDE / max(width, height)))
     FigureCanvasAgg(figure)
     return figure
 

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from lightning.pytorch import Callback
 from opsin.callbacks.readers.run_folder import is_finished
 from opsin.callbacks.wandb.population import send_population
 from opsin.errors import ConfigError, Interruption, PopulationError, log
-from opsin.launch.recipe import BuiltRun, OpsinCLI, build_run
+from opsin.launch.conditions import ConditionBuilder, check_compared
+from opsin.launch.recipe import OpsinCLI
 from opsin.launch.signals import ended_by
-from opsin.launch.tune import cores, default_chunking, members_that_fit, tuned_chunking
+from opsin.launch.tune import default_chunking, tuned_chunking
 from opsin.launch.workers import Job, run_jobs
 from opsin.population.chunks import (
     Chunking,
+    Member,
     UntrainedPopulation,
     chunk_recipe,
     cut_into_chunks,
@@ -36,7 +38,6 @@ from opsin.population.chunks import (
 from opsin.population.folder import chunk_folder, read_document, read_population
 from opsin.population.optimizers import PER_MEMBER, lists_of_members
 from opsin.population.settings import Population
-from opsin.records.axes import Axes
 from opsin.records.checkpoint import load_saved
 from opsin.records.folder import write_json, write_yaml
 from opsin.records.recipe_text import parse_recipe
@@ -50,7 +51,6 @@ from opsin.records.schema import (
 )
 from opsin.reports.population import finish_population, population_report
 from opsin.training.module import OpsinModule, callbacks_of
-from opsin.training.monitors import nearest_metric
 from opsin.training.observers import recorded_metrics
 
 REPORT_EVERY_SECONDS = 15.0
@@ -76,10 +76,9 @@ def fit_population(cli: OpsinCLI) -> None:
     recipe = parse_recipe(cli.resolved(), CONFIG_FILE)
     with tempfile.TemporaryDirectory() as scratch:
         population = build_population(recipe, Path(scratch))
-    fit = members_that_fit(cli.model, recipe["population"].get("processes") or cores())
-    chunking = default_chunking(recipe["population"], fit)
+    chunking = default_chunking(recipe["population"], population.fit)
     if cli.config.tune:
-        chunking = tuned_chunking(population, chunking, fit)
+        chunking = tuned_chunking(population, chunking)
     write_population(population, chunking, folder)
     train_population(folder)
 
@@ -103,7 +102,7 @@ def check_population(
     Raises:
         ConfigError: names the metric, or the start of the window.
     """
-    _check_compared(population.compare, recorded_metrics(callbacks, module.sites, module.task, validates))
+    check_compared(population.compare, recorded_metrics(callbacks, module.sites, module.task, validates))
     if (windows := population.windows) is None:
         return
     length = steps * (module.task.batch_size if windows.unit == "sequences" else 1)
@@ -113,16 +112,8 @@ def check_population(
             raise ConfigError("population.windows.starts", start, expected)
 
 
-def _check_compared(compare: Sequence[str], recorded: Mapping[str, Axes]) -> None:
-    """Refuse to compare what runs do not record with one number a member, as a measure of another objective."""
-    numbers = [name for name, axes in recorded.items() if not axes]
-    for name in compare:
-        if name not in numbers:
-            raise ConfigError("population.compare", name, nearest_metric(name, numbers))
-
-
 def build_population(recipe: Mapping[str, Any], scratch: Path) -> UntrainedPopulation:
-    """Members and conditions of a resolved recipe; every condition is built once, so that a wrong one stops here.
+    """Members and conditions of a resolved recipe; every condition is built, so that a wrong one stops here.
 
     Args:
         recipe: resolved recipe of the population, as plain settings.
@@ -133,27 +124,13 @@ def build_population(recipe: Mapping[str, Any], scratch: Path) -> UntrainedPopul
     """
     _check_shared_settings(recipe["model"])
     settings, seed = recipe["population"], recipe["model"]["seed"]
-    conditions, grid = expanded(recipe)
-    members = members_of(settings["seeds"], seed, list(conditions), settings["paired"])
-    graphs: dict[str, Hashable] = {}
-    windows = [name for name in conditions if grid.get(name) is not None]
-    for name in conditions:
-        # windows differ by their schedule alone
-        if name in windows[1:]:
-            graphs[name] = graphs[windows[0]]
-            continue
-        trained = [member for member in members if member.condition == name]
-        _check_seeds_of_condition(name, conditions[name] or {}, [member.seed for member in trained])
-        path = write_yaml(scratch / f"{name}.yaml", chunk_recipe(recipe, conditions, trained))
-        try:
-            cli = OpsinCLI(["--config", str(path)])
-            built = build_run(cli)
-            recorded = callbacks_of(cli.trainer), cli.model.sites, cli.model.task, bool(cli.trainer.limit_val_batches)
-            _check_compared(settings["compare"], recorded_metrics(*recorded))
-        except ConfigError as error:
-            raise ConfigError(f"population.conditions.{name}: {error.field}", error.value, error.expected) from error
-        graphs[name] = _graph_of(conditions[name], built)
-    return UntrainedPopulation(recipe, conditions, grid, members, graphs)
+    conditions = expanded(recipe)
+    members = members_of(settings["seeds"], seed, list(conditions.settings), settings["paired"])
+    by_condition: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        by_condition[member.condition].append(member)
+    graphs, fit = ConditionBuilder(recipe, conditions, by_condition, scratch).build()
+    return UntrainedPopulation(recipe, *conditions, members, graphs, fit)
 
 
 def _check_shared_settings(model: Mapping[str, Any]) -> None:
@@ -169,20 +146,6 @@ def _check_shared_settings(model: Mapping[str, Any]) -> None:
     if model.get("initial"):
         expected = "none beside a population; a condition's `initial` says what its members start from"
         raise ConfigError("model.initial", model["initial"], expected)
-
-
-def _check_seeds_of_condition(condition: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    for seed in settings.get("by_seed") or {}:
-        if int(seed) not in seeds:
-            expected = f"a seed of it: {', '.join(map(str, seeds))}"
-            raise ConfigError(f"population.conditions.{condition}.by_seed", int(seed), expected)
-
-
-def _graph_of(settings: Mapping[str, Any], built: BuiltRun) -> Hashable:
-    optimizer = built.module.optimizer
-    kind = "" if built.module.has_short_form else f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    parts = [settings.get("task") or {}, kind, optimizer.graph_settings() if kind else {}]
-    return (json.dumps(parts, sort_keys=True, default=repr), *built.plan.other_passes())
 
 
 def write_population(population: UntrainedPopulation, chunking: Chunking, folder: Path) -> None:
@@ -202,8 +165,10 @@ def write_population(population: UntrainedPopulation, chunking: Chunking, folder
         settings = chunk_recipe(population.recipe, population.conditions, chunk)
         write_yaml(chunk_folder(folder, number) / RECIPE_FILE, settings)
     settings = {"arrangement": chunking.as_settings(), "compare": population.recipe["population"]["compare"]}
-    if population.grid:
-        settings["grid"] = dict(population.grid)
+    if population.windows:
+        settings["grid"] = dict(population.windows)
+    if population.crossed:
+        settings["crossed"] = dict(population.crossed)
     # last: a folder with this file is whole
     write_json(folder / POPULATION_FILE, population_document(chunks, list(population.conditions), **settings))
 

@@ -6,7 +6,6 @@ name of its class.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,6 +15,8 @@ import re
 import sys
 from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -24,7 +25,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace, _loaders_dumpers, set_
 from jsonargparse._common import lenient_check
 from lightning.pytorch.cli import LightningArgumentParser
 
-from opsin.errors import ConfigError, config_error_behind, shortened
+from opsin.errors import ConfigError, config_error_behind, nearest, shortened
 from opsin.records.recipe_text import RecipeLoader, dump_recipe, read_recipe
 
 LONGEST_MESSAGE = 400
@@ -32,9 +33,6 @@ LONGEST_MESSAGE = 400
 
 LARGEST_WHOLE_NUMBER = 2**64
 """Every whole number of a recipe is smaller than this."""
-
-MOST_CHOICES = 12
-"""Names of settings and classes that a message lists where none is near."""
 
 LONGEST_TYPE = 120
 """Characters of a type that the help shows."""
@@ -91,6 +89,33 @@ class _Written:
         return self.text
 
 
+class _ParserError(BaseException):
+    """What a parser has found, on its way through everything that catches errors of other kinds."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+_IS_RAISED = ContextVar("parser errors are raised", default=False)
+
+
+@contextmanager
+def parser_errors_raised() -> Iterator[None]:
+    """Let parsers raise what is wrong with a setting, where they would print it and end the process.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    token = _IS_RAISED.set(True)
+    try:
+        yield
+    except _ParserError as refused:
+        raise refused.error from None
+    finally:
+        _IS_RAISED.reset(token)
+
+
 class ShortHelp(DefaultHelpFormatter):
     """jsonargparse's help with types of one line, and without lists of everything that has been imported."""
 
@@ -122,8 +147,11 @@ class RecipeParser(LightningArgumentParser):
         return super().add_function_arguments(function, nested_key, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and end the process with code 2."""
+        """Print one line and end the process with code 2; raise it within ``parser_errors_raised``."""
         found = config_error_behind(ex) or self._explained(" ".join(message.split()))
+        if _IS_RAISED.get():
+            text = shortened(message, LONGEST_MESSAGE)
+            raise _ParserError(found or ConfigError("recipe", _Written(text), "settings that it takes"))
         print(f"opsin: {found or shortened(message, LONGEST_MESSAGE)}", file=sys.stderr)
         sys.exit(2)
 
@@ -231,21 +259,6 @@ class RecipeParser(LightningArgumentParser):
 
 def _first_group(groups: Iterable[str | None]) -> str:
     return next(group for group in groups if group is not None)
-
-
-def nearest(name: str, known: Sequence[str], expected: str) -> str:
-    """What was expected, with the names that are like the one that was written, or all where they are few.
-
-    Args:
-        name: name that was written.
-        known: names that exist where it stands.
-        expected: words for what they are.
-    """
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    near += [like for like in known if like.lower() == name.lower() and like not in near]
-    if near:
-        return f"{expected}; nearest: {', '.join(near)}"
-    return f"{expected}: {', '.join(known)}" if 0 < len(known) <= MOST_CHOICES else expected
 
 
 # ---- types ------------------------------------------------------------------------------------------

@@ -51,15 +51,24 @@ class RecipePaths:
         if isinstance(config.get("run_folder"), str):
             config["run_folder"] = os.path.expanduser(config["run_folder"])
         if population is not None:
-            self._fix_population(population, _named_class(config["task"]["class_path"]))
+            self._fix_population(population, config)
 
-    def _fix_population(self, population: Any, task: type | None) -> None:
-        settings = population.get("init_args", population)
+    def _fix_population(self, population: Any, config: Namespace | dict[str, Any]) -> None:
+        settings, task = population.get("init_args", population), _named_class(config["task"]["class_path"])
+        self._fix_keys(settings.get("grid") or {}, config)
         for condition in (settings.get("conditions") or {}).values():
             inside = {} if condition is None else condition.get("init_args", condition)
             self._fix_setting(inside, "initial")
             for name in getattr(task, "path_settings", ()):
                 self._fix_setting(inside.get("task") or {}, name)
+            self._fix_keys(inside.get("set") or {}, config)
+
+    def _fix_keys(self, changes: dict[str, Any], config: Namespace | dict[str, Any]) -> None:
+        """Settings by their keys, those that are paths of what has them in the recipe; of a grid lists of values."""
+        for key in changes:
+            *path, name = (part for part in key.split(".") if part != "init_args")
+            if name in getattr(_class_at(config, path), "path_settings", ()):
+                self._fix_setting(changes, key)
 
     def fix_classes(self, settings: Any) -> None:
         """Change the paths among the settings of classes in place.
@@ -87,11 +96,21 @@ class RecipePaths:
         """One setting that is a path, a list of paths, or something else, which stays."""
         if settings is None or name not in settings:
             return
-        value = settings[name]
+        settings[name] = self._located(settings[name])
+
+    def _located(self, value: Any) -> Any:
         if isinstance(value, str):
-            settings[name] = self.locate(value)
-        elif isinstance(value, list) and all(isinstance(path, str) for path in value):
-            settings[name] = [self.locate(path) for path in value]
+            return self.locate(value)
+        return [self._located(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _class_at(config: Namespace | dict[str, Any], path: Sequence[str]) -> type | None:
+    """The class that a recipe names at a key; None where there is none."""
+    value: Any = config
+    for part in path:
+        value = (value.get("init_args") or value).get(part) if isinstance(value, dict | Namespace) else None
+    class_path = value.get("class_path") if isinstance(value, dict | Namespace) else None
+    return _named_class(class_path) if isinstance(class_path, str) else None
 
 
 def _named_class(class_path: str) -> type | None:

@@ -106,19 +106,18 @@ def members_that_fit(module: OpsinModule, processes: int) -> int:
 # ---- trying ---------------------------------------------------------------------------------------
 
 
-def tuned_chunking(population: UntrainedPopulation, chunking: Chunking, fit: int) -> Chunking:
+def tuned_chunking(population: UntrainedPopulation, chunking: Chunking) -> Chunking:
     """As many processes, with the number of members that is the fastest here, timed on the largest graph.
 
     Args:
         population: the population that is to be trained.
         chunking: how it would be cut by the rule.
-        fit: number of members that fit into the memory of one process.
     """
     graphs = Counter(population.graphs[member.condition] for member in population.members)
     largest = max(graphs, key=lambda graph: graphs[graph])
     members = [member for member in population.members if population.graphs[member.condition] == largest]
     processes = chunking.processes
-    most = min(fit, -(-len(members) // processes))
+    most = min(population.fit, -(-len(members) // processes))
     rates = fastest(
         lambda size: chunk_recipe(population.recipe, population.conditions, members[:size]), processes, most
     )

@@ -28,6 +28,21 @@ def induction_strength(pattern: Float[Tensor, "M B H L K"], truth: Truth) -> Flo
     return (looked * answerable[:, :, None]).sum((1, 3)) / total
 
 
+def answer_attention(pattern: Float[Tensor, "M B H L K"], truth: Truth) -> Float[Tensor, "M H"]:
+    """Attention at the query to all labels that are right, averaged over queries; between 0 and 1.
+
+    Queries without a matching label in their context do not count. Reddy 2023, progress measure of the target's label.
+
+    Args:
+        pattern: attention of every head, from 0 to 1.
+        truth: which rows are queries, and which keys hold the right labels.
+    """
+    answerable = (truth.query & truth.match.any(-1)).to(pattern.dtype)  # M B L
+    looked = (pattern * truth.match.to(pattern.dtype)[:, :, None]).sum(-1)  # M B H L
+    total = answerable.sum((1, 2))[:, None].clamp(min=1)
+    return (looked * answerable[:, :, None]).sum((1, 3)) / total
+
+
 def previous_token_strength(pattern: Float[Tensor, "M B H L K"], truth: Truth) -> Float[Tensor, "M H"]:
     """Attention from each label to the token before it, averaged over labels and batch; between 0 and 1.
 

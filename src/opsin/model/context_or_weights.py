@@ -57,6 +57,9 @@ class ReddyNetwork(Model):
         """D: channels of the position and of what stands there."""
         return self.position_width + (task.n_features or self.token_width)
 
+    def positions_coded(self, task: TaskSizes) -> int:
+        return self.position_width
+
     def parameters(self, task: TaskSizes) -> ParameterTable:
         """Frozen vectors of labels, attention, and the read-out with its biases; stored input x output."""
         if task.layout.positions > self.position_width:

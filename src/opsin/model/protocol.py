@@ -135,6 +135,14 @@ class Model(ABC):
         """
         return torch.zeros(2, length, 0, dtype=dtype)
 
+    def positions_coded(self, task: TaskSizes) -> int:
+        """Positions that the position code has; those of a sequence where each begins at the first.
+
+        Args:
+            task: what says how long a sequence is.
+        """
+        return task.layout.positions
+
     def in_words(self) -> str:
         """The model's size in a few words, for messages."""
         return f"a {type(self).__name__}"

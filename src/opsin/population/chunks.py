@@ -11,9 +11,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from opsin.errors import ConfigError
+from opsin.population.changes import change_recipe, with_full_changes
+from opsin.population.grid import GridValues, crossed_conditions
 from opsin.population.optimizers import PER_MEMBER, optimizer_of_member, set_optimizer
 
 NOT_IN_CHUNKS = ("population", "run_folder", "tune")
@@ -37,6 +39,24 @@ class Member:
     seed_index: int
 
 
+ConditionWindows = Mapping[str, Mapping[str, int] | None]
+"""Start, length and unit of the window that each condition is, by name; None for one that is no window."""
+
+
+class ExpandedConditions(NamedTuple):
+    """Conditions of a recipe, those of windows and of a grid among them.
+
+    Args:
+        settings: plain settings of every condition, by name.
+        windows: the window that each is; empty where the recipe has no windows.
+        crossed: value of each key of the grid, by name of the condition; empty where the recipe has no grid.
+    """
+
+    settings: dict[str, dict[str, Any]]
+    windows: ConditionWindows
+    crossed: GridValues
+
+
 @dataclass(frozen=True)
 class UntrainedPopulation:
     """A population before it is trained.
@@ -44,17 +64,21 @@ class UntrainedPopulation:
     Args:
         recipe: resolved recipe of the population, as plain settings.
         conditions: plain settings of every condition, by name.
-        grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
+        windows: start, length and unit of the window that a condition is, by name; None for a condition that is no
             window. Empty where the recipe has no windows.
+        crossed: value of each key of the recipe's grid, by name of the condition. Empty where it has no grid.
         members: all members, in the order of their numbers.
         graphs: what the graph of every condition depends on, by name; members of equal graphs may share a chunk.
+        fit: number of members of the largest model that fit into the memory of one process.
     """
 
     recipe: Mapping[str, Any]
     conditions: Mapping[str, Mapping[str, Any]]
-    grid: Mapping[str, Mapping[str, int] | None]
+    windows: ConditionWindows
+    crossed: GridValues
     members: Sequence[Member]
     graphs: Mapping[str, Hashable]
+    fit: int
 
 
 @dataclass(frozen=True)
@@ -78,30 +102,55 @@ class Chunking:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def expanded(recipe: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int] | None]]:
-    """The conditions of a resolved recipe as plain settings, windows among them, and the window of each.
+def expanded(recipe: Mapping[str, Any]) -> ExpandedConditions:
+    """The conditions of a resolved recipe as plain settings; those of windows or of a grid come last.
 
     Args:
         recipe: resolved recipe of a population, as plain settings.
 
-    Returns:
-        Settings by name; and start, length and unit by name, None for a condition that is no window. The
-        second is empty where the recipe has no windows.
+    Raises:
+        ConfigError: a grid that cannot be, or a change of a setting that a condition cannot change.
     """
     population = recipe["population"]
-    conditions = dict(population.get("conditions") or {})
+    conditions = {name: dict(settings or {}) for name, settings in (population.get("conditions") or {}).items()}
+    crossed = {} if population.get("grid") is None else crossed_conditions(population["grid"])
+    for name, values in crossed.items():
+        if name in conditions:
+            raise ConfigError("population.conditions", name, "another name: a condition of population.grid has it")
+        conditions[name] = {"set": values}
+    changed = {name: _with_full_changes(name, settings, recipe, crossed) for name, settings in conditions.items()}
     windows = population.get("windows")
     if windows is None:
-        return conditions or {"all": {}}, {}
-    conditions = conditions or {"none": {}}
-    grid: dict[str, dict[str, int] | None] = dict.fromkeys(conditions)
-    for start in windows["starts"]:
-        for length in windows["lengths"]:
+        return ExpandedConditions(changed or {"all": {}}, {}, crossed)
+    return _with_windows(changed or {"none": {}}, windows)
+
+
+def _with_full_changes(
+    name: str, settings: dict[str, Any], recipe: Mapping[str, Any], crossed: GridValues
+) -> dict[str, Any]:
+    field = "population.grid" if name in crossed else f"population.conditions.{name}.set"
+    return with_full_changes(field, settings, recipe) if settings.get("set") else settings
+
+
+def condition_label(name: str, crossed: GridValues) -> str:
+    """What messages call a condition.
+
+    Args:
+        name: name of the condition.
+        crossed: value of each key of the recipe's grid, by name of the condition.
+    """
+    return f"population.grid: {name}" if name in crossed else f"population.conditions.{name}"
+
+
+def _with_windows(conditions: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> ExpandedConditions:
+    windows: dict[str, dict[str, int] | None] = dict.fromkeys(conditions)
+    for start in settings["starts"]:
+        for length in settings["lengths"]:
             name = f"start_{start}_length_{length}"
-            schedule = {"start": start, "stop": start + length, "unit": windows["unit"]}
-            conditions[name] = {"callbacks": [_scheduled(c, schedule) for c in windows["callbacks"]]}
-            grid[name] = {"start": start, "length": length, "unit": windows["unit"]}
-    return conditions, grid
+            schedule = {"start": start, "stop": start + length, "unit": settings["unit"]}
+            conditions[name] = {"callbacks": [_scheduled(c, schedule) for c in settings["callbacks"]]}
+            windows[name] = {"start": start, "length": length, "unit": settings["unit"]}
+    return ExpandedConditions(conditions, windows, {})
 
 
 def _scheduled(callback: Mapping[str, Any], schedule: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +202,20 @@ def cut_into_chunks(
     return sorted(chunks, key=len, reverse=True)
 
 
+def condition_recipe(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved recipe of a run under a condition, without what is of a single member: seed, optimizer, writers.
+
+    Args:
+        recipe: resolved recipe of the population, as plain settings.
+        settings: plain settings of the condition, whose changes have full keys.
+    """
+    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in NOT_IN_CHUNKS})
+    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings.get("task") or {})
+    found["trainer"]["callbacks"] = listed(found["trainer"].get("callbacks"))
+    change_recipe(found, settings.get("set") or {})
+    return found
+
+
 def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], members: Sequence[Member]) -> dict[str, Any]:
     """The resolved recipe of one chunk: an ordinary run, which trains without the rest of the population.
 
@@ -161,8 +224,8 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
         conditions: plain settings of every condition, by name.
         members: members of the chunk, by slot.
     """
-    found = copy.deepcopy({name: value for name, value in recipe.items() if name not in NOT_IN_CHUNKS})
     settings_of = [conditions[member.condition] or {} for member in members]
+    found = condition_recipe(recipe, settings_of[0])
     model = found["model"]
     model["seed"] = [member.seed for member in members]
     set_optimizer(model, settings_of)
@@ -171,7 +234,6 @@ def chunk_recipe(recipe: Mapping[str, Any], conditions: Mapping[str, Any], membe
         None if path is None else {"path": path, "place": m.seed_index} for path, m in zip(paths, members, strict=True)
     ]
     model["initial"] = starts if any(starts) else None
-    found["task"]["init_args"] = merged(found["task"].get("init_args") or {}, settings_of[0].get("task") or {})
     found["trainer"]["callbacks"] = _callbacks(found["trainer"].get("callbacks"), conditions, members)
     found["trainer"]["enable_progress_bar"] = False
     return found

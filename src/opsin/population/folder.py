@@ -3,8 +3,9 @@
 A population's folder holds
 
     population.json   members (member, condition, seed, chunk, slot), conditions in the recipe's order; ``compare``,
-                      metrics whose last values are compared, where the recipe names some; and, where the conditions
-                      form a grid of windows, ``grid``: condition to {"start", "length"}, null for no window
+                      metrics whose last values are compared, where the recipe names some; where the conditions
+                      are windows, ``grid``: condition to {"start", "length"}, null for no window; and, where the
+                      recipe has a grid, ``crossed``: condition to the value of each of its keys
     chunks/00, ...    ordinary run folders, one a chunk; a member is at index ``slot`` of its chunk's members
     metrics.csv       the chunks' tables with the population's member numbers, and the columns of all of them
 
@@ -28,6 +29,7 @@ from jaxtyping import Float, Int
 
 from opsin.errors import ConfigError
 from opsin.objective import LossScale
+from opsin.population.grid import GridValues
 from opsin.records.axes import table_axes, table_header
 from opsin.records.folder import write_atomically
 from opsin.records.schema import (
@@ -96,8 +98,9 @@ class TrainedPopulation:
         path: the folder of the population.
         conditions: names of the conditions, in the recipe's order.
         members: all members, in the order of their numbers.
-        grid: start, length and unit of the window that a condition is, by name; None for a condition that is no
+        windows: start, length and unit of the window that a condition is, by name; None for a condition that is no
             window. Empty where the recipe has no windows.
+        crossed: value of each key of the recipe's grid, by name of the condition. Empty where it has no grid.
         compare: names of the metrics whose last values are compared.
         scale: unit of the members' losses, and where they end; neither where the members' objectives differ.
     """
@@ -105,7 +108,8 @@ class TrainedPopulation:
     path: Path
     conditions: tuple[str, ...]
     members: tuple[TrainedMember, ...]
-    grid: Mapping[str, Mapping[str, int] | None]
+    windows: Mapping[str, Mapping[str, int] | None]
+    crossed: GridValues = field(default_factory=dict)
     compare: tuple[str, ...] = ()
     scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
 
@@ -175,10 +179,11 @@ def read_population(path: Path) -> TrainedPopulation:
         status, record = _record(summaries[row["chunk"]], row["slot"], chunk_folder(path, row["chunk"]))
         settings = {name: row[name] for name in ("member", "condition", "seed", "chunk", "slot")}
         members.append(TrainedMember(**settings, status=status, record=record))
-    grid, compare = content.get("grid") or {}, tuple(content.get("compare") or ())
+    grids = content.get("grid") or {}, content.get("crossed") or {}
+    compare = tuple(content.get("compare") or ())
     scales = {LossScale.of(summary) for summary in summaries.values() if summary is not None} or {LossScale.of({})}
     scale = scales.pop() if len(scales) == 1 else LossScale("", None)
-    return TrainedPopulation(path, conditions, tuple(members), grid, compare, scale)
+    return TrainedPopulation(path, conditions, tuple(members), *grids, compare, scale)
 
 
 def chunk_folder(path: Path, chunk: int) -> Path:

@@ -12,7 +12,10 @@ from opsin.errors import ConfigError, check_number
 from opsin.interventions.schedules import Schedule
 
 MOST_MEMBERS = 100_000
-"""Seeds of a population, processes, and members of one."""
+"""Seeds of a population, processes, members of one, and conditions of a grid."""
+
+REFUSED_IN_NAMES = ',"/\n'
+"""Characters that no condition's name has, as it stands in tables."""
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Condition:
         task: settings of the task that replace the recipe's, for example ``{train_classes: 20}``.
         initial: run folder, checkpoint or snapshot whose weights these members start from. Where it
             holds several members, the n-th seed takes the n-th.
+        set: settings of the recipe that differ here, by their keys with dots, for example
+            ``{model.transformer.heads: 4}``: any under ``task``, ``model`` or ``trainer.callbacks``.
     """
 
     callbacks: list[Callback] = field(default_factory=list)
@@ -39,6 +44,7 @@ class Condition:
     optimizer: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     initial: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
@@ -87,6 +93,8 @@ class Population:
         seeds: list of the seeds, or how many from ``model.seed`` on.
         conditions: settings of the conditions by name; all are compared with the first.
         windows: further conditions, one for every start and length.
+        grid: further conditions, one for every combination of the values of some settings, which have the keys that
+            ``set`` of a condition takes.
         paired: the n-th seed has the same initial weights and data in all conditions, so that differences
             are caused by the condition; else every member has a seed of its own, and no differences are reported.
         compare: recorded metrics of one number a member whose last value is compared between conditions, beside
@@ -98,6 +106,7 @@ class Population:
     seeds: int | list[int] = 4
     conditions: dict[str, Condition] = field(default_factory=dict)
     windows: Windows | None = None
+    grid: dict[str, list[Any]] | None = None
     paired: bool = True
     compare: list[str] = field(default_factory=list)
     processes: int | None = None
@@ -115,7 +124,10 @@ class Population:
         if len({*self.compare}) < len(self.compare):
             raise ConfigError("population.compare", self.compare, "each metric once")
         for name in self.conditions:
-            if not name or any(sign in name for sign in ',"/\n'):
+            if not name or any(sign in name for sign in REFUSED_IN_NAMES):
                 raise ConfigError("population.conditions", name, "a name without comma, quote, slash or line break")
         if self.windows is not None and not (self.windows.starts and self.windows.lengths and self.windows.callbacks):
             raise ConfigError("population.windows", "nothing", "callbacks, starts and lengths")
+        if self.windows is not None and self.grid is not None:
+            expected = "none beside population.windows, whose conditions differ by their schedule alone"
+            raise ConfigError("population.grid", [*self.grid], expected)

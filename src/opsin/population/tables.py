@@ -10,7 +10,8 @@ Metrics that the recipe compares are quantities by their own names: the last val
 as it should.
 
 **Outcomes.** An onset that is missing is counted, never skipped: ``formed`` has an onset, ``no plateau`` ended more
-than a quarter below its plateau without an onset that could be located, or changed without a plateau that was held,
+than a quarter below its plateau without an onset that could be located, or changed without a plateau that was held, or
+came without any plateau to within ``NEAR_LOWEST`` of the way from its first loss to the lowest there is,
 ``not formed`` did not leave its plateau by the end of the run (its onset is censored). A diverged or unfinished member
 has no outcome and enters no mean.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -32,11 +34,13 @@ from opsin.metrics.compare import mean_interval, mean_over_run, paired_differenc
 from opsin.metrics.cusum import first_lasting_fall
 from opsin.objective import LossScale
 from opsin.population.folder import Losses, TrainedMember, TrainedPopulation
+from opsin.population.grid import GridValues
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, UNFINISHED
 
 Row = dict[str, Any]
 
 FORMED, NO_PLATEAU, NOT_FORMED = "formed", "no plateau", "not formed"
+NEAR_LOWEST = 0.05  # share of the way from the first loss to the lowest that is left where all was learned
 FALLEN = 0.25  # share below the plateau from which a loss without an onset counts as fallen, as in PhaseChange
 QUANTITIES = ("onset", "below_half", "final_loss", "mean_loss", "strongest_strength")
 TIMES, LOSSES = ("onset", "below_half"), ("final_loss", "mean_loss")
@@ -53,15 +57,30 @@ def summarise(population: TrainedPopulation, losses: Losses) -> dict[str, list[R
     members = [member_row(member, losses) for member in population.members]
     under = {name: [row for row in members if row["condition"] == name] for name in population.conditions}
     quantities = (*QUANTITIES, *population.compare)
+    conditions = [condition_row(name, rows, quantities, losses.scale) for name, rows in under.items()]
     return {
-        "members": members,
-        "conditions": [condition_row(name, rows, quantities, losses.scale) for name, rows in under.items()],
+        "members": [_with_values(row, population.crossed) for row in members],
+        "conditions": [_with_values(row, population.crossed) for row in conditions],
         "differences": [
             row
             for condition, against in _comparisons(population.conditions)
             for row in difference_rows(condition, against, under[condition], under[against], quantities)
         ],
     }
+
+
+def _with_values(row: Row, crossed: GridValues) -> Row:
+    """A row with a column for each key of the grid after its condition; None in those that the grid has not made."""
+    values = crossed.get(row["condition"], {})
+    columns = {key: _cell(values.get(key)) for key in next(iter(crossed.values()), {})}
+    until = [*row].index("condition") + 1
+    cells = [*row.items()]
+    return dict([*cells[:until], *columns.items(), *cells[until:]])
+
+
+def _cell(value: Any) -> Any:
+    """A setting as a cell has it: a number or text, and anything of several parts as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -86,13 +105,14 @@ def member_row(member: TrainedMember, losses: Losses) -> Row:
     strongest = max(strengths, key=strengths.__getitem__) if strengths and member.counts else None
     x, y = losses.sequences, losses.values[:, member.member]
     half = _way_down(plateau, 0.5, losses.scale)
+    start = next(iter(y[np.isfinite(y)].tolist()), None)
     return {
         "member": member.member,
         "condition": member.condition,
         "seed": member.seed,
         "status": member.status,
         "stopped_at": record.get("stopped_at"),
-        "outcome": _outcome(member, plateau, final, losses.scale),
+        "outcome": _outcome(member, plateau, final, start, losses.scale),
         "onset": onset.get("value"),
         "onset_low": onset.get("low"),
         "onset_high": onset.get("high"),
@@ -115,7 +135,9 @@ def _way_down(plateau: float | None, share: float, scale: LossScale) -> float | 
     return scale.lowest + (1 - share) * (plateau - scale.lowest)
 
 
-def _outcome(member: TrainedMember, plateau: float | None, final: float | None, scale: LossScale) -> str | None:
+def _outcome(
+    member: TrainedMember, plateau: float | None, final: float | None, start: float | None, scale: LossScale
+) -> str | None:
     reading = next(iter((member.record.get("changes") or {}).values()), None)
     if final is None or (plateau is None and reading is None):
         return None
@@ -123,6 +145,8 @@ def _outcome(member: TrainedMember, plateau: float | None, final: float | None, 
         return FORMED
     fallen = _way_down(plateau, FALLEN, scale)
     smooth = reading is not None and reading["verdict"] == "smooth"
+    if plateau is None and scale.lowest is not None and start is not None:
+        fallen = scale.lowest + NEAR_LOWEST * (start - scale.lowest)
     return NO_PLATEAU if smooth or (fallen is not None and final < fallen) else NOT_FORMED
 
 
@@ -175,6 +199,15 @@ def condition_row(condition: str, members: Sequence[Row], quantities: Sequence[s
 def with_intervals(row: Row) -> list[str]:
     """Names of the quantities of which the row of a condition has a mean."""
     return [name for name in row if f"{name}_low" in row]
+
+
+def compared_metrics(conditions: Sequence[Row]) -> list[str]:
+    """Names of the metrics that the recipe compares.
+
+    Args:
+        conditions: rows of the table of conditions, at least one.
+    """
+    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
 
 
 def _by_seed(members: Sequence[Row], quantity: str) -> dict[int, float | None]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opsin.figures.comparison import comparison_figure
 from opsin.figures.critical_period import critical_period_figure
+from opsin.figures.grid import grid_figure
 from opsin.figures.population import population_figure
+from opsin.figures.scaling import scaling_figure
 from opsin.figures.style import save_figure
 from opsin.objective import LossScale
 from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
-from opsin.population.tables import QUANTITIES, Row, as_csv, summarise, with_intervals
+from opsin.population.order import order_rows
+from opsin.population.scaling import scaling_curves
+from opsin.population.tables import Row, as_csv, compared_metrics, summarise
 from opsin.records.folder import write_atomically
 from opsin.records.schema import COMPLETE, DIVERGED, FINISHED_EARLY, SUMMARY_FILE, UNFINISHED
 from opsin.reports.columns import aligned
@@ -30,9 +35,10 @@ STATUS_WORDS = {
 def finish_population(path: Path) -> dict[str, list[Row]]:
     """Write what a population found, each file replaced at once.
 
-    ``metrics.csv``; ``members.csv``, ``conditions.csv`` and ``differences.csv``; ``summary.json`` with the content of
-    these three; ``population.png``, and ``comparison.png`` of the metrics that are compared; and
-    ``critical_period.png`` where the conditions form a grid of windows.
+    ``metrics.csv``; ``members.csv``, ``conditions.csv`` and ``differences.csv``; ``summary.json``;
+    ``population.png``; ``order.csv`` and ``comparison.png`` of the metrics that are compared,
+    ``critical_period.png`` of windows, and ``grid.png`` of a grid; ``scaling.csv`` and ``scaling.png``, power laws of
+    compared metrics along the grid's keys of numbers. ``summary.json`` has the rows of every table.
 
     Args:
         path: folder of the population; members of chunks that have not finished are counted and enter no mean.
@@ -45,15 +51,25 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     """
     population = read_population(path)
     losses = merge_metrics(population)
+    compared = compared_curves(population)
     summary = summarise(population, losses)
+    if compared:
+        summary["order"] = order_rows(population, compared)
+    curves = scaling_curves(population.crossed, population.compare, summary["members"]) if population.crossed else []
+    if curves:
+        summary["scaling"] = [curve.row() for curve in curves]
     for name, rows in summary.items():
         write_atomically(path / f"{name}.csv", as_csv(rows))
     write_atomically(path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     save_figure(population_figure(losses, summary), path / "population.png")
-    if population.compare:
-        save_figure(comparison_figure(compared_curves(population), summary), path / "comparison.png")
-    if population.grid:
-        save_figure(critical_period_figure(population.grid, summary, population.scale), path / "critical_period.png")
+    if compared:
+        save_figure(comparison_figure(compared, summary), path / "comparison.png")
+    if population.windows:
+        save_figure(critical_period_figure(population.windows, summary, population.scale), path / "critical_period.png")
+    if population.crossed:
+        save_figure(grid_figure(population.crossed, summary, population.scale), path / "grid.png")
+    if curves:
+        save_figure(scaling_figure(curves), path / "scaling.png")
     return summary
 
 
@@ -67,6 +83,8 @@ def population_report(summary: Mapping[str, Sequence[Row]], folder: Path, scale:
     """
     rows, final_loss = _member_lines(summary["members"]), f"final loss, {scale.unit}".rstrip(", ")
     rows += _condition_lines(summary["conditions"], final_loss)
+    rows += _order_lines(summary.get("order", ()))
+    rows += _scaling_lines(summary.get("scaling", ()))
     rows += _difference_lines(summary, final_loss)
     rows.append(("files", str(folder)))
     return "\n".join(f"{label:<13} {text}" for label, text in rows)
@@ -102,15 +120,33 @@ def _condition_lines(conditions: Sequence[Row], final_loss: str) -> list[tuple[s
             )
         )
     lines = [("conditions", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
-    if not (compared := _compared_metrics(conditions)):
+    if not (compared := compared_metrics(conditions)):
         return lines
     found = [(row["condition"], *(_interval(row, name, ".4f") for name in compared)) for row in conditions]
     return [*lines, ("", "last values"), *(("", line) for line in aligned([("condition", *compared), *found]))]
 
 
-def _compared_metrics(conditions: Sequence[Row]) -> list[str]:
-    """Metrics that the recipe compares."""
-    return [name for name in with_intervals(conditions[0]) if name not in QUANTITIES]
+def _order_lines(order: Sequence[Row]) -> list[tuple[str, str]]:
+    """When each compared metric had gone half of its way, the earliest first within a condition."""
+    if not any(row["changed"] or row["formed"] for row in order):
+        return []
+    cells = [("condition", "metric", "changed", "half way, sequences", "onset, sequences")]
+    for condition in dict.fromkeys(row["condition"] for row in order):
+        rows = [row for row in order if row["condition"] == condition]
+        for row in sorted(rows, key=lambda row: math.inf if row["halfway"] is None else row["halfway"]):
+            times = (_interval(row, "halfway", ",.0f"), _interval(row, "onset", ",.0f"))
+            cells.append((condition, row["metric"], f"{row['changed']} of {row['members']}", *times))
+    return [("order", "means over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
+
+
+def _scaling_lines(scaling: Sequence[Row]) -> list[tuple[str, str]]:
+    """The exponent of every metric along every key of the grid."""
+    if not scaling:
+        return []
+    cells = [("metric", "along", "at", "exponent")]
+    for row in scaling:
+        cells.append((row["metric"], row["key"], row["fixed"], _interval(row, "exponent", ".3f", "low", "high")))
+    return [("scaling", "power laws over seeds [95 % interval]"), *(("", line) for line in aligned(cells))]
 
 
 def _without_onset(row: Row) -> str:
@@ -124,7 +160,7 @@ def _difference_lines(summary: Mapping[str, Sequence[Row]], final_loss: str) -> 
         return []
     first = summary["conditions"][0]["condition"]
     rows = [row for row in summary["differences"] if row["against"] == first]
-    compared = _compared_metrics(summary["conditions"])
+    compared = compared_metrics(summary["conditions"])
     shown = {"onset": ("onset, sequences", "+,.0f"), "below_half": ("below half the plateau", "+,.0f")}
     shown |= {"final_loss": (final_loss, "+.4f")} | {name: (name, "+.4f") for name in compared}
     cells = [("condition", *(heading for heading, _ in shown.values()))]

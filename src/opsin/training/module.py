@@ -171,6 +171,7 @@ class OpsinModule(pl.LightningModule):
         self._listeners: list[Listener] = []
         self._event_handlers: list[Callable[[Event], None]] = []
         self._batch_handlers: list[Callable[[], None]] = []
+        self._completion_handlers: list[Callable[[], None]] = []
         self._end_requests: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._results: list[Tensor] = []
         self._end_wanted = False
@@ -260,6 +261,10 @@ class OpsinModule(pl.LightningModule):
         """
         self._end_requests.append((requested, end))
 
+    def when_complete(self, handler: Callable[[], None]) -> None:
+        """Call ``handler`` when the run's summary is whole, before a checkpoint says that the run is finished."""
+        self._completion_handlers.append(handler)
+
     @property
     def is_trained(self) -> bool:
         """Whether training has come to its end: the last step, the end of every member, or an early stopping's word."""
@@ -276,6 +281,11 @@ class OpsinModule(pl.LightningModule):
             self.event_table.append(vars(event))
         for handler in self._event_handlers:
             handler(event)
+
+    def announce_completion(self) -> None:
+        """Call every handler that waits for the whole of the run; nobody goes on with it once it is finished."""
+        for handler in self._completion_handlers:
+            handler()
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         """Parameters ``[M, ...]`` under their names."""

@@ -83,8 +83,8 @@ def run_settings(module: TrainedModule, plan: Plan, trainer: Any) -> dict[str, A
     _add("task", module.task, found)
     found["task.draws"] = _draws(module.task, module.seeds)
     # what no setting may say; runs of earlier versions have none but this one
-    if module.task.objective != CrossEntropy():
-        _add("task.objective", module.task.objective, found)
+    if (minimised := module.task.objective.minimised) != CrossEntropy():
+        _add("task.objective", minimised, found)
     _add(module.network.setting, module.network, found)
     found["model.seed"] = list(module.seeds)
     found["model.initial"] = list(module.initial_weights)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 
 from opsin.errors import ConfigError, check_number
+from opsin.model.protocol import Model
 from opsin.optimizers.adam import SHORT_FORM
 from opsin.task import Task
 from opsin.training.objective import check_objective
@@ -25,6 +26,7 @@ class Settings(Protocol):
     """The settings of an ``OpsinModule`` that are checked."""
 
     task: Task
+    network: Model
     seeds: list[int]
     learning_rate: float | list[float]
     weight_decay: float | list[float]
@@ -52,6 +54,7 @@ def check_settings(module: Settings) -> None:
     """
     check_objective(module.task)
     module.task.time_axis  # noqa: B018 - refuses epochs of a task without any
+    _check_offsets(module.task, module.network)
     sets = module.task.evaluations
     if module.probe_set is not None and module.probe_set not in sets:
         raise ConfigError("model.probe", module.probe_set, f"null, or an evaluation set of the task: {', '.join(sets)}")
@@ -81,6 +84,14 @@ def check_settings(module: Settings) -> None:
         raise ConfigError("model.seed", module.seeds, "one or more seeds of 0 or more, below 2**63")
     if module.gradient_clip is not None:
         check_number("model.gradient_clip", module.gradient_clip, "more than 0, or null", 0, open_low=True)
+
+
+def _check_offsets(task: Task, network: Model) -> None:
+    """Refuse sequences that begin where the model's position code has ended, or where it has none."""
+    room, length = network.positions_coded(task), task.layout.positions
+    if task.offsets > room - length + 1:
+        expected = f"at most {max(room - length + 1, 1)}: {type(network).__name__} codes {room} positions"
+        raise ConfigError(f"{type(task).__name__}.offsets", task.offsets, expected)
 
 
 def _is_default(module: Settings, name: str) -> bool:

@@ -132,7 +132,9 @@ def test_they_say_which_metrics_they_record():
     model, attached = module(), readers()
     train(model, 5, *attached)
     said = recorded_metrics(attached, model.sites, model.task, validates=False)
-    assert {name: model.history[name].values[0].shape[1:] for name in model.history.names()} == said
+    assert {name: model.history.axes(name) for name in model.history.names()} == said
+    shapes = {name: model.history[name].values[0].shape[1:] for name in model.history.names()}
+    assert shapes == {name: tuple(axes.values()) for name, axes in said.items()}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from opsin.objective import CrossEntropy, LogCrossEntropy
 from opsin.reports.run import final_report
 from opsin.tasks import FewShot, GaussianClusters, Kind, Repeats
 from opsin.training.module import OpsinModule
+from tests.helpers.finite import Table
 from tests.helpers.toys import train
 
 BATCH, LOG = 32, 10
@@ -90,6 +91,13 @@ def test_a_small_drop_is_a_change_where_no_predictor_could_do_better():
         assert bool(module.events) == changed and (module.summary["midpoint"] is not None) == changed
     assert best_loss(task, "val/repeated/loss", plateau) < best and best_loss(task, "train/loss", best) == 0
     assert best_loss(tiny().task, "train/loss", plateau) == 0
+
+
+def test_the_best_loss_on_a_fixed_set_is_that_of_the_whole_set(monkeypatch):
+    table, sizes = Table(train_share=0.75), []
+    monkeypatch.setattr(table, "exact", lambda batch: sizes.append(batch.targets.shape[1]))
+    assert best_loss(table, "val/test/loss", 1.0) == best_loss(table, "train/loss", 1.0) == 0
+    assert sizes == [3, 9]
 
 
 def test_a_loss_that_stays_on_its_plateau_announces_nothing_and_has_no_onset():

@@ -1,7 +1,6 @@
 """Claims about W&B: offline files hold the whole run, read back with wandb's own reader."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,10 +15,12 @@ import yaml
 
 import opsin.callbacks.wandb.start as opsin_wandb
 from opsin.callbacks import InductionHeads, KeepRun
+from opsin.callbacks.readers import run_folder
 from opsin.callbacks.wandb.callback import WeightsAndBiases, scalars
 from opsin.callbacks.wandb.member_run import flat
 from opsin.callbacks.wandb.members import resolved_config
-from opsin.callbacks.wandb.start import default_mode, start, written_until
+from opsin.callbacks.wandb.offline_files import last_step
+from opsin.callbacks.wandb.start import default_mode, finish, start
 from opsin.cli import main
 from opsin.errors import ConfigError
 from opsin.figures.attention import attention_figure, position_names
@@ -30,6 +31,7 @@ from opsin.task import Layout
 from opsin.tasks import FewShot, GaussianClusters
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Event
+from tests.helpers.killers import Killed, kill
 from tests.helpers.processes import Started
 from tests.helpers.wandb_files import NAMES, history, of_type, offline_runs, read, run_id, steps_of
 from tests.helpers.wandb_files import summary as summary_in
@@ -61,13 +63,17 @@ class Crash(pl.Callback):
             raise self.error
 
 
-def fit(folder, *callbacks, steps=120, seed=0, ckpt_path=None):
+def fit(folder, *callbacks, **settings):
+    return train(KeepRun(folder, checkpoint_every=60), *callbacks, **settings)
+
+
+def train(keeper, *callbacks, steps=120, seed=0, ckpt_path=None):
     task = FewShot(GaussianClusters(**CLUSTERS), train_classes=12, batch_size=BATCH_SIZE)
     settings = {"steps_per_batch": 20, "evaluation_size": 8, "probe_size": 16}
     module = OpsinModule(task, Transformer(**TINY), seed, learning_rate=1e-3, **settings)
     trainer = pl.Trainer(
         max_steps=steps,
-        callbacks=[*callbacks, InductionHeads(every=20), KeepRun(folder, checkpoint_every=60)],
+        callbacks=[*callbacks, InductionHeads(every=20), keeper],
         check_val_every_n_epoch=None,
         val_check_interval=5,
         accelerator="cpu",
@@ -246,13 +252,40 @@ def test_a_process_that_starts_in_the_second_of_a_killed_one_does_not_write_over
     assert time.strftime("%Y%m%d_%H%M%S") not in names
 
 
-def test_a_killed_run_whose_file_holds_no_step_is_sent_from_its_start(tmp_path):
-    path = tmp_path / "wandb" / "offline-run-1-abc" / "run-abc.wandb"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    os.utime(path, (0, 0))
-    # of an online run there is nothing to read
-    assert written_until(tmp_path, ["abc", "online"]) == {"abc": -1}
+def test_the_file_of_a_run_that_has_ended_is_whole(tmp_path):
+    runs = start("offline", tmp_path, [{"project": "opsin", "id": name} for name in "abcd"])
+    for run in runs:
+        run.log({"x": 1.0}, step=7)
+        finish(run)
+        assert [last_step(path) for path in offline_runs(tmp_path) if path.name == f"run-{run.id}.wandb"] == [7]
+
+
+def test_a_run_counts_as_finished_once_its_offline_file_is_whole(tmp_path, monkeypatch):
+    found = []
+
+    def look(folder, content, finished=False):
+        if finished:
+            found.append(steps_of(offline_runs(folder)))
+            found.append(json.loads((folder / "wandb_run.json").read_text())["finished"])
+
+    monkeypatch.setattr(run_folder, "write_last", look)
+    fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=20)
+    # one that is killed in this moment goes back, and needs its ledger
+    assert found == [[0, 10, 20], False]
+    assert json.loads((tmp_path / "wandb_run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("steps", [120, 40], ids=["after a checkpoint", "before the first checkpoint"])
+def test_a_run_that_is_killed_as_it_finishes_is_sent_once(tmp_path, monkeypatch, steps):
+    write, checkpoint = run_folder.write_last, tmp_path / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder, "write_last", lambda *given: kill() if given[2] else write(*given))
+        fit(tmp_path, WeightsAndBiases(mode="offline", pictures=0), steps=steps)
+    keeper, start_from = KeepRun(tmp_path, checkpoint_every=60), checkpoint if checkpoint.exists() else None
+    keeper.goes_on = start_from is None
+    train(keeper, WeightsAndBiases(mode="offline", pictures=0), steps=steps, ckpt_path=start_from)
+    assert len({run_id(path) for path in offline_runs(tmp_path)}) == 1
+    assert steps_of(offline_runs(tmp_path)) == list(range(0, steps + 1, 10))
 
 
 def test_a_new_run_where_a_finished_one_was_removed_has_an_id_of_its_own(finished, tmp_path):
