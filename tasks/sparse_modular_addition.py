@@ -3,14 +3,15 @@
 Odonnat, Bouaziz and Cabannes 2024, "Clustering head": a sequence of T tokens, uniform in 0 .. p - 1, of which the first
 k are summed modulo p. Training and test sequences are drawn once.
 
-Legend: E examples, T positions, M members, B batch.
+Legend: E examples, T positions, k relevant ones, M members, B batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 
 import torch
 from jaxtyping import Int64
@@ -21,6 +22,9 @@ from opsin.tasks.shared.finite import FiniteTask
 from opsin.tasks.shared.streams import below, stream_key, uniforms
 
 _TABLE_STREAM = 2
+
+MOST_CLUSTERINGS = 256
+"""Largest number of shifts whose clusters are all looked at."""
 
 
 class SparseModularAddition(FiniteTask):
@@ -89,10 +93,35 @@ class SparseModularAddition(FiniteTask):
         return {**super().declared_features(), "counts": self._counts}
 
     def _counts(self, batch: Batch) -> Int64[Tensor, "M B"]:
-        """The numbers of 1s, 2s .. p - 1s at relevant positions as the digits of one number."""
+        return self._counted(batch.tokens[..., : self.relevant])
+
+    def _counted(self, tokens: Int64[Tensor, "M B k"]) -> Int64[Tensor, "M B"]:
+        """The numbers of 1s, 2s .. p - 1s as the digits of one number."""
         base = self.relevant + 1
         weights = [0, *(base**power for power in range(self.modulus - 1))]
-        return torch.tensor(weights, device=batch.tokens.device)[batch.tokens[..., : self.relevant]].sum(-1)
+        return torch.tensor(weights, device=tokens.device)[tokens].sum(-1)
+
+    def shifts(self) -> list[tuple[int, ...]]:
+        """What may be added to tokens at relevant positions, modulo p, without a change of the task; 0 at the first.
+
+        The sum changes by a constant then, so a model may as well count shifted tokens: for p = 2, ones at some
+        positions and noughts at others. Where there are more than ``MOST_CLUSTERINGS``, the first alone, which is 0
+        everywhere.
+        """
+        count = self.modulus ** (self.relevant - 1)
+        if count > MOST_CLUSTERINGS:
+            return [(0,) * self.relevant]
+        return [(0, *shift) for shift in product(range(self.modulus), repeat=self.relevant - 1)]
+
+    def clusterings(self, batch: Batch) -> Iterator[Int64[Tensor, "M B"]]:
+        """Cluster of every sequence by the counts of its relevant tokens after each of ``shifts``, plain counts first.
+
+        Args:
+            batch: sequences of this task.
+        """
+        for shift in self.shifts():
+            added = torch.tensor(shift, device=batch.tokens.device)
+            yield self._counted((batch.tokens[..., : self.relevant] + added) % self.modulus)
 
     def baselines(self) -> dict[str, float]:
         return {"guessing": math.log(self.modulus)}

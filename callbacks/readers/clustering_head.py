@@ -5,12 +5,13 @@ Legend: M members, B sequences of the probe, L and K positions, D width, V outpu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from lightning.pytorch import LightningModule, Trainer
 from PIL.Image import Image
 from torch import Tensor
@@ -26,6 +27,7 @@ from opsin.objective import accuracy, entry_mean
 from opsin.records.axes import Axes
 from opsin.records.history import NEVER, Question
 from opsin.records.schema import TRAIN_LOSS
+from opsin.task import Batch
 from opsin.training.module import OpsinModule
 from opsin.training.objective import scored_logits
 from opsin.training.observers import Observation
@@ -44,6 +46,17 @@ MARGIN = 1.15
 """Side of the square that is shown, in units of the farthest points' distance along it."""
 
 
+@runtime_checkable
+class ClusteredTask(Protocol):
+    """A task that knows by what clusters of sequences it can be solved."""
+
+    def shifts(self) -> list[tuple[int, ...]]:
+        """Symmetries of the task that make one clustering of another, the plain one first."""
+
+    def clusterings(self, batch: Batch) -> Iterator[Int64[Tensor, "M B"]]:
+        """Cluster of every sequence, once for each of ``shifts``."""
+
+
 class ClusteringHead(ProbeReader):
     """Measures on the probe the clusters of the points that a pooling head makes of sequences, and draws the plane.
 
@@ -51,8 +64,11 @@ class ClusteringHead(ProbeReader):
     then the classifier is fitted. Read-only, under the interventions in force. Recorded and logged, ``[M]`` each, as
     ``clustering/...``:
 
-    - ``within_share``: share of the variance of the points (``pool.hook_z``) that lies within the clusters, the classes
-      of ``feature``; ``within_target_share``: the same with the right answers as clusters;
+    - ``within_share``: share of the variance of the points (``pool.hook_z``) that lies within clusters, those of the
+      task's clusterings that fit a member best. A clustering is by the counts of tokens at relevant positions, which
+      may be shifted position by position, as the sum then changes by a constant: a model of bits may count ones at some
+      positions and noughts at others;
+    - ``within_counts_share``: the same with plain counts, unshifted; ``within_target_share``: with the right answers;
     - ``irrelevant_attention``: share of the attention that goes to positions that decide nothing (no measure of
       success: their contributions may cancel);
     - ``accuracy`` on the probe;
@@ -64,29 +80,29 @@ class ClusteringHead(ProbeReader):
     In the run folder: ``plane.png``, which W&B shows while training, a column for each of ``pictures``, of the first
     member that is solved (else of the first): normalised vectors of tokens and positions, the attention to each, its
     values, and the points of sequences over the regions of the classifier. The module's summary receives under
-    ``clustering``, for several members as a list, ``clustered_at``, ``solved_at`` and ``loss_spikes``, the steps at
-    which the training loss began to spike (``opsin.metrics.clusters.loss_spikes``).
+    ``clustering``, for several members as a list, ``clustered_at``, ``solved_at``, ``shift``, that of the clustering
+    which fits the final points best, and ``loss_spikes``, the steps at which the training loss began to spike
+    (``opsin.metrics.clusters.loss_spikes``).
 
     Args:
         every: optimizer steps between measurements; the first and the last state are always measured.
-        feature: declared feature of the task whose classes are the clusters.
         pictures: optimizer steps whose state is drawn, multiples of ``every``; none for no picture.
 
     Raises:
         ConfigError: fewer than one step, or a picture between measurements; when training starts, a model that does not
-            pool sequences into a point of a plane, a task without classes, without ``Truth.relevant``, or without the
-            feature.
+            pool sequences into a point of a plane, or a task without classes, clusterings or ``Truth.relevant``.
     """
 
     name = "clustering"
 
-    def __init__(self, every: int = 64, feature: str = "counts", pictures: list[int] | None = None) -> None:
+    def __init__(self, every: int = 64, pictures: list[int] | None = None) -> None:
         super().__init__(every)
-        self.feature, self.pictures = feature, sorted({*(pictures or ())})
+        self.pictures = sorted({*(pictures or ())})
         for step in self.pictures:
             if step < 0 or step % every:
                 raise ConfigError("ClusteringHead.pictures", step, f"multiples of every, {every}")
         self._states: list[PlaneState] = []
+        self._best: Int64[Tensor, " M"] | None = None
         # one object each, by which the history knows what it has answered
         self._clustered, self._solved = partial(_below, CLUSTERED), partial(_from_level, SOLVED)
 
@@ -94,7 +110,7 @@ class ClusteringHead(ProbeReader):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(every=self.every, feature=self.feature, pictures=self.pictures)
+        return self._generate_state_key(every=self.every, pictures=self.pictures)
 
     def state_dict(self) -> dict[str, Any]:
         return {"states": [dict(vars(state)) for state in self._states]}
@@ -114,37 +130,43 @@ class ClusteringHead(ProbeReader):
             relevant = module.task.batch(0, 0, "train", 1).truth.relevant
             return None if relevant is not None else type(module.task).__name__
 
-        stated = "a task that says which positions decide (Truth.relevant)"
-        return [needs_classes("ClusteringHead"), Requirement("ClusteringHead", without_relevant, stated)]
+        def without_clusterings(module: OpsinModule) -> str | None:
+            return None if isinstance(module.task, ClusteredTask) else type(module.task).__name__
+
+        return [
+            needs_classes("ClusteringHead"),
+            Requirement("ClusteringHead", without_relevant, "a task that says which positions decide (Truth.relevant)"),
+            Requirement("ClusteringHead", without_clusterings, "a task that knows its clusterings"),
+        ]
 
     def check(self, module: OpsinModule) -> None:
-        known = module.task.declared_features()
-        if self.feature not in known:
-            raise ConfigError("ClusteringHead.feature", self.feature, f"one of {', '.join(known)}")
         width = module.sites[POINT].sizes["D"]
         if self.pictures and width != 2:
             raise ConfigError("ClusteringHead.pictures", f"a model of width {width}", "one of width 2, or no pictures")
 
     def records(self, sites: SiteTable) -> dict[str, Axes]:
-        shares = ("within_share", "within_target_share", "irrelevant_attention", "accuracy")
+        shares = ("within_share", "within_counts_share", "within_target_share", "irrelevant_attention", "accuracy")
         outcomes = ("clustered_at", "solved_at", "solved", "clusters_first")
         return {f"{self.name}/{number}": {} for number in (*shares, *outcomes)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._states = []
+            self._states, self._best = [], None
 
     # ---- while training -------------------------------------------------------------------------
 
     def measure(self, seen: Observation) -> None:
-        module, batch = self._module, seen.batch
-        features, relevant = module.task.declared_features(), batch.truth.relevant
-        assert relevant is not None
+        module, batch, task, relevant = self._module, seen.batch, self._module.task, seen.batch.truth.relevant
+        # what requirements have found
+        assert relevant is not None and isinstance(task, ClusteredTask)
         points, logits = seen.activations[POINT][:, :, 0], scored_logits(seen.activations[CLASS_LOGITS], batch)
+        shares = torch.stack([1 - explained_share(points, clusters) for clusters in task.clusterings(batch)])
+        within, self._best = shares.min(0)
         found = {
-            "within_share": 1 - explained_share(points, features[self.feature](batch)),
-            "within_target_share": 1 - explained_share(points, features["target"](batch)),
+            "within_share": within,
+            "within_counts_share": shares[0],
+            "within_target_share": 1 - explained_share(points, batch.targets[..., -1]),
             "irrelevant_attention": attention_share(seen.activations[PATTERN], ~relevant),
             "accuracy": entry_mean(accuracy(logits, batch), batch),
         }
@@ -180,7 +202,7 @@ class ClusteringHead(ProbeReader):
             "values": _by_token(seen.activations[VALUES], tokens),
             "attention": _by_token(seen.activations[PATTERN][..., None], tokens)[..., 0],
             "points": points,
-            "classes": self._module.task.declared_features()["target"](seen.batch),
+            "classes": seen.batch.targets[..., -1],
             "centre": centre,
             "reach": reach,
             "probabilities": self._probabilities(seen, centre, reach),
@@ -231,10 +253,18 @@ class ClusteringHead(ProbeReader):
         for number in ("clustered_at", "solved_at"):
             step = float(history[f"{self.name}/{number}"].values[-1][member])
             found[number] = None if np.isnan(step) else int(step)
+        found["shift"] = self._shift(member)
         steps, losses = history[TRAIN_LOSS].arrays()
         known = np.isfinite(losses[:, member])
         found["loss_spikes"] = [int(steps[known][index]) for index in loss_spikes(losses[known, member])]
         return found
+
+    def _shift(self, member: int) -> list[int] | None:
+        """The shift of the clustering that fits best after the last step; None where nothing varies, or is measured."""
+        task, within = self._module.task, self._module.history[f"{self.name}/within_share"].values[-1][member]
+        if self._best is None or np.isnan(within) or not isinstance(task, ClusteredTask):
+            return None
+        return list(task.shifts()[int(self._best[member])])
 
 
 def _below(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:

@@ -51,6 +51,18 @@ def test_of_more_tokens_the_clusters_are_the_tables_of_counts():
     assert len({*zip(counts, tables, strict=True)}) == 6
 
 
+def test_clusterings_are_counts_of_shifted_tokens_and_each_decides_the_answer():
+    made = task(relevant=3, positions=4)
+    batch = made.batch(0, 0, "eval/train", 64)
+    assert made.shifts()[:2] == [(0, 0, 0), (0, 0, 1)] and len(made.shifts()) == 4
+    found = list(made.clusterings(batch))
+    assert torch.equal(found[0], made.declared_features()["counts"](batch))
+    assert torch.equal(found[3], batch.tokens[..., 0] + (1 - batch.tokens[..., 1:3]).sum(-1))
+    for shift, clusters in zip(made.shifts(), found, strict=True):
+        assert torch.equal((clusters - sum(shift)) % 2, batch.targets[..., 0])
+    assert task(relevant=12).shifts() == [(0,) * 12]
+
+
 def test_every_token_stands_everywhere_as_often():
     bank = SparseModularAddition(modulus=3, train_sequences=6000, test_sequences=6000, split_seed=4).bank()
     counts = torch.stack([(bank["sequences"] == token).sum(0) for token in range(3)])  # token position

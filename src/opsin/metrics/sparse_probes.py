@@ -25,7 +25,7 @@ def probe_accuracies(
     Units are ranked by the share of their variance that lies between the classes. A probe is a ridge regression of the
     one-hot classes on the k first of them, standardised; it says the class with the largest output. Ranks, means and
     weights come from the sequences with an even number, the accuracy from the others: the mean over classes of the
-    share that is said rightly, 1 / C by chance.
+    share that is said rightly, 1 / C by chance; nan where a representation is no number.
 
     Args:
         x: representation of every sequence.
@@ -34,7 +34,7 @@ def probe_accuracies(
     """
     _, classes = feature.unique(return_inverse=True)
     one_hot = torch.nn.functional.one_hot(classes, int(classes.max()) + 1).double()
-    x = x.double()
+    x, known = x.double(), x.isfinite().flatten(1).all(1)
     mean, deviation = x[:, ::2].mean(1, keepdim=True), x[:, ::2].std(1, correction=0, keepdim=True)
     # a unit that does not vary tells nothing
     x = torch.where(deviation > 0, (x - mean) / deviation, 0.0)
@@ -43,7 +43,7 @@ def probe_accuracies(
     for size in sizes:
         units = x.gather(2, order[:, None, :size].expand(-1, x.shape[1], -1))
         found.append(_balanced_accuracy(_outputs(units, one_hot), one_hot[:, 1::2]))
-    return torch.stack(found, 1)
+    return torch.where(known[:, None], torch.stack(found, 1), torch.nan)
 
 
 def _between_shares(x: Float[Tensor, "M B D"], one_hot: Float[Tensor, "M B C"]) -> Float[Tensor, "M D"]:
@@ -66,5 +66,4 @@ def _balanced_accuracy(outputs: Float[Tensor, "M half C"], one_hot: Float[Tensor
     right = torch.nn.functional.one_hot(outputs.argmax(-1), outputs.shape[-1]) * one_hot
     counts = one_hot.sum(1)
     shares = torch.where(counts > 0, right.sum(1) / counts.clamp(min=1), 0.0)
-    accuracy = shares.sum(1) / (counts > 0).sum(1)
-    return torch.where(outputs.isfinite().all(-1).all(-1), accuracy, torch.nan)
+    return shares.sum(1) / (counts > 0).sum(1)

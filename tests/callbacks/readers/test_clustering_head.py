@@ -58,6 +58,22 @@ def test_a_head_that_sees_nothing_but_the_relevant_tokens_makes_perfect_clusters
     assert (last(model, "clustered_at") == 0).all()
 
 
+def test_a_head_that_counts_ones_at_one_position_and_noughts_at_another_has_clusters_as_well():
+    model = module(learning_rate=1e-30)
+    # a one turns the vector upwards: from the right at the first position, which lowers x, from the left at the second
+    set_weights(
+        model,
+        embed__W_E=[[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]],
+        pos_embed__W_pos=[[1.0, 0.0], [-1.0, 0.0], [0.0, 1e4], [0.0, 1e4]] + [[0.0, 0.0]] * 8,
+        pool__q=[0.0, 0.0],
+        pool__W_V=[[1.0, 0.0], [0.0, 0.0]],
+    )
+    train(model, 4, ClusteringHead(every=4))
+    np.testing.assert_allclose(last(model, "within_share"), 0, atol=1e-6)
+    assert (last(model, "within_counts_share") > 0.7).all()
+    assert model.summary["clustering"][0]["shift"] == [0, 1]
+
+
 def test_a_query_of_zeros_attends_evenly():
     model = module(learning_rate=1e-30)
     set_weights(model, pool__q=[0.0, 0.0])
@@ -114,7 +130,6 @@ def test_members_without_numbers_and_points_that_are_all_one_are_drawn_too(tmp_p
 @pytest.mark.parametrize(
     ("model", "reader", "line"),
     [
-        (lambda: module(), {"feature": "ones"}, "ClusteringHead.feature"),
         (lambda: module(network=ClusteringTransformer(width=3)), {"pictures": [0]}, "ClusteringHead.pictures"),
         (lambda: module(ToyTokens(), Transformer(layers=1, width=8, heads=2), probe="train"), {}, "ClusteringHead"),
     ],
