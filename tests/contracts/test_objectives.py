@@ -128,10 +128,9 @@ ONE_KIND = {
     "opsin.figures.memories": "names the measures of memories, one of which is a divergence",
     "opsin.figures.sparse_probes": "draws how often a probe is right, whatever is minimised",
     "opsin.metrics.memories": "which token a memory holds",
-    "opsin.metrics.sparse_probes": "how often a probe of its own is right",
     "opsin.task": "hands the right answer out to probes, whatever its type",
     "opsin.callbacks.readers.clustering_head": "needs classes, and a task that says which positions decide",
-    "opsin.callbacks.readers.delay": "compares two metrics, which accuracies are by default; nobody records them: refused",
+    "opsin.callbacks.readers.delay": "follows two metrics, accuracies by default, and refuses those that nobody records",
     "opsin.callbacks.readers.fourier_structure": "needs a table of an operation modulo p",
     "opsin.callbacks.readers.in_context_algorithm": "needs in-context regression",
     "opsin.callbacks.readers.memories": "needs the memories of BirthTransformer",
@@ -176,7 +175,7 @@ def test_every_exception_is_one():
     assert not [name for name in ONE_KIND if name not in known or not spoken(known[name])]
 
 
-def test_every_reader_of_classes_says_so():
+def test_every_reader_of_one_kind_says_so():
     readers = [name for name in ONE_KIND if name.startswith("opsin.callbacks.readers.")]
     texts = {module.name: module.text for module in modules()}
-    assert all("needs_classes" in texts[name] or "needs_read_out" in texts[name] for name in readers)
+    assert all(re.search("needs_classes|needs_read_out|Requirement|ConfigError", texts[name]) for name in readers)

@@ -109,7 +109,7 @@ DIGESTS = {
     "directions of a weight": "aaec236ce44ad770",
     "learned directions": "009d8d3f2f8563c1",
     "directions of a head": "6fb18e3ccf429df0",
-    "frequencies": "?",
+    "frequencies": "b673a4822d711ed8",
     "freeze": "3c1b3bb76364226f",
     "reinitialise": "26c6173e6e55fed1",
 }
