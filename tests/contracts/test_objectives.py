@@ -130,7 +130,7 @@ ONE_KIND = {
     "opsin.metrics.memories": "which token a memory holds",
     "opsin.task": "hands the right answer out to probes, whatever its type",
     "opsin.callbacks.readers.clustering_head": "needs classes, and a task that says which positions decide",
-    "opsin.callbacks.readers.delay": "follows two metrics, accuracies by default, and refuses those that nobody records",
+    "opsin.callbacks.readers.delay": "follows two metrics, by default accuracies, and refuses what nobody records",
     "opsin.callbacks.readers.fourier_structure": "needs a table of an operation modulo p",
     "opsin.callbacks.readers.in_context_algorithm": "needs in-context regression",
     "opsin.callbacks.readers.memories": "needs the memories of BirthTransformer",
