@@ -90,7 +90,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("home", [None, "/proc/none"])
+@pytest.mark.parametrize("home", [None, pytest.param("/proc/none", marks=pytest.mark.slow)])
 def test_a_user_without_a_name_and_without_a_home_that_can_be_written_trains(tmp_path, home):
     text = RECIPE.replace("tests.helpers.killers.EndAt", "opsin.callbacks.WeightsAndBiases")
     (tmp_path / "recipe.yaml").write_text(text)

@@ -286,10 +286,10 @@ def test_an_interrupt_before_training_is_one_line_too(opsin, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("hook", "step", "every"),
     [
-        ("on_train_batch_start", 25, 1000),
+        pytest.param("on_train_batch_start", 25, 1000, marks=pytest.mark.slow),
         ("on_train_batch_start", 25, 10),
         ("on_validation_start", 20, 10),
-        ("on_train_batch_start", 20, 10),
+        pytest.param("on_train_batch_start", 20, 10, marks=pytest.mark.slow),
         ("on_validation_start", STEPS, 10),
         ("on_fit_end", STEPS, 10),
     ],

@@ -114,6 +114,7 @@ def assert_all_loops_were_measured(figures: Path) -> None:
     assert measured["ratio_bare_to_eager"] > 0 and measured["ratio_clamps_and_trackers_to_bare"] > 0
 
 
+@pytest.mark.slow
 def test_the_bench_command_measures_all_loops(tmp_path, monkeypatch):
     bench = script(bench_command().stem)
     # what is compiled, without the compiler

@@ -11,8 +11,9 @@ JOB = {
     **{"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"},
     **{"SLURM_NODEID": "1", "SLURM_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"},
 }
+TASK = "a task of an allocation"
 LAUNCHERS = {
-    "a task of an allocation": JOB,
+    TASK: JOB,
     "a task of many on one machine": {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "bash"},
     "torchrun": {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
     "mpirun": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "2", "PMI_SIZE": "4"},
@@ -87,7 +88,9 @@ def test_a_checkpoint_of_lightnings_requeue_is_never_begun_from(fit, opsin, tmp_
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == whole
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(name, marks=() if name in (TASK, "torchrun") else pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_a_saved_configuration_trains_the_same_run_in_a_job_elsewhere_beside_a_foreign_checkpoint(
     opsin, tmp_path, monkeypatch, alone, whole, launcher
 ):

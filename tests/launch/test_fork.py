@@ -123,7 +123,7 @@ def same(a, b):
 # ---- without a change -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [20, 25])
+@pytest.mark.parametrize("at", [pytest.param(20, marks=pytest.mark.slow), 25])
 def test_a_branch_without_a_change_equals_the_run_to_the_last_bit(forked, tmp_path, at):
     run = tmp_path / "run"
     (branch,) = forked(recipe(*TRUNK, lr_scheduler=COSINE), None, at)
@@ -263,7 +263,7 @@ def test_a_branch_may_be_longer_than_its_run(forked, opsin, tmp_path):
 # ---- kills, and forks of forks ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1000, 5])
+@pytest.mark.parametrize("every", [pytest.param(1000, marks=pytest.mark.slow), 5])
 def test_a_killed_branch_resumes_to_the_same_end(forked, opsin, tmp_path, monkeypatch, every):
     settings = recipe(*TRUNK, lr_scheduler=COSINE) | {"checkpoint_every": every}
     conditions = {"ablated": {"callbacks": [writer("Ablate", heads=["1:1"])]}}

@@ -53,7 +53,14 @@ def killed_at(monkeypatch):
     return plan
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "chunks/01/recipe.yaml", "population.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("config.yaml", marks=pytest.mark.slow),
+        "chunks/01/recipe.yaml",
+        pytest.param("population.json", marks=pytest.mark.slow),
+    ],
+)
 def test_a_population_killed_before_it_is_whole_is_finished_by_resume(command, tmp_path, monkeypatch, killed_at, name):
     command(*LINES["population"], "--run_folder", "whole")
     killed_at(name)

@@ -30,9 +30,18 @@ def shortened(settings):
     return found
 
 
+VARIANTS = {
+    *("birth_frozen", "clustering_silenced", "confidence_clamped", "coopetition", "grokking_dichotomy"),
+    *("grokking_frequencies", "regression_grid", "regression_mixture", "regression_pairs", "single_heads", "sweep"),
+}
+"""Recipes whose task, model and readers others have as well: these are trained among the slow tests."""
+
+
 def names(population):
     found = {path.name: "population" in yaml.safe_load(path.read_text()) for path in RECIPES.glob("*.yaml")}
-    return sorted(name for name, has_one in found.items() if has_one == population)
+    chosen = sorted(name for name, has_one in found.items() if has_one == population)
+    slow = [pytest.mark.slow]
+    return [pytest.param(name, marks=slow if name.removesuffix(".yaml") in VARIANTS else ()) for name in chosen]
 
 
 @pytest.mark.parametrize("name", names(population=False))

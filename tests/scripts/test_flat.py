@@ -17,6 +17,7 @@ def test_a_part_that_grows_is_found_and_its_share_is_stated():
     assert flat.growth(rows, 1000)["memory"] == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_a_short_run_is_measured_in_parts(tmp_path):
     rows = script("flat").measured(1_000, 4, tmp_path)
     assert [row[0] for row in rows] == [250, 500, 750, 1000]

@@ -79,7 +79,10 @@ def test_a_snapshot_holds_the_weights_of_a_run_that_stopped_there(tmp_path):
         assert all(torch.equal(saved["parameters"][name], tensor) for name, tensor in stopped.items())
 
 
-@pytest.mark.parametrize(("announced", "killed"), [(60, 50), (60, 70), (40, 70), (90, 70)])
+@pytest.mark.parametrize(
+    ("announced", "killed"),
+    [(60, 50), (60, 70), pytest.param(40, 70, marks=pytest.mark.slow), pytest.param(90, 70, marks=pytest.mark.slow)],
+)
 def test_a_killed_and_resumed_run_leaves_the_same_files_bit_for_bit(tmp_path, announced, killed):
     def callbacks(folder):
         return Snapshots(per_decade=3, ring=8, every=5), Announce(announced), KeepRun(folder, checkpoint_every=30)
