@@ -45,13 +45,13 @@ def test_a_sweep_ends_after_a_kill_as_one_left_alone_with_one_table_and_one_map_
     table = pd.read_csv(tmp_path / "whole" / "conditions.csv").set_index("condition")
     assert [*table.index] == [
         "four_heads",
-        *(f"learning_rate={r} burstiness={b}" for r in (0.0001, 0.0003) for b in (1, 2)),
+        *(f"learning_rate={r} burstiness={b}" for r in ("3e-05", "0.0001") for b in (1, 2)),
     ]
     assert table[[RATE, COPIES]].drop("four_heads").drop_duplicates().shape == (4, 2)
     assert table["final_loss"].notna().all() and table["unfinished"].eq(0).all()
     rows = json.loads((tmp_path / "whole" / "population.json").read_text())["members"]
     chunks = {row["condition"]: row["chunk"] for row in rows}
-    assert chunks["learning_rate=0.0001 burstiness=1"] == chunks["learning_rate=0.0003 burstiness=1"]
+    assert chunks["learning_rate=3e-05 burstiness=1"] == chunks["learning_rate=0.0001 burstiness=1"]
     assert len(set(chunks.values())) == 3, "other heads and other burstinesses train apart, rates together"
     opsin("fork", "whole", "--member", "0", "--at", "30", "--run_folder", "branch", folder=tmp_path)
     assert json.loads((tmp_path / "branch" / "population.json").read_text())["fork"]["replay_equals_run"]
