@@ -253,6 +253,7 @@ def test_a_branch_with_another_learning_rate_follows_the_schedule_of_that_rate(f
     assert not same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(branch)["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_branch_may_be_longer_than_its_run(forked, opsin, tmp_path):
     (branch,) = forked(recipe(*TRUNK), {"long": {"max_steps": 60}})
     long = recipe(*TRUNK)
@@ -289,6 +290,7 @@ def test_the_saved_configuration_of_a_branch_gives_the_branch_again(forked, opsi
     assert_equal_weights((tmp_path / "again", branch))
 
 
+@pytest.mark.slow
 def test_a_branch_can_be_forked_from_its_own_beginning_on(forked, opsin, tmp_path):
     forked(recipe(*TRUNK), {"ablated": {"callbacks": [writer("Ablate", heads=["1:1"])]}})
     (tmp_path / "fork").rename(tmp_path / "once")
@@ -357,6 +359,7 @@ def test_the_recipe_of_a_member_has_what_acts_in_it_alone():
 # ---- what is not as it was, and what it is for ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_another_before_is_told_apart_from_its_replay(forked, tmp_path, opsin, caplog):
     forked(recipe(*TRUNK))
     (tmp_path / "fork").rename(tmp_path / "first")

@@ -97,7 +97,7 @@ def assert_same_end(run, whole):
     )
 
 
-@pytest.mark.parametrize("step", [0, 1, 10, 13, 20, 34, 59])
+@pytest.mark.parametrize("step", [0, 13, 20, 59, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 10, 34))])
 def test_a_signal_after_any_step_is_answered_before_the_next_and_the_run_resumes_to_the_bit(
     fit, opsin, tmp_path, whole, step
 ):
@@ -336,7 +336,10 @@ def test_a_signal_to_a_population_at_any_moment_says_how_to_go_on(opsin, tmp_pat
     assert not list(tmp_path.rglob(".claim"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_while_libraries_are_imported_is_one_line_and_a_code(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "opsin", "fit", "--config", "none.yaml"],

@@ -31,10 +31,19 @@ def shortened(settings):
 
 
 VARIANTS = {
-    *("birth_frozen", "clustering_silenced", "confidence_clamped", "coopetition", "grokking_dichotomy"),
-    *("grokking_frequencies", "regression_grid", "regression_mixture", "regression_pairs", "single_heads", "sweep"),
+    *("associations", "birth_frozen", "clustering_silenced", "confidence", "confidence_clamped", "coopetition"),
+    *(
+        "grokking_dichotomy",
+        "grokking_frequencies",
+        "subcircuits",
+        "regression_grid",
+        "regression_mixture",
+        "regression_pairs",
+        "single_heads",
+        "sweep",
+    ),
 }
-"""Recipes whose task, model and readers others have as well: these are trained among the slow tests."""
+"""Recipes whose task, model and readers others or other tests have as well: trained among the slow tests."""
 
 
 def names(population):

@@ -97,7 +97,20 @@ def rates_of():
     return [0.002 * (1 + slot % 3) for slot in range(len(CONDITIONS))]
 
 
-@pytest.mark.parametrize("slot", range(len(CONDITIONS)), ids=list(CONDITIONS))
+LIKE_ANOTHER = {
+    *("match", "disallow", "silence", "number", "overall mean", "resample", "clip", "temperature", "preserve"),
+    *("perfect input", "graft lower"),
+}
+"""Conditions whose kind of value and of pass another has as well: trained alone among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "slot",
+    [
+        pytest.param(slot, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else [], id=name)
+        for slot, name in enumerate(CONDITIONS)
+    ],
+)
 def test_a_member_among_others_with_other_clamps_rates_and_seeds_is_the_run_of_its_own(slot, together):
     writers = list(CONDITIONS.values())[slot](members=[0])
     alone = train(module([seeds_of()[slot]], rates_of()[slot]), STEPS, *writers)
