@@ -7,8 +7,9 @@ metrics it records (``records``). A run that lacks something is refused in one l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -85,6 +86,15 @@ class Reader(Callback):
         Raises:
             ConfigError: a setting that does not fit the model, the task or the run.
         """
+
+    def summarise(self, name: str, members: Sequence[Mapping[str, Any]]) -> None:
+        """Add what was found to the run's summary: of several members as a list, of one as it is.
+
+        Args:
+            name: part of the summary that receives it.
+            members: what was found of every member.
+        """
+        self._module.summary[name] = members[0] if len(members) == 1 else list(members)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

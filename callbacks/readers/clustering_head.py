@@ -25,7 +25,7 @@ from opsin.metrics.clusters import attention_share, explained_share, loss_spikes
 from opsin.model.sites import SiteTable
 from opsin.objective import accuracy, entry_mean
 from opsin.records.axes import Axes
-from opsin.records.history import NEVER, Question
+from opsin.records.history import Question, is_at_least, is_below
 from opsin.records.schema import TRAIN_LOSS
 from opsin.task import Batch
 from opsin.training.module import OpsinModule
@@ -104,7 +104,7 @@ class ClusteringHead(ProbeReader):
         self._states: list[PlaneState] = []
         self._best: Int64[Tensor, " M"] | None = None
         # one object each, by which the history knows what it has answered
-        self._clustered, self._solved = partial(_below, CLUSTERED), partial(_from_level, SOLVED)
+        self._clustered, self._solved = partial(is_below, CLUSTERED), partial(is_at_least, SOLVED)
 
     # ---- what it needs and says -----------------------------------------------------------------
 
@@ -185,8 +185,7 @@ class ClusteringHead(ProbeReader):
 
     def _first(self, number: str, question: Question) -> Float[Tensor, " M"]:
         """Steps at the first record to which the answer is yes; nan where there is none."""
-        steps = self._module.history[f"{self.name}/{number}"].first(question)
-        return torch.from_numpy(np.where(steps == NEVER, np.nan, steps)).float()
+        return torch.from_numpy(self._module.history[f"{self.name}/{number}"].first_or_nan(question)).float()
 
     # ---- pictures -------------------------------------------------------------------------------
 
@@ -227,11 +226,8 @@ class ClusteringHead(ProbeReader):
 
     def picture(self, member: int) -> Image | None:
         """The plane of one member at the steps so far; None before the first."""
-        return (
-            as_image(plane_figure([state.of_member(member) for state in self._states], self._relevant()))
-            if (self._states)
-            else None
-        )
+        states = [state.of_member(member) for state in self._states]
+        return as_image(plane_figure(states, self._relevant())) if states else None
 
     def _relevant(self) -> Bool[Tensor, " L"]:
         relevant = self._module.probe.truth.relevant
@@ -241,7 +237,7 @@ class ClusteringHead(ProbeReader):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = self._module
         rows = [self._summary(member) for member in range(module.n_members)]
-        module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self.summarise(self.name, rows)
         if self._states:
             solved = [member for member, row in enumerate(rows) if row["solved_at"] is not None]
             states = [state.of_member(solved[0] if solved else 0) for state in self._states]
@@ -265,14 +261,6 @@ class ClusteringHead(ProbeReader):
         if self._best is None or np.isnan(within) or not isinstance(task, ClusteredTask):
             return None
         return list(task.shifts()[int(self._best[member])])
-
-
-def _below(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
-    return values < level
-
-
-def _from_level(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
-    return values >= level
 
 
 def _by_token(x: Float[Tensor, "M B L C"], tokens: Tensor) -> Float[Tensor, "M L T C"]:

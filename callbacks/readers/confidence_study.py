@@ -119,7 +119,7 @@ class ConfidenceStudy(Reader):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         studies = self._measured()
         rows = [self._summary(study) for study in studies]
-        self._module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self.summarise(self.name, rows)
         if self._module.is_trained:
             self._record(studies)
         picture = self._drawn(range(min(len(studies), PICTURED_MEMBERS)))

@@ -9,16 +9,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 
 from opsin.callbacks.readers.base import Reader
 from opsin.errors import ConfigError, check_number
 from opsin.model.sites import SiteTable
 from opsin.records.axes import Axes
-from opsin.records.history import NEVER
+from opsin.records.history import is_at_least
 from opsin.training.module import OpsinModule, callbacks_of
-from opsin.training.monitors import nearest_metric
+from opsin.training.monitors import check_recorded_number
 from opsin.training.observers import recorded_metrics
 
 
@@ -48,7 +48,7 @@ class Delay(Reader):
         check_number("Delay.level", level, "a finite number")
         self.metrics = {"first": first, "second": second}
         # one object, by which the history knows what it has answered
-        self._reached = partial(_reaches, level)
+        self._reached = partial(is_at_least, level)
 
     def records(self, sites: SiteTable) -> dict[str, Axes]:
         return {f"delay/{name}": {} for name in (*self.metrics, "ratio")}
@@ -59,10 +59,8 @@ class Delay(Reader):
 
     def check(self, module: OpsinModule) -> None:
         recorded = recorded_metrics(self._callbacks, module.sites, module.task, self._validates)
-        numbers = [name for name, axes in recorded.items() if not axes]
         for setting, metric in self.metrics.items():
-            if metric not in numbers:
-                raise ConfigError(f"Delay.{setting}", metric, nearest_metric(metric, numbers))
+            check_recorded_number(f"Delay.{setting}", metric, recorded)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -75,11 +73,5 @@ class Delay(Reader):
     def _steps(self, metric: str) -> Float[np.ndarray, " M"]:
         """Steps at the first record that reaches the level; nan where none has."""
         history, members = self._module.history, self._module.n_members
-        if metric not in history:
-            return np.full(members, np.nan)
-        steps = np.broadcast_to(history[metric].first(self._reached), members)
-        return np.where(steps == NEVER, np.nan, steps)
-
-
-def _reaches(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
-    return values >= level
+        steps = history[metric].first_or_nan(self._reached) if metric in history else np.nan
+        return np.broadcast_to(steps, members)

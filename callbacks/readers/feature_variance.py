@@ -76,7 +76,7 @@ class FeatureVariance(FeatureReader):
             {name: [_finite_share(x) for x in final[member, :, index]] for index, name in enumerate(names)}
             for member in range(module.n_members)
         ]
-        module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self.summarise(self.name, rows)
         save_figure(feature_variance_figure(module.history, names), run_folder(trainer) / f"{self.name}.png")
 
     def picture(self, member: int) -> Image | None:

@@ -173,10 +173,11 @@ class FourierStructure(ProbeReader):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = self._module
-        power = self._power(module.observe(self._table, [EMBEDDING])[EMBEDDING])
+        # the last state has been measured
+        power = torch.from_numpy(module.history[f"{self.name}/power"].values[-1])
         order = power.argsort(1, descending=True)[:, : self.key_frequencies] + 1
         rows = [{"key_frequencies": row} for row in order.tolist()]
-        module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self.summarise(self.name, rows)
         drawn = fourier_figure(
             module.history, range(min(module.n_members, PICTURED_MEMBERS)), named=module.n_members > 1
         )

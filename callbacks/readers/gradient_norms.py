@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.callbacks.readers.base import ProbeReader
+from opsin.metrics.weight_norms import norms_by_kind
 from opsin.model.sites import SiteTable
 from opsin.records.axes import Axes
 from opsin.training.objective import scored_logits
@@ -34,11 +35,9 @@ class GradientNorms(ProbeReader):
         return {f"gradient_norm/{kind}": {} for kind in dict.fromkeys(_trained_kinds(sites).values())}
 
     def measure(self, seen: Observation) -> None:
-        kinds, squares = _trained_kinds(self._module.sites), dict[str, Tensor]()
-        for name, gradient in self._gradients(seen).items():
-            square = gradient.flatten(1).square().sum(1)
-            squares[kinds[name]] = square + squares.get(kinds[name], 0.0)
-        self._module.record(seen.step, {f"gradient_norm/{kind}": square.sqrt() for kind, square in squares.items()})
+        kinds = _trained_kinds(self._module.sites)
+        norms = norms_by_kind(self._gradients(seen), kinds)
+        self._module.record(seen.step, {f"gradient_norm/{kind}": norms[kind] for kind in kinds.values()})
 
     def _gradients(self, seen: Observation) -> dict[str, Float[Tensor, "M ..."]]:
         """Gradient of each member's loss on the probe, by parameter; 0 where the loss does not depend on one."""

@@ -33,7 +33,7 @@ from opsin.metrics.memories import (
     recall,
 )
 from opsin.model.sites import SiteTable
-from opsin.population.curves import Curve
+from opsin.population.folder import Curve
 from opsin.records.axes import Axes
 from opsin.training.module import OpsinModule
 from opsin.training.observers import Observation

@@ -217,7 +217,7 @@ class NeuronTracker(ProbeReader):
         if module.is_trained and not module.history.ends_at(self._neuron_metric("candidate"), self._last.step):
             self._record_neurons(self._last)
         rows = [self._member_summary(self._last, member) for member in range(module.n_members)]
-        module.summary[self.name] = rows[0] if len(rows) == 1 else rows
+        self.summarise(self.name, rows)
         picture = self._drawn(self._last, range(min(module.n_members, PICTURED_MEMBERS)))
         write_atomically(self._folder / f"{self.name}.png", lambda file: picture.save(file, format="png"))
 

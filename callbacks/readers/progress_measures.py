@@ -94,7 +94,7 @@ class ProgressMeasures(ProbeReader):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = [self._member_summary(member) for member in range(self._module.n_members)]
-        self._module.summary["progress"] = rows[0] if len(rows) == 1 else rows
+        self.summarise("progress", rows)
 
     def measure(self, seen: Observation) -> None:
         module = self._module

@@ -108,7 +108,7 @@ class ReferenceDistance(ProbeReader):
         module, rows = self._module, []
         for member in range(module.n_members):
             rows.append({name: self._row(name, member) for name in self._names(module.task)})
-        module.summary["references"] = rows[0] if len(rows) == 1 else rows
+        self.summarise("references", rows)
 
     def _row(self, name: str, member: int) -> dict[str, float | None]:
         """Loss of one reference on the probe, and one member's final distance from it."""

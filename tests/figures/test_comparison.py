@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from opsin.figures.comparison import comparison_figure
-from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.tables import summarise
 from tests.helpers.populations import BATCH, record, write_population
@@ -26,8 +25,7 @@ def population(tmp_path):
 
 
 def test_curves_are_read_from_the_table_by_member(population):
-    merge_metrics(population)
-    curves = compared_curves(population)
+    curves = merge_metrics(population).compared
     assert list(curves) == ["nearness", "other"]
     sequences, values = curves["nearness"]
     assert sequences.tolist() == [0, BATCH]
@@ -35,8 +33,9 @@ def test_curves_are_read_from_the_table_by_member(population):
 
 
 def test_a_line_is_the_mean_of_a_condition_over_its_seeds(population):
-    summary = summarise(population, merge_metrics(population))
-    figure = comparison_figure(compared_curves(population), summary)
+    losses = merge_metrics(population)
+    summary = summarise(population, losses)
+    figure = comparison_figure(losses.compared, summary)
     first = figure.axes[0]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["nearness", "other"]
     assert [line.get_ydata().tolist() for line in first.lines] == [[2, 3], [5, 7]]

@@ -10,6 +10,7 @@ import fcntl
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,24 @@ def opsin(
     ended = Started(*arguments, folder=folder, script=script, **environment).wait()
     assert not check or ended.code == 0, ended
     return ended
+
+
+def kill_in_training(started: Started, folder: Path, run: str) -> None:
+    """Kill a population once a chunk of it has a checkpoint, and wait until its workers have ended, a minute at most.
+
+    Args:
+        started: command that trains it.
+        folder: working directory of the command.
+        run: name of the population's folder in it.
+    """
+    while not list(folder.glob(f"{run}/chunks/*/checkpoints/last.ckpt")):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    until = time.monotonic() + 60
+    while not all_have_ended(folder) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def all_have_ended(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.processes import Started, all_have_ended, opsin
+from tests.helpers.processes import Started, all_have_ended, kill_in_training, opsin
 
 STEPS = 60
 ABLATED = {"class_path": "opsin.callbacks.Ablate", "init_args": {"heads": ["1:3"]}}
@@ -64,14 +64,7 @@ def folder(tmp_path_factory) -> Path:
     start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
     opsin(*start, "whole", folder=here)
     fit = Started(*start, "killed", folder=here)
-    while not list(here.glob("killed/chunks/*/checkpoints/last.ckpt")):
-        assert fit.poll() is None
-        time.sleep(0.02)
-    fit.send_signal(signal.SIGKILL)
-    fit.wait()
-    until = time.monotonic() + 60
-    while not all_have_ended(here) and time.monotonic() < until:
-        time.sleep(0.02)
+    kill_in_training(fit, here, "killed")
     (here / "left").write_text(json.dumps([all_have_ended(here), finished_chunks(here / "killed")]))
     opsin("resume", "killed", folder=here)
     return here

@@ -1,14 +1,12 @@
 """The recipe of a sweep, made tiny: it trains, survives a kill, and leaves one table and one map."""
 
 import json
-import signal
-import time
 
 import pandas as pd
 import yaml
 
 from tests.helpers.paths import RECIPES
-from tests.helpers.processes import Started, all_have_ended, opsin
+from tests.helpers.processes import Started, kill_in_training, opsin
 
 RATE, COPIES = "model.learning_rate", "task.init_args.burstiness"
 
@@ -31,14 +29,7 @@ def test_a_sweep_ends_after_a_kill_as_one_left_alone_with_one_table_and_one_map_
     start = ["fit", "--config", "recipe.yaml", "--checkpoint_every", "10", "--run_folder"]
     opsin(*start, "whole", folder=tmp_path)
     fit = Started(*start, "killed", folder=tmp_path)
-    while not list(tmp_path.glob("killed/chunks/*/checkpoints/last.ckpt")):
-        assert fit.poll() is None
-        time.sleep(0.02)
-    fit.send_signal(signal.SIGKILL)
-    fit.wait()
-    until = time.monotonic() + 60
-    while not all_have_ended(tmp_path) and time.monotonic() < until:
-        time.sleep(0.02)
+    kill_in_training(fit, tmp_path, "killed")
     opsin("resume", "killed", folder=tmp_path)
     for name in ("metrics.csv", "members.csv", "conditions.csv", "differences.csv", "grid.png"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -16,7 +16,7 @@ from opsin.errors import shortened
 from opsin.figures.population import LONGEST_NAME, colour
 from opsin.figures.style import MUTED, Margins, add_panel, blank_figure, figure_style, short_count
 from opsin.metrics.compare import mean_curve
-from opsin.population.curves import Curve
+from opsin.population.folder import Curve
 from opsin.population.tables import Row
 
 COMPARISON_COLUMNS = 3

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from opsin.figures.style import ACCENT, INK, LAYERS, MUTED, Margins, add_panel, blank_figure, figure_style, short_count
-from opsin.population.curves import Curve
+from opsin.population.folder import Curve
 
 COLOURS = (*LAYERS[:3], ACCENT, LAYERS[3], INK)
 

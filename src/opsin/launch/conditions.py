@@ -30,7 +30,7 @@ from opsin.population.optimizers import ADAMW, optimizer_class
 from opsin.records.axes import Axes
 from opsin.records.folder import write_yaml
 from opsin.training.module import callbacks_of
-from opsin.training.monitors import nearest_metric
+from opsin.training.monitors import check_recorded_number
 from opsin.training.observers import recorded_metrics
 
 OF_WRITERS = ("callbacks", "by_seed", "initial")
@@ -163,10 +163,8 @@ def check_compared(compare: Sequence[str], recorded: Mapping[str, Axes]) -> None
     Raises:
         ConfigError: names the metric, and the nearest that is recorded.
     """
-    numbers = [name for name, axes in recorded.items() if not axes]
     for name in compare:
-        if name not in numbers:
-            raise ConfigError("population.compare", name, nearest_metric(name, numbers))
+        check_recorded_number("population.compare", name, recorded)
 
 
 def _check_seeds_of_condition(condition: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""How large the weights are, by kind. Pure functions.
+"""How large weights, or their gradients, are, by kind. Pure functions.
 
 Legend: M members.
 """
@@ -19,7 +19,7 @@ def norms_by_kind(values: Mapping[str, Float[Tensor, "M ..."]], kinds: Mapping[s
     """2-norm of all weights of each kind, and of all together, ``[M]`` each.
 
     Args:
-        values: weights of every member by name.
+        values: weights of every member by name, or what has a number for each of them, such as gradients.
         kinds: kind of each of these weights by its name: embed, attention, mlp, ...
     """
     squares = {name: value.detach().flatten(1).square().sum(1) for name, value in values.items()}

@@ -73,6 +73,11 @@ class TrainedMember:
         return self.status in (COMPLETE, FINISHED_EARLY)
 
 
+# records differ in number from metric to metric
+Curve = tuple[Int[np.ndarray, " _"], Float[np.ndarray, "_ M"]]
+"""Training sequences at which some member has a record, ascending, and the values of every member, nan without one."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """What the members' tables hold.
@@ -82,12 +87,14 @@ class Losses:
         values: training loss of every member after so many; nan where a member has no record.
         last: every member's last value of each metric that is compared, by name; nan without one.
         scale: unit of the losses, and where they end.
+        compared: every metric that is compared over training, by name.
     """
 
     sequences: Int[np.ndarray, " n"]
     values: Float[np.ndarray, "n M"]
     last: Mapping[str, Float[np.ndarray, " M"]] = field(default_factory=dict)
     scale: LossScale = LossScale.of({})  # noqa: RUF009 - frozen
+    compared: Mapping[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -229,18 +236,17 @@ def _record(summary: Mapping[str, Any] | None, slot: int, folder: Path) -> tuple
 def merge_metrics(population: TrainedPopulation) -> Losses:
     """Write ``metrics.csv``: the chunks' tables in order, with the population's member numbers and all their columns.
 
-    Only one line is in memory at a time, and two numbers for every record of a member's loss. The half line that a
-    killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
+    Only one line is in memory at a time, and two numbers for every record of a member's loss and of what is compared.
+    The half line that a killed process leaves at a table's end is dropped; a chunk without a table has nothing to add.
 
     Returns:
-        The losses and the last values that the tables hold.
+        The losses and what is compared, as the tables hold them.
 
     Raises:
         ConfigError: a chunk's table is none of numbers, or a row of a slot that no member has.
     """
     kept = _KeptNumbers(
-        [(array("q"), array("d")) for _ in population.members],
-        {metric: np.full(len(population.members), math.nan) for metric in population.compare},
+        {name: [(array("q"), array("d")) for _ in population.members] for name in (TRAIN_LOSS, *population.compare)},
         {member.member for member in population.members if member.status == FINISHED_EARLY},
         population.scale,
     )
@@ -257,7 +263,7 @@ def merge_metrics(population: TrainedPopulation) -> Losses:
             _merge_chunk(source, members, axes, table, kept)
 
     write_atomically(population.path / METRICS_FILE, merge)
-    return kept.losses()
+    return kept.losses(population.compare)
 
 
 @dataclass(frozen=True)
@@ -265,33 +271,50 @@ class _KeptNumbers:
     """What is kept of the tables while they are merged.
 
     Args:
-        curves: sequences and values of the training loss of every member, by its number.
-        last: every member's newest value of each metric that is compared, by name.
+        curves: sequences and values of every member, by its number, of the training loss and of each metric that is
+            compared, by name.
         early: members that finished early, of whose steps after that there are records without a number.
         scale: unit of the losses, and where they end.
     """
 
-    curves: list[tuple[array[int], array[float]]]
-    last: dict[str, Float[np.ndarray, " M"]]
+    curves: Mapping[str, Sequence[tuple[array[int], array[float]]]]
     early: Collection[int]
     scale: LossScale
 
-    def keep(self, metric: str, member: int, sequences: str, value: float) -> None:
+    def keep(self, metric: str, member: int, sequences: str, value: str) -> None:
         """Keep what is needed of one record of one member."""
-        if metric == TRAIN_LOSS:
-            self.curves[member][0].append(int(sequences))
-            self.curves[member][1].append(value)
-        if metric in self.last and not (member in self.early and math.isnan(value)):
-            self.last[metric][member] = value
+        if metric in self.curves:
+            x, y = self.curves[metric][member]
+            x.append(int(sequences))
+            y.append(float(value))
 
-    def losses(self) -> Losses:
-        """The numbers of all members on one axis of sequences."""
-        known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in self.curves]
-        sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
-        values = np.full((len(sequences), len(known)), math.nan)
-        for member, (x, y) in enumerate(known):
-            values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
-        return Losses(sequences, values, self.last, self.scale)
+    def losses(self, compare: Sequence[str]) -> Losses:
+        """The numbers of all members, those of a metric on one axis of sequences.
+
+        Args:
+            compare: names of the metrics that are compared.
+        """
+        last = {
+            metric: np.array([self._last(member, y) for member, (_, y) in enumerate(self.curves[metric])])
+            for metric in compare
+        }
+        compared = {metric: _on_one_axis(self.curves[metric]) for metric in compare}
+        return Losses(*_on_one_axis(self.curves[TRAIN_LOSS]), last, self.scale, compared)
+
+    def _last(self, member: int, values: Sequence[float]) -> float:
+        """The newest value of a member; of one that finished early the newest number."""
+        known = (value for value in reversed(values) if not (member in self.early and math.isnan(value)))
+        return next(known, math.nan)
+
+
+def _on_one_axis(members: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Curve:
+    """Values of all members at the sequences at which some member has one; nan for what is no finite number."""
+    known = [(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for x, y in members]
+    sequences = np.unique(np.concatenate([x for x, _ in known])) if known else np.zeros(0, np.int64)
+    values = np.full((len(sequences), len(known)), math.nan)
+    for member, (x, y) in enumerate(known):
+        values[np.searchsorted(sequences, x), member] = np.where(np.isfinite(y), y, math.nan)
+    return sequences, values
 
 
 def _merge_chunk(
@@ -306,5 +329,4 @@ def _merge_chunk(
             raise ConfigError(str(source), slot, "a member that population.json puts into this chunk")
         cells = ["" if index is None else row.cells[index] for index in order]
         merged.write(",".join((about, str(members[slot]), *cells, value)).encode())
-        if row.metric == TRAIN_LOSS or row.metric in kept.last:
-            kept.keep(row.metric, members[slot], about.split(",", 2)[1], float(value))
+        kept.keep(row.metric, members[slot], about.split(",", 2)[1], value)

@@ -7,8 +7,7 @@ from typing import Any
 
 from opsin.metrics.compare import mean_interval
 from opsin.metrics.halfway import halfway
-from opsin.population.curves import Curve
-from opsin.population.folder import TrainedMember, TrainedPopulation
+from opsin.population.folder import Curve, TrainedMember, TrainedPopulation
 from opsin.population.tables import Row
 
 

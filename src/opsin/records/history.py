@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from opsin.errors import ConfigError
 from opsin.records.axes import Axes, axes_of_header, check_axes, sizes_in_words, table_axes
@@ -50,6 +50,16 @@ class Record(NamedTuple):
     metric: str
     values: np.ndarray
     axes: tuple[str, ...] = ()
+
+
+def is_at_least(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
+    """Whether values have reached a level from below; a question once the level is bound to it."""
+    return values >= level
+
+
+def is_below(level: float, values: Float[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
+    """Whether values have fallen below a level; a question once the level is bound to it."""
+    return values < level
 
 
 Records = Sequence[Record]
@@ -133,6 +143,15 @@ class Series:
             found = np.minimum(found, np.where(question(values), step, NEVER))
         self._answered[question] = (len(self.steps), found)
         return found
+
+    def first_or_nan(self, question: Question) -> Float[np.ndarray, " M"]:
+        """The same as numbers, nan where no record has that answer.
+
+        Args:
+            question: from the values of one record to yes or no for each member.
+        """
+        steps = self.first(question)
+        return np.where(steps == NEVER, np.nan, steps)
 
 
 class MetricsTable(Protocol):

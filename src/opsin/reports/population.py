@@ -14,7 +14,6 @@ from opsin.figures.population import population_figure
 from opsin.figures.scaling import scaling_figure
 from opsin.figures.style import save_figure
 from opsin.objective import LossScale
-from opsin.population.curves import compared_curves
 from opsin.population.folder import merge_metrics, read_population
 from opsin.population.order import order_rows
 from opsin.population.scaling import scaling_curves
@@ -51,10 +50,9 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
     """
     population = read_population(path)
     losses = merge_metrics(population)
-    compared = compared_curves(population)
     summary = summarise(population, losses)
-    if compared:
-        summary["order"] = order_rows(population, compared)
+    if losses.compared:
+        summary["order"] = order_rows(population, losses.compared)
     curves = scaling_curves(population.crossed, population.compare, summary["members"]) if population.crossed else []
     if curves:
         summary["scaling"] = [curve.row() for curve in curves]
@@ -62,8 +60,8 @@ def finish_population(path: Path) -> dict[str, list[Row]]:
         write_atomically(path / f"{name}.csv", as_csv(rows))
     write_atomically(path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     save_figure(population_figure(losses, summary), path / "population.png")
-    if compared:
-        save_figure(comparison_figure(compared, summary), path / "comparison.png")
+    if losses.compared:
+        save_figure(comparison_figure(losses.compared, summary), path / "comparison.png")
     if population.windows:
         save_figure(critical_period_figure(population.windows, summary, population.scale), path / "critical_period.png")
     if population.crossed:

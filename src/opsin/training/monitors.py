@@ -157,6 +157,22 @@ def _other_names(callback: Callback, callbacks: Iterable[Callback]) -> tuple[str
     return (*(OF_A_CHECKPOINT if isinstance(callback, Checkpoint) else ()), *(RATES if rates else ()))
 
 
+def check_recorded_number(field: str, name: str, recorded: Mapping[str, Axes]) -> None:
+    """Refuse a metric that a run does not record with one number a member.
+
+    Args:
+        field: setting that names it, for the message.
+        name: name of the metric.
+        recorded: axes of each metric that the run records, without that of members, by name.
+
+    Raises:
+        ConfigError: names the field, and the nearest metric that is recorded.
+    """
+    numbers = [metric for metric, axes in recorded.items() if not axes]
+    if name not in numbers:
+        raise ConfigError(field, name, nearest_metric(name, numbers))
+
+
 def nearest_metric(name: str, numbers: list[str]) -> str:
     """What would do in the place of a name that nobody records: the one most like it, and where the others are.
 
